@@ -27,7 +27,7 @@ class Command:
 # In the order of the work; those of `distinit targets` begin with "targets-".
 COMMANDS = {
     "demo": Command(
-        "stages.demo_options:DemoConfig",
+        "stages.options:DemoConfig",
         short="The whole pipeline on a small corpus, in minutes.",
         help="""The whole pipeline on a small corpus that ships with the package: CPU, minutes.
 
@@ -295,7 +295,7 @@ continues where it was stopped. `distinit report DIR` makes the tables.""",
         ),
     ),
     "report": Command(
-        "pipeline.reporting.report_options:ReportConfig",
+        "stages.options:ReportConfig",
         short="Tables and figures of runs, as one page.",
         help="""Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG
 and SVG.

@@ -16,12 +16,11 @@ from ..pipeline.common.errors import StoreError, UsageError
 from ..pipeline.common.run_dir import check_output_dir
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.extraction.extract_options import ExtractConfig
-from ..pipeline.reporting.report_options import ReportConfig
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.training.distillation_options import TrainConfig
-from .demo_options import DemoConfig
 from .extract_targets import extract_targets
 from .finetune import finetune
+from .options import DemoConfig, ReportConfig
 from .report import report
 from .train_student import train_student
 

@@ -7,7 +7,6 @@ from typing import Any
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError
 from ..pipeline.common.processes import cores
-from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.sources import Part, VideoList, list_videos
 from ..pipeline.extraction.extract_options import PROBED_AT_ONCE, ExtractConfig
@@ -50,12 +49,5 @@ def _list(config: ExtractConfig, console: Console) -> VideoList | None:
             raise UsageError(f"no SOURCE given, and {config.out} does not exist yet")
         return None
     videos = list_videos(config.sources)
-    ignored = ", ".join(
-        f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items())
-    )
-    names = ", ".join(c.name for c in videos.corpora)
-    console.say(
-        f"{counted(len(videos), 'video')} in {names}"
-        + (f" (not videos: {ignored})" if ignored else "")
-    )
+    console.say(videos.describe())
     return videos

@@ -6,12 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..pipeline.common.console import Console, plain
 from ..pipeline.common.devices import resolve_device
 from ..pipeline.common.errors import CheckpointError
 from ..pipeline.common.files import write_page
+from ..pipeline.common.numerics import best_classes
 from ..pipeline.common.streams import as_json
 from ..pipeline.common.tables import Table, columns
 from ..pipeline.corpus.sources import escape_path
@@ -118,9 +117,9 @@ def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
     for i, video in enumerate(predictions.videos):
         if predictions.status[i] != OK:
             continue
-        order = np.argsort(-scores[i], kind="stable")[:top]
         best = [
-            {"class": predictions.classes[k], "probability": float(scores[i, k])} for k in order
+            {"class": name, "probability": share}
+            for name, share in best_classes(scores[i], predictions.classes, top)
         ]
         row = {"video": escape_path(video), "frames": int(predictions.frames[i]), "top": best}
         rows.append(row | ({"note": predictions.reasons[i]} if predictions.reasons[i] else {}))

@@ -23,7 +23,6 @@ from ..pipeline.common.files import replacing, sweep_run
 from ..pipeline.common.locks import locked
 from ..pipeline.common.processes import cores
 from ..pipeline.common.run_dir import CONFIG
-from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.corpus.sources import MARKER, VideoList, escape_path, list_videos, unescape_path
 from ..pipeline.prepared.flow_files import FlowMap, check_flow, read_flow_map
@@ -82,14 +81,7 @@ def _list(config: PrepareConfig, console: Console) -> VideoList:
         videos = VideoList(
             videos.corpora, videos.corpus[kept], [videos.paths[i] for i in kept], videos.ignored
         )
-    names = ", ".join(corpus.name for corpus in videos.corpora)
-    ignored = ", ".join(
-        f"{n} {ext or 'without extension'}" for ext, n in sorted(videos.ignored.items())
-    )
-    console.say(
-        f"{counted(len(videos), 'video')} in {names}"
-        + (f" (not videos: {ignored})" if ignored else "")
-    )
+    console.say(videos.describe())
     if not len(videos):
         raise UsageError(
             f"--out {config.out} holds all of the sources: choose a folder outside of them"

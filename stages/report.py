@@ -22,9 +22,9 @@ from ..pipeline.reporting.ablation_tables import ablation_numbers, screen_table
 from ..pipeline.reporting.accuracy_tables import accuracy_numbers, screen_tables
 from ..pipeline.reporting.mistakes import wrong_video_rows
 from ..pipeline.reporting.report_contents import make_report
-from ..pipeline.reporting.report_options import ReportConfig
 from ..pipeline.reporting.report_page import FIGURES, WRONG_VIDEOS, to_html, to_markdown
 from ..pipeline.reporting.run_folders import find_runs
+from .options import ReportConfig
 
 FILES, RECORD = "report-files.json", "report.yaml"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,11 @@ def softmax(logits: NDArray[F]) -> NDArray[F]:
     """Probabilities, ``logits[..., K] -> p[..., K]``, in the type of the logits."""
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(e / e.sum(axis=-1, keepdims=True), logits.dtype)
+
+
+def best_classes(p: NDArray[F], classes: Sequence[str], count: int) -> list[tuple[str, float]]:
+    """Return the `count` most probable classes with their probabilities, ``p[K]``, best first."""
+    return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:count]]
 
 
 def log_softmax(logits: NDArray[F]) -> NDArray[F]:

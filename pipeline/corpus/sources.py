@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from ..common.documents import read_text, refuse_windows_paths
 from ..common.errors import SourceError, UsageError
+from ..common.streams import counted
 
 MARKER = "prepared.json"  # marks a folder that `distinit prepare` made
 
@@ -71,6 +72,16 @@ class VideoList:
     def absolute(self, i: int) -> str:
         """Return the absolute path of video `i`."""
         return os.path.join(self.corpora[int(self.corpus[i])].root, self.paths[i])
+
+    def describe(self) -> str:
+        """Return `12 videos in clips`, and what was ignored."""
+        ignored = ", ".join(
+            f"{n} {ext or 'without extension'}" for ext, n in sorted(self.ignored.items())
+        )
+        names = ", ".join(corpus.name for corpus in self.corpora)
+        return f"{counted(len(self), 'video')} in {names}" + (
+            f" (not videos: {ignored})" if ignored else ""
+        )
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,11 @@ prepared copies that it used.
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..common.documents import is_regular_file
 from ..common.errors import DistInitError, VideoError
@@ -24,6 +21,7 @@ from ..prepared.copies import read_copy
 from ..prepared.folders import CopyFolder
 from ..video.frames import read_frames
 from ..video.geometry import View
+from .html_page import jpeg_url
 from .runs import Run
 
 PLACES = (1 / 6, 1 / 2, 5 / 6)  # of a video's length, where its frames are taken
@@ -151,7 +149,4 @@ def _strip(name: str, images: np.ndarray) -> Strip:
     spare = max(0, images.shape[2] - MAX_WIDTH) // 2
     images = images[:, :HEIGHT, spare : images.shape[2] - spare]
     picture = np.concatenate(list(images), axis=1)
-    out = io.BytesIO()
-    Image.fromarray(picture).save(out, "JPEG", quality=QUALITY, optimize=True)
-    data = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-    return Strip(name, data, picture.shape[1], picture.shape[0])
+    return Strip(name, jpeg_url(picture, QUALITY), picture.shape[1], picture.shape[0])

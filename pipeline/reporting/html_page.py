@@ -7,15 +7,19 @@ control characters of terminals and of text direction are escaped as well.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
 
 from ..common.streams import printable
 
@@ -25,6 +29,13 @@ def render(template: str, **values: Any) -> str:
     page = _ENVIRONMENT.get_template(template).render(values)
     # A per cent sign stays on the line of its number.
     return printable(re.sub(r"(?<=\d) %", "\u00a0%", page), lines=True)
+
+
+def jpeg_url(image: NDArray[np.uint8], quality: int) -> str:
+    """Encode RGB uint8 [h, w, 3] as the data URL of a JPEG."""
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def as_yaml(values: Any) -> str:

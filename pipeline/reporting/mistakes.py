@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.errors import DistInitError
+from ..common.numerics import best_classes
 from ..common.tables import Table, columns
 from ..corpus.sources import escape_path
 from ..evaluation.ensemble import matching_rows, probabilities
@@ -153,9 +154,7 @@ def _wrong_video(
 
 def _guesses(found: Predictions, odds: np.ndarray, count: int) -> list[Guess]:
     """Return the `count` best classes of a video [K] with probabilities, [] if it is unreadable."""
-    if not np.isfinite(odds).all():
-        return []
-    return [(found.classes[k], float(odds[k])) for k in np.argsort(-odds, kind="stable")[:count]]
+    return best_classes(odds, found.classes, count) if np.isfinite(odds).all() else []
 
 
 def wrong_video_rows(runs: Sequence[Run]) -> Table:

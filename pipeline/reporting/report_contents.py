@@ -29,7 +29,7 @@ from .figures.canvas import Figure
 from .figures.entropy import read_stores
 from .figures.features import FEATURES, MIN_VIDEOS
 from .mistakes import ClassChanges, Mistakes, find_changes, find_mistakes
-from .run_pairs import Pair, largest_gain, named_pair
+from .run_pairs import Pair, largest_gain, named_pair, rows_of_runs
 from .runs import Run
 from .teacher_baselines import TeacherProbe, probe_teachers
 
@@ -177,13 +177,7 @@ def _pairs(
     chosen: Pair | None,
 ) -> list[Pair]:
     """Return the pairs whose classes are compared: that of Figure 7 first, then all differences."""
-    rows = {
-        cell.run.path: cell.record.row
-        for ablation in ablations
-        for cell in ablation.cells
-        if cell.run is not None
-    }
-    first = chosen or largest_gain(runs, rows)
+    first = chosen or largest_gain(runs, rows_of_runs(ablations))
     pairs = ([] if first is None else [first]) + [(each.run, each.base) for each in found]
     return list({(run.path, base.path): (run, base) for run, base in pairs}.values())
 

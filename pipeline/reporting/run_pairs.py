@@ -14,6 +14,12 @@ Pair = tuple[Run, Run]
 MAX_NAMES = 20  # that an error lists
 
 
+def rows_of_runs(ablations: Sequence[Ablation]) -> dict[Path, str]:
+    """Return the row of each run of a cell, by its folder."""
+    cells = [cell for ablation in ablations for cell in ablation.cells]
+    return {cell.run.path: cell.record.row for cell in cells if cell.run is not None}
+
+
 def largest_gain(runs: Sequence[Run], rows: Mapping[Path, str]) -> Pair | None:
     """Return the run with the largest gain over its base, and the base.
 

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..common.errors import StoreMismatchError, VideoError
-from ..common.numerics import softmax
+from ..common.numerics import best_classes, softmax
 from ..prepared.copies import read_copy
 from ..prepared.folders import PreparedCorpus, prepared_corpora
 from ..store.index import OK, STATUS
@@ -24,12 +22,15 @@ from ..store.stats import Failure, TeacherStats, failures, teacher_stats
 from ..video.container import digest
 from ..video.frames import read_frames
 from ..video.geometry import View
+from .html_page import jpeg_url
 
 STRIP = 8  # pictures of a sampled video
 EXTREMES = 8  # most and least confident frames of a teacher, one per video
 LABELS = 3  # best classes named under a picture
 HEIGHT = 96  # short side of a picture, in pixels
 QUALITY = 80
+Frames = tuple[NDArray[Any], ...]
+"""Index, pts, row and seconds since the first one, of the cached frames of a video [N]."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class FrameReader:
         else:
             path = copies.path(store.video_path(video, {corpus: ""}))
             found = read_copy(path, index, view, expect=(index, pts), digest=store.digest(video))
-        return [_data_url(image) for image in found.images]
+        return [jpeg_url(image, QUALITY) for image in found.images]
 
 
 def summarize_store(
@@ -156,13 +157,10 @@ def summarize_store(
 
 def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoSummary:
     record = store.video(video)
-    index, pts, rows = store.frames(video)
-    seconds = _seconds(store, video, index, pts)
+    frames = _, _, rows, seconds = _frames(store, video)
     names = [name for name, state in reader.teacher_states.items() if state[video] == OK]
     shown = np.unique(np.linspace(0, len(rows) - 1, STRIP).round().astype(np.int64))
-    pictures = _pictures(
-        store, video, reader, names, index[shown], pts[shown], seconds[shown], rows[shown]
-    )
+    pictures = _pictures(reader, video, names, frames, shown)
     return VideoSummary(
         corpus=record.corpus,
         path=record.path,
@@ -174,29 +172,28 @@ def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoSummary:
     )
 
 
-def _seconds(
-    store: TargetStore, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return the time since the first cached frame [N], from frame numbers without a clock."""
-    record = store.video(video)
+def _frames(store: TargetStore, video: int) -> Frames:
+    """Return the cached frames of a video, with times from frame numbers where it has no clock."""
+    record, (index, pts, rows) = store.video(video), store.frames(video)
     if record.time_base is not None and record.clock == "pts":
-        return (pts - pts[0]) * float(record.time_base)
-    return (index - index[0]) / (record.fps if np.isfinite(record.fps) and record.fps > 0 else 1.0)
+        seconds = (pts - pts[0]) * float(record.time_base)
+    else:
+        fps = record.fps if np.isfinite(record.fps) and record.fps > 0 else 1.0
+        seconds = (index - index[0]) / fps
+    return index, pts, rows, seconds
 
 
 def _pictures(
-    store: TargetStore,
-    video: int,
     reader: FrameReader,
+    video: int,
     teachers: Sequence[str],
-    index: NDArray[np.int64],
-    pts: NDArray[np.int64],
-    seconds: NDArray[np.float64],
-    rows: NDArray[np.int64],
+    frames: Frames,
+    shown: NDArray[np.int64],
 ) -> list[Picture]:
-    """Read F cached frames of one video in one pass."""
-    problem: str | None = None
-    jpegs: list[str] | list[None] = [None] * len(rows)
+    """Read those cached frames of one video that are shown [F], by their positions, in one pass."""
+    index, pts, rows, seconds = (column[shown] for column in frames)
+    store, problem = reader.store, None
+    jpegs: Sequence[str | None] = [None] * len(rows)
     try:
         jpegs = reader.read(video, index, pts)
     except (VideoError, StoreMismatchError, OSError) as error:
@@ -218,11 +215,10 @@ def _pictures(
 
 def _predictions(store: TargetStore, teacher: str, rows: NDArray[np.int64]) -> list[Prediction]:
     odds = softmax(store.logits(teacher, rows).astype(np.float64))
-    best = np.argsort(-odds, axis=1, kind="stable")[:, :LABELS]
     classes = store.teachers[teacher].classes
     return [
-        Prediction([(classes[k], float(row[k])) for k in top], float(nats))
-        for row, top, nats in zip(odds, best, store.entropy(teacher, rows), strict=True)
+        Prediction(best_classes(p, classes, LABELS), float(nats))
+        for p, nats in zip(odds, store.entropy(teacher, rows), strict=True)
     ]
 
 
@@ -231,16 +227,12 @@ def _teacher(store: TargetStore, name: str, reader: FrameReader) -> TeacherSumma
     order = np.argsort(found.entropy, kind="stable")
     order = order[np.isfinite(found.entropy[order])]
     videos = store.read_table("video", found.rows)
-    ends = [_extremes(store, name, reader, found.rows[o], videos[o]) for o in (order, order[::-1])]
+    ends = [_extremes(reader, name, found.rows[o], videos[o]) for o in (order, order[::-1])]
     return TeacherSummary(found, *ends)
 
 
 def _extremes(
-    store: TargetStore,
-    name: str,
-    reader: FrameReader,
-    rows: NDArray[np.int64],
-    videos: NDArray[np.int64],
+    reader: FrameReader, name: str, rows: NDArray[np.int64], videos: NDArray[np.int64]
 ) -> list[Picture]:
     """Return the first rows in the given order, at most one per video.
 
@@ -249,18 +241,7 @@ def _extremes(
     _, first = np.unique(videos, return_index=True)
     pictures = []
     for at in np.sort(first)[:EXTREMES]:
-        video = int(videos[at])
-        index, pts, all_rows = store.frames(video)
-        i = np.flatnonzero(all_rows == rows[at])
-        seconds = _seconds(store, video, index, pts)
-        pictures += _pictures(
-            store, video, reader, [name], index[i], pts[i], seconds[i], all_rows[i]
-        )
+        frames = _frames(reader.store, int(videos[at]))
+        shown = np.flatnonzero(frames[2] == rows[at])
+        pictures += _pictures(reader, int(videos[at]), [name], frames, shown)
     return pictures
-
-
-def _data_url(image: NDArray[np.uint8]) -> str:
-    """Encode RGB uint8 [h, w, 3] as the data URL of a JPEG."""
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

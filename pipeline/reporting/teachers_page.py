@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import StoreMismatchError, VideoError
-from ..common.numerics import softmax
+from ..common.numerics import best_classes, softmax
 from ..common.tables import Table, columns
-from ..evaluation.teacher_comparison import TeacherComparison, TeacherView
+from ..evaluation.teacher_comparison import TeacherComparison
 from ..store.reader import TargetStore
 from .html_page import render
 from .store_summary import FrameReader
@@ -58,7 +58,11 @@ def disputed_videos(
     for at, disagreement in comparison.most_disputed(count):
         video = int(comparison.videos[at])
         labels = {
-            view.name: _best_classes(view, at) for view in comparison.teachers if view.classes
+            view.name: best_classes(
+                softmax(view.means[at].astype(np.float64)), view.classes, LABELS
+            )
+            for view in comparison.teachers
+            if view.classes
         }
         picture = problem = None
         if reader is not None:
@@ -70,11 +74,6 @@ def disputed_videos(
                 problem = str(error)
         found.append(DisputedVideo(*store.place(video), disagreement, labels, picture, problem))
     return found
-
-
-def _best_classes(view: TeacherView, at: int) -> list[tuple[str, float]]:
-    odds = softmax(view.means[at].astype(np.float64))
-    return [(view.classes[k], float(odds[k])) for k in np.argsort(-odds, kind="stable")[:LABELS]]
 
 
 def teachers_table(comparison: TeacherComparison) -> Table:

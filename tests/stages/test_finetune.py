@@ -27,12 +27,12 @@ from distinit.pipeline.evaluation.labelled_clips import EvaluationClips, Labelle
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions, metrics_from_file
 from distinit.pipeline.evaluation.predictor import predict
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
+from distinit.stages.options import ReportConfig
 from distinit.stages.report import report
 from distinit.tests.tiny_finetuning import tiny_finetuning
 

@@ -27,7 +27,6 @@ from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.figures.filters import read_filters, variation_over_time
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_folders import read_run
 from distinit.pipeline.students.inflate import video_name
 from distinit.pipeline.students.student import build_student
@@ -37,6 +36,7 @@ from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
+from distinit.stages.options import ReportConfig
 from distinit.stages.predict import predict
 from distinit.stages.report import report
 from distinit.tests import warm

@@ -27,7 +27,6 @@ from distinit.pipeline.evaluation.protocol import check_result_dir
 from distinit.pipeline.evaluation.splits import split_folders
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import BrowseConfig, ExportConfig, MergeConfig
 from distinit.pipeline.store.writer import StoreWriter
@@ -35,10 +34,10 @@ from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.ablate import ablate
 from distinit.stages.demo import demo
-from distinit.stages.demo_options import DemoConfig
 from distinit.stages.evaluate import evaluate
 from distinit.stages.extract_targets import extract_targets
 from distinit.stages.finetune import finetune
+from distinit.stages.options import DemoConfig, ReportConfig
 from distinit.stages.prepare import prepare
 from distinit.stages.report import report
 from distinit.stages.targets_browse import targets_browse

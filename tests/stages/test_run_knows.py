@@ -18,7 +18,6 @@ from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageE
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig, PredictConfig
 from distinit.pipeline.evaluation.exclusion import exclude
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.seen_videos import SeenVideos
@@ -26,6 +25,7 @@ from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
+from distinit.stages.options import ReportConfig
 from distinit.stages.predict import predict
 from distinit.stages.report import report
 from distinit.stages.train_student import train_student

@@ -19,11 +19,11 @@ from distinit.pipeline.common.locks import folder_lock
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.stages.ablate import ablate
 from distinit.stages.evaluate import evaluate
 from distinit.stages.finetune import finetune
+from distinit.stages.options import ReportConfig
 from distinit.stages.prepare import prepare
 from distinit.stages.report import report
 from distinit.stages.train_student import train_student

@@ -27,7 +27,6 @@ from distinit.pipeline.common.urls import (
     is_url,
     public_url,
 )
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import (
     BrowseConfig,
@@ -38,6 +37,7 @@ from distinit.pipeline.store.store_options import (
 )
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.stages.ablate import ablate
+from distinit.stages.options import ReportConfig
 from distinit.stages.report import report
 from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export

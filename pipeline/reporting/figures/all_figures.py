@@ -11,17 +11,17 @@ from ...evaluation.ensemble import compare_predictions
 from ...students.student_options import STEM
 from ..ablation_results import Ablation
 from ..accuracy_tables import Difference
-from ..run_pairs import Pair, largest_gain
+from ..run_pairs import Pair, largest_gain, rows_of_runs
 from ..runs import Run, short_path
 from .accuracy_figures import accuracies, class_gains, gains, paired, points
-from .backbone_features import backbone_features
 from .canvas import Figure, styled
 from .entropy import StoreStats, densities, threshold_points
-from .features import feature_map
+from .features import backbone_features, feature_map
 from .filters import RGB, Filters, in_space, over_time, read_filters
 from .learning_curves import learning_curves
 
 
+@styled()
 def draw_figures(
     runs: Sequence[Run],
     ablations: Sequence[Ablation],
@@ -49,31 +49,16 @@ def draw_figures(
         UsageError: `kinetics` has other weights, or `features` are not of training videos.
         SourceError: A file of features cannot be read.
     """
-    filters = _kinetics(kinetics) if kinetics is not None else None
-    with styled():
-        backbone = backbone_features(features, runs)
-        return _draw(runs, ablations, alone, differences, stores, filters, pair, backbone)
-
-
-def _draw(
-    runs: Sequence[Run],
-    ablations: Sequence[Ablation],
-    alone: Sequence[Run],
-    differences: Sequence[Difference],
-    stores: Mapping[str, StoreStats],
-    kinetics: Filters | None,
-    pair: Pair | None,
-    backbone: Figure | None,
-) -> list[Figure]:
+    others = _kinetics(kinetics) if kinetics is not None else None
+    backbone = backbone_features(features, runs)
     found: list[Figure | None] = [accuracies(alone), paired(differences)]
     found += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
-    filters = [filters for run in runs for filters in read_filters(run)]
-    found += [over_time(filters), in_space(filters, kinetics), backbone]
+    filters = [each for run in runs for each in read_filters(run)]
+    found += [over_time(filters), in_space(filters, others), backbone]
     with_features = [
         run for run in runs if run.predictions is not None and run.predictions.features.shape[2]
     ]
-    cells = [cell for ablation in ablations for cell in ablation.cells]
-    rows = {cell.run.path: cell.record.row for cell in cells if cell.run is not None}
+    rows = rows_of_runs(ablations)
     mapped = pair or largest_gain(with_features, rows)
     best = pair or largest_gain(runs, rows)
     if mapped is not None:

@@ -32,10 +32,10 @@ from distinit.pipeline.reporting.ablation_tables import (
     screen_table,
 )
 from distinit.pipeline.reporting.published_results import Accuracies, PaperNumbers
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_folders import find_runs
 from distinit.pipeline.reporting.run_pairs import largest_gain, named_pair
 from distinit.pipeline.reporting.teacher_baselines import TeacherProbe
+from distinit.stages.options import ReportConfig
 from distinit.stages.report import report
 
 CLASSES = [f"class {k}" for k in range(6)]

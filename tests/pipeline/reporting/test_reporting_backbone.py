@@ -16,8 +16,8 @@ from distinit.pipeline.common.errors import SourceError, UsageError
 from distinit.pipeline.evaluation.feature_files import read_features
 from distinit.pipeline.evaluation.run_labels import RunLabels
 from distinit.pipeline.reporting.figures import features as drawing
-from distinit.pipeline.reporting.figures.backbone_features import backbone_features
 from distinit.pipeline.reporting.figures.canvas import styled
+from distinit.pipeline.reporting.figures.features import backbone_features
 from distinit.pipeline.reporting.run_folders import find_runs
 
 CLASSES = [f"class {k}" for k in range(14)]

@@ -29,11 +29,11 @@ from distinit.pipeline.reporting.figures.entropy import entropy_density, thresho
 from distinit.pipeline.reporting.figures.features import embed
 from distinit.pipeline.reporting.figures.filters import variation_over_time
 from distinit.pipeline.reporting.report_contents import forwards_saved
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_folders import find_runs, read_run
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_files import save_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
+from distinit.stages.options import ReportConfig
 from distinit.stages.report import report
 
 QUIET = Console(quiet=True)
@@ -245,7 +245,7 @@ def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
     """Its import takes seconds; weights of Kinetics alone want it."""
     words = (
         "import sys; from distinit.stages.report import report; from distinit.pipeline.common.console import Console; "
-        "from distinit.pipeline.reporting.report_options import ReportConfig; "
+        "from distinit.stages.options import ReportConfig; "
         "report(ReportConfig(folders=sys.argv[1:2], out=sys.argv[2]), Console(quiet=True)); "
         "sys.exit('torch' in sys.modules)"
     )

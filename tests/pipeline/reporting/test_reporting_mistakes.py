@@ -35,9 +35,9 @@ from distinit.pipeline.reporting.confusions import (
 )
 from distinit.pipeline.reporting.example_videos import PLACES, ExampleVideos
 from distinit.pipeline.reporting.mistakes import find_changes, find_mistakes, wrong_videos
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_folders import find_runs
 from distinit.pipeline.reporting.runs import Run
+from distinit.stages.options import ReportConfig
 from distinit.stages.prepare import prepare
 from distinit.stages.report import report
 

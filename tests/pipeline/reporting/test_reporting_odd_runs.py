@@ -22,11 +22,11 @@ from distinit.pipeline.evaluation.compare import compare
 from distinit.pipeline.evaluation.predictions import Predictions, PredictionsError
 from distinit.pipeline.evaluation.run_labels import RunLabels
 from distinit.pipeline.reporting.ablation_results import cell_names
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.run_folders import find_runs
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_files import save_start
 from distinit.pipeline.students.student_options import StudentOptions
+from distinit.stages.options import ReportConfig
 from distinit.stages.report import report
 
 DEEP = "[" * 100_000 + "]" * 100_000

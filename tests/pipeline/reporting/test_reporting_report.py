@@ -25,10 +25,10 @@ from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.accuracy_tables import accuracy_table
 from distinit.pipeline.reporting.charts import Line, bar_chart, line_chart, tick_labels, ticks
 from distinit.pipeline.reporting.report_contents import make_report, student_table
-from distinit.pipeline.reporting.report_options import ReportConfig
 from distinit.pipeline.reporting.report_page import to_markdown
 from distinit.pipeline.reporting.run_folders import find_runs
 from distinit.pipeline.reporting.teacher_baselines import TeacherProbe
+from distinit.stages.options import ReportConfig
 from distinit.stages.report import report
 
 CLASSES = [f"class {k}" for k in range(7)]

@@ -1,16 +1,31 @@
-"""The options of `distinit report`. Free of torch."""
+"""Options of `distinit demo` and `distinit report`. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..common.settings import CliOption, Options
+from ..pipeline.common.settings import CliOption, Options
+
+
+class DemoConfig(Options):
+    """All options of `distinit demo`.
+
+    `extract`, `train` and `finetune` are merged over the sections of preset `demo`.
+    """
+
+    out: Annotated[Path, CliOption(group="Output", metavar="DIR")] = Field(
+        default=Path("demo-out"), description="the folder of store, runs and report"
+    )
+    extract: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    finetune: dict[str, Any] = {}
 
 
 class ReportConfig(Options):
-    """The options of `distinit report`."""
+    """All options of `distinit report`."""
 
     folders: Annotated[list[str], CliOption("DIR")] = Field(
         min_length=1, description="run folders, folders of runs, or folders of distinit ablate"
