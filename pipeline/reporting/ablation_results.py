@@ -23,6 +23,7 @@ from ..common.run_dir import CELLS, RESULT
 from ..evaluation.ensemble import Gain, p_value
 from ..evaluation.listing import short_dataset
 from ..evaluation.metrics import Estimate, bootstrap_ratios, by_group, interval, video_values
+from ..evaluation.predictions import Predictions
 from .published_results import PaperNumbers, Published
 from .runs import Run
 
@@ -67,9 +68,19 @@ class Cell:
     student: Run | None
 
     @property
+    def predictions(self) -> Predictions | None:
+        """Predictions of the finished run, None if there is none."""
+        return None if self.run is None else self.run.predictions
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """Metrics of the finished run, None if there is none."""
+        return None if self.run is None else self.run.metrics
+
+    @property
     def problem(self) -> str | None:
         """Why the cell has no number, None if it has one."""
-        if self.run is not None and self.run.predictions is not None:
+        if self.predictions is not None:
             return None
         if self.record.status == "done":
             return "missing: no finished predictions in its folder"
@@ -163,11 +174,7 @@ class Ablation:
 
     def _entry(self, row: str, dataset: str) -> Entry:
         cells = self.cells_of(row, dataset)
-        finished = [
-            (cell.record.split, cell.run.metrics)
-            for cell in cells
-            if cell.problem is None and cell.run and cell.run.metrics
-        ]
+        finished = [(cell.record.split, cell.metrics) for cell in cells if cell.metrics]
         values = {
             name: [each[name]["value"] for _, each in finished]
             for name in ("per_clip", "top1", "top5")
@@ -226,8 +233,7 @@ def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[fl
     correct: dict[int, dict[tuple[str, str], list[float]]] = {}
     recording: dict[tuple[str, str], str] = {}
     for cell in cells:
-        p = cell.run.predictions if cell.run is not None and cell.problem is None else None
-        if p is None:
+        if (p := cell.predictions) is None:
             continue
         right = video_values(p.clip_scores, p.labels)["top1"]
         keys = [(video, p.classes[int(k)]) for video, k in zip(p.videos, p.labels, strict=True)]

@@ -212,12 +212,8 @@ def cells_table(ablation: Ablation) -> Table:
     """Tabulate every cell: its top 1, or why it has none."""
     table = Table("Every run", columns("run", ">top 1, %", ">hours", "folder", ""))
     for cell in ablation.cells:
-        record, metrics = cell.record, cell.run.metrics if cell.run is not None else None
-        top1 = (
-            f"{100 * metrics['top1']['value']:.1f}"
-            if cell.problem is None and metrics
-            else "missing"
-        )
+        record, metrics = cell.record, cell.metrics
+        top1 = f"{100 * metrics['top1']['value']:.1f}" if metrics else "missing"
         hours = DASH if record.seconds is None else f"{record.seconds / 3600:.3f}"
         table.add(record.label, top1, hours, record.finetune, cell.problem or "")
     return table

@@ -108,12 +108,8 @@ def find_mistakes(runs: Sequence[Run], videos: ExampleVideos, count: int) -> lis
         videos: Reader of pictures.
         count: Wrong videos to show per run.
     """
-    evaluated = [run for run in runs if run.predictions is not None]
-    return [
-        _mistakes(run, run.predictions, videos, count)
-        for run in evaluated[:MAX_RUNS]
-        if run.predictions is not None
-    ]
+    tested = [(run, run.predictions) for run in runs if run.predictions is not None]
+    return [_mistakes(run, found, videos, count) for run, found in tested[:MAX_RUNS]]
 
 
 def _mistakes(run: Run, found: Predictions, videos: ExampleVideos, count: int) -> Mistakes:
@@ -188,7 +184,7 @@ def wrong_video_rows(runs: Sequence[Run]) -> Table:
 
 def find_changes(pairs: Sequence[Pair], videos: ExampleVideos) -> list[ClassChanges]:
     """Describe how the classes of each run differ from those of its base, the first MAX_PAIRS."""
-    found = [_changes(run, base, videos) for run, base in pairs[:MAX_PAIRS]]
+    found = (_changes(run, base, videos) for run, base in pairs[:MAX_PAIRS])
     return [each for each in found if each is not None]
 
 

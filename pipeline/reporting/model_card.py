@@ -80,7 +80,7 @@ def _results(run: Run | None) -> list[str]:
         ]
     metrics = run.metrics
     test, unit = metrics["protocol"], metrics["intervals"]
-    return [
+    lines = [
         f"On the test side of split {markdown_text(run.split)} of {markdown_text(run.dataset)}: "
         f"{metrics['videos']} videos ({len(metrics['failed'])} unreadable, counted as wrong), "
         f"{test['clips']} clips x {test['crops']} crops per video; initialisation: "
@@ -96,15 +96,11 @@ def _results(run: Run | None) -> list[str]:
         "",
         f"The intervals are of a bootstrap over {unit['units']} {unit['resampled']}; the seed of the training is not "
         "covered. The numbers are computed from the run's saved predictions.",
-        *_seen(run.test_videos_seen),
     ]
-
-
-def _seen(videos: int) -> list[str]:
-    if not videos:
-        return []
-    return [
-        "",
-        f"**{videos} of the test videos were seen by the student that the training started from**, without their "
-        "labels: these are not accuracies of unseen videos.",
-    ]
+    if run.test_videos_seen:
+        lines += [
+            "",
+            f"**{run.test_videos_seen} of the test videos were seen by the student that the training started from**, "
+            "without their labels: these are not accuracies of unseen videos.",
+        ]
+    return lines

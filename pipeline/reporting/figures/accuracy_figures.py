@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ...evaluation.ensemble import Comparison
 from ...evaluation.metrics import Estimate
 from ..accuracy_tables import Difference
@@ -98,8 +96,3 @@ def class_gains(found: Comparison, a: Run, b: Run) -> Figure | None:
         f"{CLASSES} each; {same} of {len(found.classes)} classes do not differ."
     )
     return finish(canvas, CLASS_GAINS, "Figure 7: which classes gain", caption, [a.name, b.name])
-
-
-def spread_of(values: np.ndarray) -> tuple[float, float]:
-    """Return mean and standard deviation (n − 1; 0 for one value) of fractions [n] in per cent."""
-    return 100 * float(values.mean()), 100 * float(values.std(ddof=1)) if len(values) > 1 else 0.0

@@ -15,7 +15,6 @@ from ...store.reader import TargetStore
 from ...store.stats import TeacherStats, teacher_stats
 from ..ablation_results import Ablation
 from ..runs import Run
-from .accuracy_figures import spread_of
 from .canvas import INK, MARKERS, Figure, colour, finish, new_canvas, short
 
 
@@ -81,9 +80,7 @@ def threshold_points(ablation: Ablation, store: str) -> list[Point]:
     for row in ablation.rows:
         cells = [cell for cell in ablation.cells if cell.record.row == row and cell.problem is None]
         students = [cell.student for cell in cells if cell.student is not None]
-        values = np.array(
-            [cell.run.metrics["top1"]["value"] for cell in cells if cell.run and cell.run.metrics]
-        )
+        values = np.array([cell.metrics["top1"]["value"] for cell in cells if cell.metrics])
         if not students or len(students) < len(cells) or not len(values):
             continue  # nothing finished, or nothing distilled
         if any(str(student.config.get("store")) != store for student in students):
@@ -92,7 +89,8 @@ def threshold_points(ablation: Ablation, store: str) -> list[Point]:
         nats = {
             name: float(np.mean([e[name] for e in each if name in e])) for name in each[0]
         } or None
-        points.append(Point(row, nats, *spread_of(values)))
+        deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+        points.append(Point(row, nats, 100 * float(values.mean()), 100 * deviation))
     return points if sum(point.nats is not None for point in points) >= 2 else []
 
 
