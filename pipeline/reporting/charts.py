@@ -61,36 +61,21 @@ class Chart:
     legend: bool = False
 
 
-def line_chart(
-    lines: Sequence[Line],
-    *,
-    x_label: str,
-    y_label: str,
-    width: int = 640,
-    height: int = 300,
-    y_range: tuple[float, float] | None = None,
-    legend: bool = True,
-) -> Chart | None:
-    """Return a chart of the lines, None if no line has a point.
+def entropy_curves(lines: Sequence[Line], highest: float, *, legend: bool) -> Chart | None:
+    """Return a chart of entropies in nats by seconds, None if no line has a point.
 
     Args:
         lines: Curves; each keeps its colour where another one is empty.
-        x_label: Text below the x axis.
-        y_label: Text next to the y axis.
-        width: Width of the chart, in pixels.
-        height: Height of the chart without its legend, in pixels.
-        y_range: Range that the y axis must cover, by default that of the lines.
+        highest: The y axis covers 0 to this entropy.
         legend: Whether the lines are named below the chart.
     """
-    drawn = [(i, thin(line)) for i, line in enumerate(lines)]
-    drawn = [(i, line) for i, line in drawn if len(line.x)]
+    drawn = [(i, line) for i, line in enumerate(map(thin, lines)) if len(line.x)]
     if not drawn:
         return None
     xs = np.concatenate([line.x for _, line in drawn])
-    ys = np.concatenate([line.y for _, line in drawn] + [np.array(y_range or ())])
-    left, top, right, bottom = 56, 10, width - 14, height - 42
-    x_ticks = ticks(float(xs.min()), float(xs.max()))
-    y_ticks = ticks(float(ys.min()), float(ys.max()), 6 if height >= 250 else 3)
+    ys = np.concatenate([line.y for _, line in drawn] + [np.array([0.0, highest])])
+    left, top, right, bottom = 56, 10, 1186, 118
+    x_ticks, y_ticks = ticks(xs.min(), xs.max()), ticks(ys.min(), ys.max(), 3)
     curves = []
     for i, line in drawn:
         x, y = _place(line.x, x_ticks, left, right), _place(line.y, y_ticks, bottom, top)
@@ -98,29 +83,24 @@ def line_chart(
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
         curves.append(Curve(line.name, COLOURS[i % len(COLOURS)], dashes, points))
     return Chart(
-        x_label, y_label, width, height + 18 * len(curves) * legend + 4, left, top, right, bottom,
+        "seconds", "entropy, nats", 1200, 164 + 18 * len(curves) * legend, left, top, right, bottom,
         _labelled(x_ticks, left, right), _labelled(y_ticks, bottom, top), curves=curves, legend=legend,
     )  # fmt: skip
 
 
-def bar_chart(
-    counts: np.ndarray,
-    edges: np.ndarray,
-    *,
-    x_label: str,
-    y_label: str,
-    width: int = 640,
-    height: int = 240,
-) -> Chart | None:
-    """Return a histogram of counts [n] between ascending edges [n + 1], None if all are 0."""
+def entropy_histogram(counts: np.ndarray, edges: np.ndarray) -> Chart | None:
+    """Return a histogram of counts [n] between ascending edges [n + 1] in nats; None if all are 0.
+
+    The counts are of frames.
+    """
     if not counts.any():
         return None
-    left, top, right, bottom = 64, 10, width - 14, height - 42
-    x_ticks, y_ticks = ticks(float(edges[0]), float(edges[-1])), ticks(0.0, float(counts.max()), 4)
+    left, top, right, bottom = 64, 10, 626, 198
+    x_ticks, y_ticks = ticks(edges[0], edges[-1]), ticks(0.0, counts.max(), 4)
     x, y = _place(edges, x_ticks, left, right), _place(counts, y_ticks, bottom, top)
     bars = np.stack([x[:-1] + 0.5, y, np.diff(x) - 1, bottom - y], axis=1).round(1)
     return Chart(
-        x_label, y_label, width, height, left, top, right, bottom,
+        "entropy, nats", "frames", 640, 240, left, top, right, bottom,
         _labelled(x_ticks, left, right), _labelled(y_ticks, bottom, top), bars=bars.tolist(),
     )  # fmt: skip
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from ..common.tables import Table, columns
 from ..store.stats import Failure, TeacherStats
-from .charts import Chart, Line, bar_chart, line_chart
+from .charts import entropy_curves, entropy_histogram
 from .html_page import render
-from .store_summary import StoreSummary, TeacherSummary, VideoSummary
+from .store_summary import StoreSummary, TeacherSummary
 
 FREQUENT = 10  # classes in the table of frequencies
 LISTED = 1000  # failed videos in their table
@@ -33,25 +33,15 @@ def store_page(summary: StoreSummary, version: str) -> str:
         version=version,
         store=store,
         states=", ".join(f"{n:,} {name}" for name, n in summary.states.items() if n),
-        videos=[(video, _curves(video, highest, len(classes) > 1)) for video in summary.videos],
+        videos=[
+            (video, entropy_curves(video.curves, highest, legend=len(classes) > 1))
+            for video in summary.videos
+        ],
         num_missing=sum(video.problem is not None for video in summary.videos),
         teachers=[_teacher(teacher) for teacher in summary.teachers],
         features=[store.teacher(name) for name in store.teachers_of("features")],
         failures=_failures(summary.failures) if summary.failures else None,
         identity=json.dumps(store.identity(), indent=1, ensure_ascii=False),
-    )
-
-
-def _curves(video: VideoSummary, highest: float, legend: bool) -> Chart | None:
-    """Return the chart of each teacher's entropy over a video, from 0 to `highest`."""
-    return line_chart(
-        [Line(name, seconds, nats) for name, (seconds, nats) in video.curves.items()],
-        x_label="seconds",
-        y_label="entropy, nats",
-        width=1200,
-        height=160,
-        y_range=(0.0, highest),
-        legend=legend,
     )
 
 
@@ -69,7 +59,7 @@ def _teacher(teacher: TeacherSummary) -> dict[str, Any]:
     return {
         **shown,
         "caption": _caption(stats, float(edges[-1])),
-        "histogram": bar_chart(counts, edges, x_label="entropy, nats", y_label="frames"),
+        "histogram": entropy_histogram(counts, edges),
         "frequent": _frequent_classes(stats),
         "lowest_entropy": teacher.lowest_entropy,
         "highest_entropy": teacher.highest_entropy,

@@ -22,6 +22,7 @@ from ..store.stats import Failure, TeacherStats, failures, teacher_stats
 from ..video.container import digest
 from ..video.frames import read_frames
 from ..video.geometry import View
+from .charts import Line
 from .html_page import jpeg_url
 
 STRIP = 8  # pictures of a sampled video
@@ -58,7 +59,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class VideoSummary:
-    """One sampled video. curves: teacher → (seconds [N], entropy in nats [N])."""
+    """One sampled video. curves: entropy in nats [N] by seconds [N], of each teacher."""
 
     corpus: str
     path: str
@@ -66,7 +67,7 @@ class VideoSummary:
     frames: int
     problem: str | None
     pictures: Sequence[Picture]
-    curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float32]]]
+    curves: Sequence[Line]
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _video(store: TargetStore, video: int, reader: FrameReader) -> VideoSummary:
         frames=len(rows),
         problem=pictures[0].problem,
         pictures=pictures,
-        curves={name: (seconds, store.entropy(name, rows)) for name in names},
+        curves=[Line(name, seconds, store.entropy(name, rows)) for name in names],
     )
 
 

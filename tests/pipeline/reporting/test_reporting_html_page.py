@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.common.tables import Column, Table
-from distinit.pipeline.reporting.charts import Chart, Line, bar_chart, line_chart
+from distinit.pipeline.reporting.charts import Chart, Line, entropy_curves, entropy_histogram
 from distinit.pipeline.reporting.html_page import _ENVIRONMENT, as_yaml
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -40,16 +40,16 @@ def test_cells_titles_and_notes_of_a_table_are_escaped() -> None:
 def test_a_chart_is_well_formed_and_names_its_curves(legend: bool) -> None:
     x = np.arange(5.0)
     lines = [Line("<a>", x, x), Line("dot", x[:1], x[:1])]
-    svg = drawn(line_chart(lines, x_label="x", y_label="y & z", legend=legend))
+    svg = drawn(entropy_curves(lines, 4.0, legend=legend))
     texts = [text.text for text in svg.iter(f"{SVG}text")]
     assert ("<a>" in texts) == ("dot" in texts) == legend
-    assert "y & z" in texts
+    assert "entropy, nats" in texts
     assert len(list(svg.iter(f"{SVG}polyline"))) == 2
     assert len(list(svg.iter(f"{SVG}circle"))) == 1  # of the curve of one point
 
 
 def test_a_histogram_is_drawn_and_no_chart_is_nothing() -> None:
-    svg = drawn(bar_chart(np.array([1, 2]), np.arange(3.0), x_label="x", y_label="y"))
+    svg = drawn(entropy_histogram(np.array([1, 2]), np.arange(3.0)))
     assert len(list(svg.iter(f"{SVG}rect"))) == 2
     assert macro("chart", None).strip() == ""
 

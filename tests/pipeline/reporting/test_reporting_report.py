@@ -23,7 +23,13 @@ from distinit.pipeline.common.tables import Column, Table
 from distinit.pipeline.evaluation.metrics import Estimate
 from distinit.pipeline.evaluation.predictions import Predictions
 from distinit.pipeline.reporting.accuracy_tables import accuracy_table
-from distinit.pipeline.reporting.charts import Line, bar_chart, line_chart, tick_labels, ticks
+from distinit.pipeline.reporting.charts import (
+    Line,
+    entropy_curves,
+    entropy_histogram,
+    tick_labels,
+    ticks,
+)
 from distinit.pipeline.reporting.report_contents import make_report, student_table
 from distinit.pipeline.reporting.report_page import to_markdown
 from distinit.pipeline.reporting.run_folders import find_runs
@@ -252,7 +258,7 @@ def test_tick_labels_have_equal_decimals() -> None:
 def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:
     x = np.arange(5000.0)
     y = np.where(x % 7 == 0, np.nan, x)
-    chart = line_chart([Line("a", x, y), Line("empty", x[:0], y[:0])], x_label="x", y_label="y")
+    chart = entropy_curves([Line("a", x, y), Line("empty", x[:0], y[:0])], 5.0, legend=True)
     assert chart is not None
     (curve,) = chart.curves
     points = np.array([point.split(",") for point in curve.points.split()], dtype=float)
@@ -260,21 +266,21 @@ def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:
     assert np.isfinite(points).all()
     assert (points >= (chart.left, chart.top)).all()
     assert (points <= (chart.right, chart.bottom)).all()
-    assert line_chart([Line("empty", x[:0], y[:0])], x_label="x", y_label="y") is None
+    assert entropy_curves([Line("empty", x[:0], y[:0])], 5.0, legend=True) is None
 
 
 def test_a_histogram_has_a_bar_of_its_height_for_each_count() -> None:
-    chart = bar_chart(np.array([0, 4, 2]), np.array([0.0, 1.0, 2.0, 3.0]), x_label="x", y_label="y")
+    chart = entropy_histogram(np.array([0, 4, 2]), np.arange(4.0))
     assert chart is not None
     heights = [height for _, _, _, height in chart.bars]
     assert heights == pytest.approx([0, 188, 94])  # the axis ends at 4
-    assert bar_chart(np.zeros(3, int), np.arange(4.0), x_label="x", y_label="y") is None
+    assert entropy_histogram(np.zeros(3, int), np.arange(4.0)) is None
 
 
 def test_curves_of_a_chart_are_told_apart_by_colour_and_dash() -> None:
     x = np.arange(3.0)
     names = ["<a>", "b", "c"]
-    chart = line_chart([Line(name, x, x) for name in names], x_label="x", y_label="y & z")
+    chart = entropy_curves([Line(name, x, x) for name in names], 2.0, legend=True)
     assert chart is not None
     assert len({curve.colour for curve in chart.curves}) == 3
     assert len({curve.dashes for curve in chart.curves}) == 3

@@ -31,7 +31,7 @@ def test_failures_and_missing_videos_are_named(
     for video in found.videos:
         assert video.problem == "no such file"
         assert all(picture.jpeg is None for picture in video.pictures)
-        assert set(video.curves) == {"t", "wide"}
+        assert {line.name for line in video.curves} == {"t", "wide"}
     page = store_page(found, "<0>")
     assert "<0>" not in page
     assert page.count("no video stream (audio only)") == len(failed) + 1
