@@ -86,7 +86,7 @@ _HOME = {
     "EpochBatchSampler": "distinit.pipeline.training.loader",
     "StudentOptions": "distinit.pipeline.students.student_options",
     "TargetStore": "distinit.pipeline.store.reader",
-    "TeacherSpec": "distinit.pipeline.teachers.loaded_model",
+    "TeacherSpec": "distinit.pipeline.teachers.teacher_options",
     "build_student": "distinit.pipeline.students.student",
     "collate": "distinit.pipeline.training.loader",
     "list_videos": "distinit.pipeline.corpus.sources",

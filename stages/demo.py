@@ -80,7 +80,9 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         console.say(
             f"{number}/5 finetune: train on the labels, {'from the student' if number == 3 else 'from scratch'}"
         )
-        results[name] = finetune(_finetuning(config, runs / name, init), console)
+        # The network of a student is known; from scratch it must be given.
+        network = {"student": training.student.model_dump()} if init == "scratch" else {}
+        results[name] = finetune(_finetuning(config, runs / name, init, network), console)
 
     console.say("5/5 report")
     made = report(ReportConfig(folders=[str(runs)], out=str(out / "report")), console)
@@ -111,7 +113,9 @@ def _check_out(out: Path, store: Path) -> None:
     check_output_dir(out, "demo", () if demo_store else (store.name,), record=RECORD)
 
 
-def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
+def _finetuning(
+    config: DemoConfig, run: Path, init: str, network: dict[str, Any]
+) -> FinetuneConfig:
     """Return the config of a finetuning, with equal settings for both initialisations."""
     return load_config(
         FinetuneConfig,
@@ -121,19 +125,11 @@ def _finetuning(config: DemoConfig, run: Path, init: str) -> FinetuneConfig:
             "dataset": f"csv:{CORPUS / 'labels.csv'}",
             **config.finetune,
             "init": init,
-            # The network of a student is known; from scratch it must be given.
-            **({"student": _student(config)} if init == "scratch" else {}),
+            **network,
             "out": str(run),
             "resume": "auto",
         },
     )
-
-
-def _student(config: DemoConfig) -> dict[str, Any]:
-    options = {**config.train, "store": "-", "out": "-"}
-    return load_config(
-        TrainConfig, "train-student", preset=PRESET, options=options
-    ).student.model_dump()
 
 
 def _show_next_steps(

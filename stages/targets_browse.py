@@ -10,8 +10,7 @@ from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.files import write_page
 from ..pipeline.common.run_dir import check_page_dir
-from ..pipeline.reporting.store_page import store_page
-from ..pipeline.reporting.store_summary import summarize_store
+from ..pipeline.reporting.store_page import store_page, summarize_store
 from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.store.store_options import BrowseConfig
 

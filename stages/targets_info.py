@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,13 @@ def _bytes(store: TargetStore) -> int:
             for name in names
         )
     index = store.index
-    commits = [index.frame_commits, index.hashes, *(t.commits for t in index.teachers.values())]
-    return sum(f["size"] for of in commits for node in of.values() for f in node["files"].values())
+    commits = (index.frame_commits, index.hashes, *(t.commits for t in index.teachers.values()))
+    return sum(map(_committed_bytes, commits))
+
+
+def _committed_bytes(commits: Mapping[int, dict[str, Any]]) -> int:
+    """Return the size of committed shards."""
+    return sum(file["size"] for node in commits.values() for file in node["files"].values())
 
 
 def _file_bytes(path: Path) -> int:
@@ -90,12 +96,6 @@ def _file_bytes(path: Path) -> int:
 def _counts(state: np.ndarray) -> dict[str, int]:
     names = {"ok": OK, "failed": FAILED, "pending": PENDING}
     return {"listed": len(state), **{n: int((state == code).sum()) for n, code in names.items()}}
-
-
-def _teacher_bytes(store: TargetStore, name: str) -> int:
-    """Return the size of the committed shards of one teacher."""
-    commits = store.index.teachers[name].commits.values()
-    return sum(f["size"] for node in commits for f in node["files"].values())
 
 
 def _fingerprint(store: TargetStore, name: str) -> dict[str, Any] | None:
@@ -142,7 +142,7 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "encoding_error": store.encoding_error(name),
         **_counts(store.index.teacher_state(name)),
         "rows": rows,
-        "bytes": (size := _teacher_bytes(store, name)),
+        "bytes": (size := _committed_bytes(store.index.teachers[name].commits)),
         "bytes_a_row": round(size / max(rows, 1), 1),
         "failures": dict(Counter(store.index.video_reasons(name).values()).most_common()),
         **(_of_logits(store, name) if record.output == "logits" else {}),

@@ -1,24 +1,260 @@
-"""The summary of a store as one self-contained HTML page without scripts."""
+"""The page of a target store: sampled videos, predictions and entropies of the teachers, failures.
+
+It is HTML without scripts, and contains its pictures.
+
+Shapes: N cached frames of a video, F pictures of it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..common.errors import StoreMismatchError, VideoError
+from ..common.numerics import best_classes, softmax
 from ..common.tables import Table, columns
-from ..store.stats import Failure, TeacherStats
-from .charts import entropy_curves, entropy_histogram
-from .html_page import render
-from .store_summary import StoreSummary, TeacherSummary
+from ..prepared.copies import read_copy
+from ..prepared.folders import PreparedCorpus, prepared_corpora
+from ..store.index import OK, STATUS
+from ..store.reader import TargetStore, check_file
+from ..store.stats import Failure, TeacherStats, failures, teacher_stats
+from ..video.container import digest
+from ..video.frames import read_frames
+from ..video.geometry import View
+from .charts import Line, entropy_curves, entropy_histogram
+from .html_page import jpeg_url, render
 
 FREQUENT = 10  # classes in the table of frequencies
 LISTED = 1000  # failed videos in their table
 REASONS = 20  # reasons of failures in their table
+STRIP = 8  # pictures of a sampled video
+EXTREMES = 8  # most and least confident frames of a teacher, one per video
+LABELS = 3  # best classes named under a picture
+HEIGHT = 96  # short side of a picture, in pixels
+QUALITY = 80
+Frames = tuple[NDArray[Any], ...]
+"""Index, pts, row and seconds since the first one, of the cached frames of a video [N]."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The best classes of a teacher for a frame with their probabilities (τ = 1), and the entropy.
+
+    The entropy is in nats.
+    """
+
+    labels: Sequence[tuple[str, float]]
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A cached frame: `jpeg` as a data URL, None if it is unreadable; `predictions` by teacher."""
+
+    video: str
+    index: int
+    seconds: float
+    jpeg: str | None
+    problem: str | None
+    predictions: Mapping[str, Prediction]
+
+
+@dataclass(frozen=True)
+class VideoSummary:
+    """One sampled video. curves: entropy in nats [N] by seconds [N], of each teacher."""
+
+    corpus: str
+    path: str
+    duration: float
+    frames: int
+    problem: str | None
+    pictures: Sequence[Picture]
+    curves: Sequence[Line]
+
+
+@dataclass(frozen=True)
+class TeacherSummary:
+    """A teacher over the whole store, with frames of lowest and highest entropy, one per video."""
+
+    teacher_stats: TeacherStats
+    lowest_entropy: Sequence[Picture]
+    highest_entropy: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """The content of the page; `states` has the number of videos by status."""
+
+    store: TargetStore
+    states: Mapping[str, int]
+    videos: Sequence[VideoSummary]
+    teachers: Sequence[TeacherSummary]
+    failures: Sequence[Failure]
+
+
+class FrameReader:
+    """Read small JPEGs of a store's videos, from originals or copies, as a training reads them.
+
+    Attributes:
+        teacher_states: Status of each video [V] by teacher.
+    """
+
+    def __init__(self, store: TargetStore, video_roots: Mapping[str, str]) -> None:
+        self.store, self.video_roots = store, video_roots
+        self.prepared: Mapping[str, PreparedCorpus] = prepared_corpora(video_roots)
+        # Computed once, since each is a pass over all segments.
+        self.teacher_states = {
+            name: store.index.teacher_state(name) for name in store.teachers_of("logits")
+        }
+
+    def read(self, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]) -> list[str]:
+        """Return a data URL for each of the frames with index [F] and pts [F].
+
+        Raises:
+            VideoError: The video is missing or unreadable.
+            StoreMismatchError: The file is not the one that the teachers saw.
+        """
+        store, view = self.store, View(resize=HEIGHT)
+        corpus, _ = store.place(video)
+        copies = self.prepared.get(corpus)
+        if copies is None:
+            path = store.video_path(video, self.video_roots)
+            check_file(store, video, path, digest(path))
+            found = read_frames(path, index, view, expect=(index, pts))
+        elif copies.kind == "flow":
+            raise VideoError(f"{copies.root} holds optical flow, no pictures")
+        else:
+            path = copies.path(store.video_path(video, {corpus: ""}))
+            found = read_copy(path, index, view, expect=(index, pts), digest=store.digest(video))
+        return [jpeg_url(image, QUALITY) for image in found.images]
+
+
+def summarize_store(
+    store: TargetStore, count: int, *, seed: int = 0, video_roots: Mapping[str, str] | None = None
+) -> StoreSummary:
+    """Sample videos of a store, and gather statistics of its teachers and failures.
+
+    An unreadable video is shown with the reason instead of its pictures.
+
+    Args:
+        store: The store.
+        count: Videos to sample among those with rows.
+        seed: Seed of the sample.
+        video_roots: Corpus → folder where it is located now, or of prepared copies.
+
+    Raises:
+        StoreError: The store is damaged.
+    """
+    reader = FrameReader(store, video_roots or {})
+    state = store.video_state
+    usable = np.flatnonzero((state == OK) & (store.row_counts > 0))
+    chosen = np.sort(np.random.default_rng(seed).permutation(usable)[:count])
+    return StoreSummary(
+        store=store,
+        states={name: int((state == code).sum()) for code, name in STATUS.items()},
+        videos=[_summarize_video(store, int(v), reader) for v in chosen],
+        teachers=[_summarize_teacher(store, name, reader) for name in store.teachers_of("logits")],
+        failures=list(failures(store)),
+    )
+
+
+def _summarize_video(store: TargetStore, video: int, reader: FrameReader) -> VideoSummary:
+    record = store.video(video)
+    frames = _, _, rows, seconds = _frames(store, video)
+    names = [name for name, state in reader.teacher_states.items() if state[video] == OK]
+    shown = np.unique(np.linspace(0, len(rows) - 1, STRIP).round().astype(np.int64))
+    pictures = _pictures(reader, video, names, frames, shown)
+    return VideoSummary(
+        corpus=record.corpus,
+        path=record.path,
+        duration=record.duration,
+        frames=len(rows),
+        problem=pictures[0].problem,
+        pictures=pictures,
+        curves=[Line(name, seconds, store.entropy(name, rows)) for name in names],
+    )
+
+
+def _frames(store: TargetStore, video: int) -> Frames:
+    """Return the cached frames of a video, with times from frame numbers where it has no clock."""
+    record, (index, pts, rows) = store.video(video), store.frames(video)
+    if record.time_base is not None and record.clock == "pts":
+        seconds = (pts - pts[0]) * float(record.time_base)
+    else:
+        fps = record.fps if np.isfinite(record.fps) and record.fps > 0 else 1.0
+        seconds = (index - index[0]) / fps
+    return index, pts, rows, seconds
+
+
+def _pictures(
+    reader: FrameReader,
+    video: int,
+    teachers: Sequence[str],
+    frames: Frames,
+    shown: NDArray[np.int64],
+) -> list[Picture]:
+    """Read those cached frames of one video that are shown [F], by their positions, in one pass."""
+    index, pts, rows, seconds = (column[shown] for column in frames)
+    store, problem = reader.store, None
+    jpegs: Sequence[str | None] = [None] * len(rows)
+    try:
+        jpegs = reader.read(video, index, pts)
+    except (VideoError, StoreMismatchError, OSError) as error:
+        problem = str(error)
+    predictions = {name: _predictions(store, name, rows) for name in teachers}
+    _, path = store.place(video)
+    return [
+        Picture(
+            path,
+            int(index[i]),
+            float(seconds[i]),
+            jpegs[i],
+            problem,
+            {name: predictions[name][i] for name in teachers},
+        )
+        for i in range(len(rows))
+    ]
+
+
+def _predictions(store: TargetStore, teacher: str, rows: NDArray[np.int64]) -> list[Prediction]:
+    odds = softmax(store.logits(teacher, rows).astype(np.float64))
+    classes = store.teachers[teacher].classes
+    return [
+        Prediction(best_classes(p, classes, LABELS), float(nats))
+        for p, nats in zip(odds, store.entropy(teacher, rows), strict=True)
+    ]
+
+
+def _summarize_teacher(store: TargetStore, name: str, reader: FrameReader) -> TeacherSummary:
+    found = teacher_stats(store, name)
+    order = np.argsort(found.entropy, kind="stable")
+    order = order[np.isfinite(found.entropy[order])]
+    videos = store.read_table("video", found.rows)
+    ends = [_extremes(reader, name, found.rows[o], videos[o]) for o in (order, order[::-1])]
+    return TeacherSummary(found, *ends)
+
+
+def _extremes(
+    reader: FrameReader, name: str, rows: NDArray[np.int64], videos: NDArray[np.int64]
+) -> list[Picture]:
+    """Return the first rows in the given order, at most one per video.
+
+    Neighbours of a frame would all look like it.
+    """
+    _, first = np.unique(videos, return_index=True)
+    pictures = []
+    for at in np.sort(first)[:EXTREMES]:
+        frames = _frames(reader.store, int(videos[at]))
+        shown = np.flatnonzero(frames[2] == rows[at])
+        pictures += _pictures(reader, int(videos[at]), [name], frames, shown)
+    return pictures
 
 
 def store_page(summary: StoreSummary, version: str) -> str:

@@ -14,7 +14,7 @@ from ..common.tables import Table, columns
 from ..evaluation.teacher_comparison import TeacherComparison
 from ..store.reader import TargetStore
 from .html_page import render
-from .store_summary import FrameReader
+from .store_page import FrameReader
 
 LABELS = 3
 QUANTILES = (0.05, 0.5, 0.95)

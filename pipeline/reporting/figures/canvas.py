@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -69,7 +69,7 @@ class Figure:
     caption: str
     svg: bytes
     png: bytes
-    about: Sequence[str] = field(default_factory=tuple)
+    about: Sequence[str] = ()
     table: Table | None = None
     wide: bool = False
 

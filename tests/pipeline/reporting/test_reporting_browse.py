@@ -22,7 +22,7 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.evaluation.compare_options import CompareConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
-from distinit.pipeline.reporting.store_summary import EXTREMES, HEIGHT, STRIP, summarize_store
+from distinit.pipeline.reporting.store_page import EXTREMES, HEIGHT, STRIP, summarize_store
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import BrowseConfig
 from distinit.pipeline.video.decoder import VideoReader

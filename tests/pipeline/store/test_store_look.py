@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.reporting.store_page import store_page
-from distinit.pipeline.reporting.store_summary import summarize_store
+from distinit.pipeline.reporting.store_page import store_page, summarize_store
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import BrowseConfig
 from distinit.stages.targets_browse import targets_browse
