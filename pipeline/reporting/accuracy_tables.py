@@ -19,6 +19,7 @@ from ..evaluation.metrics import (
     signed_brackets,
     video_values,
 )
+from ..evaluation.predictions import Predictions
 from .runs import Run
 from .teacher_baselines import TeacherProbe
 
@@ -243,10 +244,10 @@ def accuracy_numbers(runs: Sequence[Run]) -> Table:
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """Compare each run with the base of its group, paired by video, see `comparable`."""
     return [
-        _difference(run, base)
+        Difference(run, base, len(p.videos), _difference(p, base_p))
         for base, group in comparable(runs)
         for run in group
-        if run is not base
+        if run is not base and (p := run.predictions) and (base_p := base.predictions)
     ]
 
 
@@ -258,40 +259,28 @@ def comparable(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
     """
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        if run.predictions is not None:
-            groups.setdefault(tuple(sorted(_labelled(run).items())), []).append(run)
+        if (p := run.predictions) is not None:
+            labels = {video: p.classes[k] for video, k in zip(p.videos, p.labels, strict=True)}
+            groups.setdefault(tuple(sorted(labels.items())), []).append(run)
     return [
         (next((run for run in group if run.init == "scratch"), group[0]), group)
         for group in groups.values()
     ]
 
 
-def _labelled(run: Run) -> dict[str, str]:
-    p = run.predictions
-    return (
-        {}
-        if p is None
-        else {video: p.classes[int(k)] for video, k in zip(p.videos, p.labels, strict=True)}
+def _difference(p: Predictions, base: Predictions) -> Estimate:
+    """Return top 1 of `p` minus that of `base`, paired by video."""
+    top1, base_top1 = (
+        dict(zip(each.videos, video_values(each.clip_scores, each.labels)["top1"], strict=True))
+        for each in (p, base)
     )
-
-
-def _top1(run: Run) -> dict[str, float]:
-    p = run.predictions
-    if p is None:
-        return {}
-    return dict(zip(p.videos, video_values(p.clip_scores, p.labels)["top1"].tolist(), strict=True))
-
-
-def _difference(run: Run, base: Run) -> Difference:
-    top1, base_top1 = _top1(run), _top1(base)
     videos = sorted(top1)
     a, b = (np.array([values[video] for video in videos]) for values in (top1, base_top1))
-    p = run.predictions
-    if p is None or p.groups is None:
-        return Difference(run, base, len(videos), estimate_difference(a, b))
+    if p.groups is None:
+        return estimate_difference(a, b)
     source = dict(zip(p.videos, p.sources, strict=True))
     groups = np.unique([source[video] for video in videos], return_inverse=True)[1]
-    return Difference(run, base, len(videos), estimate_difference(a, b, groups))
+    return estimate_difference(a, b, groups)
 
 
 def difference_table(found: Sequence[Difference]) -> Table:
