@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
-from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.errors import UsageError
 from ..pipeline.common.files import replacing, write_page, write_whole
-from ..pipeline.common.run_dir import (
-    CONFIG,
-    MODEL_FILE,
-    config_next_to,
-    recorded_sections,
-    refuse_existing,
-    require_writable,
-)
+from ..pipeline.common.run_dir import CONFIG, MODEL_FILE, recorded_sections
+from ..pipeline.evaluation.own_videos import claim_file
 from ..pipeline.reporting.model_card import model_card
 from ..pipeline.reporting.run_folders import read_run
 from ..pipeline.reporting.runs import KINDS, Run
@@ -60,7 +52,8 @@ def export(config: GraphConfig, console: Console) -> dict[str, Any]:
     if config.to == "onnx":
         require_onnx()
     student = load_student(config.model, factory=config.factory)
-    out = _claim(config)
+    endings = {ENDINGS[config.to]: ""} if config.to in ENDINGS else {}
+    out = claim_file(config.out, endings, "export", config, beside=".json")
     about = _describe(student, config)
     probe = probe_clips(student, PROBES)
     expected = student_outputs(student, probe)
@@ -84,20 +77,6 @@ def export(config: GraphConfig, console: Console) -> dict[str, Any]:
     if config.to == "hub":
         console.say(f"next: hf upload ORG/NAME {out}; distinit.load_student('hf://ORG/NAME')")
     return {"out": str(out), "to": config.to, "about": str(record), **about["verified"]}
-
-
-def _claim(config: GraphConfig) -> Path:
-    """Check that `out` can be written and is no work of others, and write the config next to it."""
-    out = Path(os.path.abspath(config.out))
-    ending = ENDINGS.get(config.to)
-    if ending is not None and out.suffix != ending:
-        raise UsageError(f"--out {config.out}: expected a file that ends in {ending}")
-    require_writable(out.parent)
-    record = config_next_to(out)
-    if recorded_sections(record) != {"export"}:
-        refuse_existing(out.parent, (out.name, f"{out.name}.json"), "distinit export")
-    write_config(record, "export", config)
-    return out
 
 
 def _describe(student: Student, config: GraphConfig) -> dict[str, Any]:

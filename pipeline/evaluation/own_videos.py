@@ -65,27 +65,32 @@ def clips_of(
     )
 
 
-def claim_file(out: str, endings: Mapping[str, str], command: str, config: Options) -> Path:
+def claim_file(
+    out: str, endings: Mapping[str, str], command: str, config: Options, beside: str = ""
+) -> Path:
     """Check that a command may write its result to `out`, and write the config next to it.
 
     Args:
         out: The file.
-        endings: Allowed ending → name of the format.
+        endings: Allowed ending → name of the format, if it needs one; none allows every ending.
         command: Name of the command.
         config: Its options.
+        beside: Ending that is added to the name of a second file, if the command writes one.
 
     Raises:
         UsageError: Another ending, a file that the command did not write, or a folder that cannot
             be written.
     """
     path = Path(os.path.abspath(out))
-    if path.suffix not in endings:
-        allowed = ", ".join(f"{ending} ({name})" for ending, name in endings.items())
+    if endings and path.suffix not in endings:
+        allowed = ", ".join(
+            f"{ending} ({name})" if name else ending for ending, name in endings.items()
+        )
         raise UsageError(f"--out {out}: expected a file that ends in {allowed}")
     require_writable(path.parent)
     record = config_next_to(path)
     if recorded_sections(record) != {command}:
-        refuse_existing(path.parent, (path.name,), f"distinit {command}")
+        refuse_existing(path.parent, (path.name, path.name + beside), f"distinit {command}")
     write_config(record, command, config)
     return path
 
