@@ -35,18 +35,21 @@ from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.classification import HEAD, Classification
 from ..pipeline.evaluation.finetune_dry_run import dry_run
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
-from ..pipeline.evaluation.hold_out import hold_out
-from ..pipeline.evaluation.labelled_clips import LabelledClips
-from ..pipeline.evaluation.labels import Labels, available_splits, canonical, load_labels
+from ..pipeline.evaluation.labelled_clips import LabelledClips, count_some, warn_of_short_videos
+from ..pipeline.evaluation.labels import (
+    Labels,
+    available_splits,
+    canonical,
+    hold_out,
+    load_labels,
+)
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.metrics import MEASURES
-from ..pipeline.evaluation.protocol import evaluate_student, write_result
+from ..pipeline.evaluation.protocol import count_looks, evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest, videos_digest
 from ..pipeline.evaluation.search import FOLDER as SEARCH_FOLDER
 from ..pipeline.evaluation.search import SearchRecord, epochs_of_search, search
-from ..pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
-from ..pipeline.evaluation.test_looks import count_looks
 from ..pipeline.evaluation.test_overlap import (
     record_and_compare,
     refuse_overlap,

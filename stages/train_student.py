@@ -34,7 +34,7 @@ from ..pipeline.common.run_dir import (
 from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.evaluation.exclusion import canonical_exclude, optional_exclusion
-from ..pipeline.evaluation.short_videos import warn_of_short_videos
+from ..pipeline.evaluation.labelled_clips import warn_of_short_videos
 from ..pipeline.store.exclude import Exclusion
 from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.store.storage import absolute

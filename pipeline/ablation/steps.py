@@ -21,8 +21,7 @@ from ..common.run_dir import RESULT, STEP_FOLDERS, STUDENT_FILE
 from ..common.settings import Options
 from ..evaluation.exclusion import canonical_exclude, exclude
 from ..evaluation.finetune_options import FinetuneConfig
-from ..evaluation.hold_out import hold_out
-from ..evaluation.labels import Labels, canonical, load_labels
+from ..evaluation.labels import Labels, canonical, hold_out, load_labels
 from ..evaluation.run_labels import labels_digest, videos_digest
 from ..evaluation.search import epochs_of_search
 from ..store.exclude import Exclusion

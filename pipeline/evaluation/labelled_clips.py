@@ -1,11 +1,15 @@
 """Clips of labelled videos: random ones for training, evenly spread ones for tests.
 
+Clips that are longer than most of the videos are warned of.
+
 Shapes: T frames, C channels, H W pixels, N clips of a test video.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +22,14 @@ from ..clips.seeding import SHUFFLES, Key, epoch_position, rng
 from ..common.errors import TrainingError, UsageError, VideoError
 from ..corpus.sources import escape_path
 from ..video.flow import FLOW_CHANNELS, pictures_needed
+from ..video.pool.decode_pool import DecodePool
 from .evaluation_options import FrameOrder
 from .labels import Labelled, Labels
 
+log = logging.getLogger(__name__)
+
 MAX_BROKEN_IN_A_ROW = 20
+SAMPLE = 20  # videos whose frames are counted if no counts are stored
 
 
 class LabelledClips:
@@ -219,3 +227,46 @@ def clip_starts(num_frames: int, span: int, num_clips: int = 10) -> np.ndarray:
 def frame_indices(start: int, span: int, num_frames: int) -> np.ndarray:
     """Return `span` frames from `start`, int64; past the end the last frame is repeated."""
     return np.minimum(np.arange(start, start + span, dtype=np.int64), num_frames - 1)
+
+
+def warn_of_short_videos(
+    counts: Sequence[int], num_videos: int, clip_frames: int, channels: int
+) -> None:
+    """Warn if a clip is longer than most of the videos.
+
+    Args:
+        counts: Frames of some videos; 0 or less if unknown.
+        num_videos: Number of all videos.
+        clip_frames: Frames per clip.
+        channels: 3 for RGB, 2 for optical flow, which requires one more frame.
+    """
+    span = pictures_needed(clip_frames, channels)
+    known = np.array([count for count in counts if count > 0])
+    short = int((known < span).sum())
+    if 2 * short <= len(known):
+        return
+    sampled = "" if len(known) == num_videos else f" (sampled from {num_videos})"
+    frames = f"{known.min()} to {known.max()} frames, median {np.median(known):.0f}"
+    log.warning(
+        f"--frames {clip_frames} is longer than {short} of {len(known)} videos{sampled}, which have {frames}: "
+        "their clips repeat the last frame"
+    )
+
+
+def count_some(labels: Labels, videos: Sequence[Labelled]) -> list[int]:
+    """Count the frames of some videos, evenly spread over a list; unreadable ones are skipped."""
+    places = np.linspace(0, len(videos) - 1, min(SAMPLE, len(videos))).astype(int)
+    # In a process of its own, since an original may crash or hang the library that opens it. For a
+    # copy only the frame map is read.
+    workers: AbstractContextManager[DecodePool | None] = nullcontext()
+    if labels.copies is None:
+        workers = DecodePool(processes=1, views=())
+    counts = []
+    with workers as pool:
+        for place in np.unique(places).tolist():
+            with suppress(VideoError):
+                file = labels.file(videos[place])
+                counts.append(
+                    count_frames(file) if pool is None else len(pool.timeline(file.path).pts)
+                )
+    return counts

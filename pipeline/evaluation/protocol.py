@@ -12,7 +12,8 @@ import torch
 
 from ..clips.clip_options import ClipView
 from ..common.distributed import SINGLE_PROCESS, Ranks
-from ..common.errors import UsageError
+from ..common.documents import Form, read_json
+from ..common.errors import SourceError, UsageError
 from ..common.files import write_whole
 from ..common.progress_bar import progress_bar
 from ..common.run_dir import PARTIAL_PREDICTIONS, PREDICTIONS, RESULT
@@ -148,6 +149,23 @@ def _pending_predictions(
 def write_result(out: Path, result: dict[str, Any]) -> None:
     """Write OUT/result.json atomically."""
     write_whole(out / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
+
+
+def count_looks(run_dir: Path, *, again: bool = True) -> int:
+    """Return the number of tests of a run, that which is about to be made included.
+
+    Args:
+        run_dir: The folder of the run, whose last result has the number before.
+        again: Whether this test is another one than that of the result: a finished run that is
+            resumed is not tested again.
+    """
+    try:
+        before = read_json(run_dir / RESULT, Form).get("test_looks", 0)
+    except SourceError:
+        # A damaged result is about to be replaced.
+        before = 0
+    looks = before if isinstance(before, int) else 0
+    return looks + 1 if again or not looks else looks
 
 
 def check_result_dir(out: Path, runs: dict[str, str | list[str]]) -> None:

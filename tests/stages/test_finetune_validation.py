@@ -18,9 +18,8 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageError
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig, parse_search
-from distinit.pipeline.evaluation.hold_out import hold_out
 from distinit.pipeline.evaluation.labelled_clips import LabelledClips
-from distinit.pipeline.evaluation.labels import Labelled, Labels, load_labels
+from distinit.pipeline.evaluation.labels import Labelled, Labels, hold_out, load_labels
 from distinit.pipeline.evaluation.search import epochs_of_search, rungs
 from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.training import loop

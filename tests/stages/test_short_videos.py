@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.common.console import Console
+from distinit.pipeline.evaluation.labelled_clips import count_some, warn_of_short_videos
 from distinit.pipeline.evaluation.labels import load_labels
-from distinit.pipeline.evaluation.short_videos import count_some, warn_of_short_videos
 from distinit.pipeline.video.encode import write_video
 
 
