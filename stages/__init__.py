@@ -97,7 +97,7 @@ the videos that failed. A video that is not here is shown as missing.""",
         ),
     ),
     "targets-probe": Command(
-        "pipeline.evaluation.probe_options:ProbeConfig",
+        "pipeline.evaluation.evaluation_options:ProbeConfig",
         help="""What can cached targets teach? A linear probe of each teacher's targets on your labels.
 
 Targets are averaged over a video and given to a logistic regression; folds keep the videos of
@@ -110,7 +110,7 @@ tell the classes apart.""",
         ),
     ),
     "targets-compare": Command(
-        "pipeline.evaluation.compare_options:CompareConfig",
+        "pipeline.evaluation.evaluation_options:CompareConfig",
         help="""Teachers side by side: how far they agree, which is confident where.
 
 Also the videos on which they disagree most; with --out as a page with pictures, for any

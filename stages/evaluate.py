@@ -28,13 +28,13 @@ from ..pipeline.common.run_dir import (
     require_no_store,
     require_writable,
 )
-from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.compare import compare, fuse
 from ..pipeline.evaluation.evaluation_options import EvaluateConfig, EvaluationOptions
 from ..pipeline.evaluation.labelled_clips import count_some, warn_of_short_videos
 from ..pipeline.evaluation.labels import Labels, load_labels
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.predictions import require_classes
+from ..pipeline.evaluation.predictor import HEAD
 from ..pipeline.evaluation.protocol import (
     check_result_dir,
     count_looks,

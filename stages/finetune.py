@@ -32,9 +32,8 @@ from ..pipeline.common.run_dir import (
     run_dir_lock,
 )
 from ..pipeline.common.weights import state_sha256
-from ..pipeline.evaluation.classification import HEAD, Classification
-from ..pipeline.evaluation.finetune_dry_run import dry_run
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
+from ..pipeline.evaluation.finetuning import Classification, dry_run, validation
 from ..pipeline.evaluation.labelled_clips import LabelledClips, count_some, warn_of_short_videos
 from ..pipeline.evaluation.labels import (
     Labels,
@@ -45,6 +44,7 @@ from ..pipeline.evaluation.labels import (
 )
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.metrics import MEASURES
+from ..pipeline.evaluation.predictor import HEAD
 from ..pipeline.evaluation.protocol import count_looks, evaluate_student, write_result
 from ..pipeline.evaluation.run_labels import labels_digest, videos_digest
 from ..pipeline.evaluation.search import FOLDER as SEARCH_FOLDER
@@ -55,7 +55,6 @@ from ..pipeline.evaluation.test_overlap import (
     refuse_overlap,
     require_own_labels,
 )
-from ..pipeline.evaluation.validation_side import validation
 from ..pipeline.students.initialization import (
     Initialization,
     canonical_init,

@@ -14,7 +14,6 @@ from ..pipeline.common.numerics import best_classes
 from ..pipeline.common.streams import as_json
 from ..pipeline.common.tables import Table, columns
 from ..pipeline.corpus.sources import escape_path
-from ..pipeline.evaluation.classification import HEAD
 from ..pipeline.evaluation.ensemble import probabilities
 from ..pipeline.evaluation.evaluation_options import PredictConfig
 from ..pipeline.evaluation.own_videos import (
@@ -26,6 +25,7 @@ from ..pipeline.evaluation.own_videos import (
     write_rows,
 )
 from ..pipeline.evaluation.predictions import OK, Predictions
+from ..pipeline.evaluation.predictor import HEAD
 from ..pipeline.evaluation.predictor import predict as fill_in
 from ..pipeline.students.student import Student
 from ..pipeline.students.student_files import load_student

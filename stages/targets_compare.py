@@ -10,7 +10,7 @@ from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
 from ..pipeline.common.files import write_page
 from ..pipeline.common.run_dir import check_page_dir
-from ..pipeline.evaluation.compare_options import CompareConfig
+from ..pipeline.evaluation.evaluation_options import CompareConfig
 from ..pipeline.evaluation.teacher_comparison import compare_teachers
 from ..pipeline.reporting.teachers_page import (
     as_dict,

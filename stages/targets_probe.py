@@ -9,9 +9,9 @@ import numpy as np
 
 from ..pipeline.common.console import Console
 from ..pipeline.common.tables import Table, columns
+from ..pipeline.evaluation.evaluation_options import ALL_FRAMES, ProbeConfig
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.metrics import brackets
-from ..pipeline.evaluation.probe_options import ALL_FRAMES, ProbeConfig
 from ..pipeline.evaluation.store_labels import StoreLabels, match_labels
 from ..pipeline.evaluation.target_probe import ProbeResult, probe_teacher
 from ..pipeline.store.reader import TargetStore, check_video_roots

@@ -20,8 +20,10 @@ from ..clips.transforms import normalize_clip
 from ..common.errors import TrainingError, WorkerDied
 from ..students.student import Student
 from ..training.loader import KeyedDataset, SequentialBatchSampler, read_batches
-from .classification import HEAD
 from .predictions import LOGITS, Predictions
+
+HEAD = "label"
+"""Name of the one head of a finetuned student."""
 
 SAVE_EVERY_S = 60.0
 

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
-from distinit.pipeline.evaluation.probe_options import ProbeConfig
+from distinit.pipeline.evaluation.evaluation_options import ProbeConfig
 from distinit.pipeline.evaluation.store_labels import match_labels
 from distinit.pipeline.evaluation.target_probe import fit_and_predict, mean_targets
 from distinit.pipeline.reporting.accuracy_tables import teacher_table

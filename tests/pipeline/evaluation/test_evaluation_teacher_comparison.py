@@ -13,7 +13,7 @@ from scipy.stats import ortho_group, spearmanr
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.numerics import softmax
-from distinit.pipeline.evaluation.compare_options import CompareConfig
+from distinit.pipeline.evaluation.evaluation_options import CompareConfig
 from distinit.pipeline.evaluation.teacher_comparison import (
     compare_teachers,
     linear_cka,

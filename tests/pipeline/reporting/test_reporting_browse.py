@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
-from distinit.pipeline.evaluation.compare_options import CompareConfig
+from distinit.pipeline.evaluation.evaluation_options import CompareConfig
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.reporting.store_page import EXTREMES, HEIGHT, STRIP, summarize_store
 from distinit.pipeline.store.reader import TargetStore

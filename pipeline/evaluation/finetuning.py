@@ -1,25 +1,56 @@
-"""Measure a student on the validation side of labels, as the test does on the test side."""
+"""What `finetune` adds to a training: its objective, its validation side and its dry run.
+
+Shapes: B clips, K classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn import functional
 
 from ..clips.clip_options import ClipView
+from ..clips.transforms import normalize_clip
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import TrainingError
 from ..common.numerics import softmax
-from ..students.student import Student
+from ..students.student import Student, count_parameters
+from ..training.dry_run import log_config, log_memory, save_first_batch
+from ..training.loop import LossReport
+from ..training.loop_options import LoopOptions
 from ..training.precision import pick_workers
+from ..training.preview import render_labels
 from .evaluation_options import EvaluationOptions
-from .labelled_clips import EvaluationClips
+from .finetune_options import FinetuneConfig
+from .labelled_clips import EvaluationClips, LabelledClips
 from .labels import Labels
 from .predictions import LOGITS, Predictions
-from .predictor import predict
+from .predictor import HEAD, predict
+
+log = logging.getLogger(__name__)
 
 TINY = 1e-12
+
+
+class Classification:
+    """objective(model, batch, counts): cross-entropy of the labels, and accuracy of the clips."""
+
+    def counts(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the number of clips, int64 [1]; all of them count."""
+        return torch.tensor([len(batch["label"])])
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor) -> LossReport:
+        """Return the mean loss over `counts` clips, and the share that is classified correctly."""
+        logits = model(normalize_clip(batch["clip"], torch.float32))[HEAD].float()
+        right = (logits.detach().argmax(dim=1) == batch["label"]).sum()
+        loss = functional.cross_entropy(logits, batch["label"], reduction="sum")
+        return LossReport(loss / counts[0], {"accuracy": right / counts[0]})
 
 
 def validation(
@@ -102,4 +133,40 @@ def _measures(predictions: Predictions) -> dict[str, float]:
     return {
         "loss": float(-np.log(np.maximum(of_label, TINY)).mean()),
         "accuracy": float((scores.argmax(axis=1) == labels).sum() / len(readable)),
+    }
+
+
+def dry_run(
+    config: FinetuneConfig, options: LoopOptions, clips: LabelledClips, student: Student
+) -> dict[str, Any]:
+    """Log config, schedule, memory and computation of a step, and write RUN/first-batch.png.
+
+    Args:
+        config: The resolved config.
+        options: Of the loop, with the schedule.
+        clips: The training clips.
+        student: The student.
+
+    Returns:
+        What --json prints. Nothing is trained; the picture is of the run's first batch.
+
+    Raises:
+        TrainingError: The clips of the batch cannot be read, or the picture cannot be written.
+    """
+    log_config(config.model_copy(update={"loop": options}))
+    log.info(options.describe_epochs())
+    log.info(f"{options.describe_steps(options.gpus)}; {options.describe_rate()}")
+    size = log_memory(options, config.clips, student.options.channels, student)
+
+    def render(batch: dict[str, Any]) -> Image:
+        return render_labels(batch, clips.labels.classes)
+
+    return {
+        "dry_run": True,
+        "picture": save_first_batch(clips, options, render, config.out, "labels"),
+        "parameters": count_parameters(student),
+        "epochs": options.epochs,
+        "steps": options.total_steps,
+        "clips": options.total_steps * options.step_clips,
+        **size,
     }
