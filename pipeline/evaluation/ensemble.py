@@ -16,7 +16,6 @@ from ..common.errors import LabelsError, UsageError
 from ..common.numerics import softmax
 from ..corpus.sources import escape_path
 from .metrics import (
-    RESAMPLES,
     Estimate,
     bootstrap_ratios,
     by_group,
@@ -134,8 +133,6 @@ def compare_predictions(
     a: Predictions,
     b: Predictions,
     names: tuple[str, str],
-    *,
-    resamples: int = RESAMPLES,
 ) -> Comparison:
     """Compute the gain of A over B, paired by video, with a bootstrap over recordings or videos.
 
@@ -146,7 +143,6 @@ def compare_predictions(
         a: Predictions of model A.
         b: Predictions of model B for the same videos.
         names: Names of the two for messages.
-        resamples: Bootstrap resamples, R.
 
     Raises:
         CheckpointError: Class lists differ.
@@ -161,9 +157,7 @@ def compare_predictions(
     ones = np.ones((len(labels), 1))
 
     def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-        return bootstrap_ratios(
-            by_group(above, groups), by_group(below, groups), resamples=resamples
-        )
+        return bootstrap_ratios(by_group(above, groups), by_group(below, groups))
 
     num_units = len(by_group(ones, groups))
     measures = {

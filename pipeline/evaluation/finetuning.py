@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -158,9 +158,7 @@ def dry_run(
     log.info(f"{options.describe_steps(options.gpus)}; {options.describe_rate()}")
     size = log_memory(options, config.clips, student.options.channels, student)
 
-    def render(batch: dict[str, Any]) -> Image:
-        return render_labels(batch, clips.labels.classes)
-
+    render = partial(render_labels, classes=clips.labels.classes)
     return {
         "dry_run": True,
         "picture": save_first_batch(clips, options, render, config.out, "labels"),

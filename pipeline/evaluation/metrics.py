@@ -90,9 +90,7 @@ def mean_scores(clip_scores: np.ndarray) -> np.ndarray:
     return clip_scores.mean(axis=1, dtype=np.float64).astype(np.float32)
 
 
-def bootstrap_ratios(
-    above: np.ndarray, below: np.ndarray, *, resamples: int = RESAMPLES
-) -> np.ndarray:
+def bootstrap_ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Compute Σ above / Σ below over resampled videos.
 
     Videos are drawn with replacement; all M columns share a draw, so that they stay paired.
@@ -100,16 +98,15 @@ def bootstrap_ratios(
     Args:
         above: Numerators [V, M].
         below: Denominators [V, M].
-        resamples: R.
 
     Returns:
         float64 [R, M], NaN for 0 / 0.
     """
     n = len(above)
     rng = np.random.default_rng(SEED)
-    ratios = np.empty((resamples, above.shape[1]))
-    for first in range(0, resamples, _BLOCK):
-        count = min(_BLOCK, resamples - first)
+    ratios = np.empty((RESAMPLES, above.shape[1]))
+    for first in range(0, RESAMPLES, _BLOCK):
+        count = min(_BLOCK, RESAMPLES - first)
         drawn = rng.integers(n, size=(count, n)) + np.arange(count)[:, None] * n
         times = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
         with np.errstate(invalid="ignore"):
@@ -128,28 +125,23 @@ def by_group(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
 
 
 def estimate_mean(
-    values: np.ndarray,
-    groups: np.ndarray | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    least: float = 0,
+    values: np.ndarray, groups: np.ndarray | None = None, *, least: float = 0
 ) -> Estimate:
     """Estimate the mean of values [V] between `least` and 1, with its interval."""
     above, below = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
-    means = bootstrap_ratios(above, below, resamples=resamples)
+    means = bootstrap_ratios(above, below)
     return Estimate(float(values.mean()), *interval(means[:, 0], len(above), least))
 
 
 def interval(
-    resampled: np.ndarray, units: int | np.ndarray, least: float = 0, most: float = 1
+    resampled: np.ndarray, units: int | np.ndarray, least: float = 0
 ) -> tuple[float, float]:
-    """Return the 95 % interval of a mean.
+    """Return the 95 % interval of a mean between `least` and 1.
 
     Args:
         resampled: Resampled means [R].
         units: Number of resampled units; of each class [K] if the mean is one over classes.
         least: The smallest possible mean.
-        most: The largest possible mean.
 
     Returns:
         The 2.5 and 97.5 % quantiles, or the exact bounds if all resampled means are equal.
@@ -159,7 +151,7 @@ def interval(
         return low, high
     # The largest share of all units that may differ from those in the sample.
     unseen = float(np.mean(1 - 0.025 ** (1 / np.asarray(units))))
-    return low - unseen * (low - least), high + unseen * (most - high)
+    return low - unseen * (low - least), high + unseen * (1 - high)
 
 
 def class_values(top1: np.ndarray, labels: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -179,8 +171,6 @@ def estimate_class_mean(
     labels: np.ndarray,
     k: int,
     groups: np.ndarray | None = None,
-    *,
-    resamples: int = RESAMPLES,
 ) -> Estimate:
     """Estimate the mean over classes of their top-1 accuracy, see `class_values`.
 
@@ -190,7 +180,7 @@ def estimate_class_mean(
     tested = present.any(axis=0)
     right, present = by_group(right[:, tested], groups), by_group(present[:, tested], groups)
     value = (right.sum(axis=0) / present.sum(axis=0)).mean()
-    means = np.nanmean(bootstrap_ratios(right, present, resamples=resamples), axis=1)
+    means = np.nanmean(bootstrap_ratios(right, present), axis=1)
     return Estimate(float(value), *interval(means, (present > 0).sum(axis=0)))
 
 
@@ -198,15 +188,11 @@ def accuracies(
     clip_scores: np.ndarray,
     labels: np.ndarray,
     groups: np.ndarray | None = None,
-    *,
-    resamples: int = RESAMPLES,
 ) -> dict[str, Estimate]:
     """Estimate all accuracies from clip_scores [V, N, K] and labels [V], see MEASURES."""
     values = video_values(clip_scores, labels)
-    result = {name: estimate_mean(v, groups, resamples=resamples) for name, v in values.items()}
-    result["class_mean"] = estimate_class_mean(
-        values["top1"], labels, clip_scores.shape[2], groups, resamples=resamples
-    )
+    result = {name: estimate_mean(v, groups) for name, v in values.items()}
+    result["class_mean"] = estimate_class_mean(values["top1"], labels, clip_scores.shape[2], groups)
     return result
 
 
@@ -214,13 +200,11 @@ def estimate_difference(
     a: np.ndarray,
     b: np.ndarray,
     groups: np.ndarray | None = None,
-    *,
-    resamples: int = RESAMPLES,
 ) -> Estimate:
     """Estimate the mean of a − b, paired: a [V] and b [V] are of the same videos."""
     if a.shape != b.shape:
         raise ValueError(f"a paired difference requires equal shapes, got {a.shape} and {b.shape}")
-    return estimate_mean(a - b, groups, resamples=resamples, least=-1)
+    return estimate_mean(a - b, groups, least=-1)
 
 
 def signed(fraction: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +124,7 @@ def predict(
     """
     model.to(device).eval()
     saved = time.monotonic()
-    with _on_interrupt(save):
+    try:
         for result in video_outputs(
             lambda clips: clip_logits(model, clips),
             dataset,
@@ -138,6 +138,9 @@ def predict(
             if time.monotonic() - saved > SAVE_EVERY_S:
                 save()
                 saved = time.monotonic()
+    except KeyboardInterrupt:
+        save()
+        raise
 
 
 def _enter(result: VideoOutputs, predictions: Predictions) -> None:
@@ -240,22 +243,10 @@ def clip_logits(model: Student, clips: Tensor) -> tuple[Tensor, Tensor]:
     return logits.float(), features
 
 
-@contextmanager
-def _on_interrupt(save: Callable[[], None]) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        save()
-        raise
-
-
-@contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
+def _exact_float32(device: torch.device) -> AbstractContextManager[None]:
     """Turn TF32 off on a GPU, whose convolutions round differently for every batch size."""
     if device.type != "cuda":
-        yield
-        return
-    with torch.backends.cudnn.flags(
+        return nullcontext()
+    return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=False, allow_tf32=False
-    ):
-        yield
+    )

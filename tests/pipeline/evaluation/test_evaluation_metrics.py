@@ -61,7 +61,7 @@ def test_accuracies_equal_a_plain_loop(k: int) -> None:
         order = sorted(range(k), key=lambda c: (-mean[c], c))
         top1 += order[0] == label
         top5 += label in order[:5]
-    found = accuracies(scores, labels, resamples=200)
+    found = accuracies(scores, labels)
     assert found["per_clip"].value == pytest.approx(per_clip / 400)
     assert found["top1"].value == pytest.approx(top1 / 40)
     assert found["top5"].value == pytest.approx(top5 / 40)
@@ -72,7 +72,7 @@ def test_accuracies_equal_torchmetrics() -> None:
     torch = pytest.importorskip("torch")
     scores, labels = random_scores(200, 10, 12)
     mean = torch.from_numpy(scores.astype(np.float64).mean(axis=1))
-    found = accuracies(scores, labels, resamples=100)
+    found = accuracies(scores, labels)
     for name, top, average in (
         ("top1", 1, "micro"),
         ("top5", 5, "micro"),
@@ -89,7 +89,7 @@ def test_unread_videos_are_wrong_everywhere_and_never_leave_the_denominator() ->
     labels = np.array([0, 1, 2, 0], dtype=np.int32)
     scores[np.arange(4), :, labels] = 1  # all right …
     scores[3] = np.nan  # … but one has no scores; comparisons with NaN must not make it right
-    found = accuracies(scores, labels, resamples=500)
+    found = accuracies(scores, labels)
     assert [found[name].value for name in ("per_clip", "top1", "top5")] == [0.75] * 3
     assert found["class_mean"].value == pytest.approx((0.5 + 1 + 1) / 3)
 
@@ -129,7 +129,7 @@ def test_class_mean_weighs_classes_not_videos() -> None:
     labels[:] = np.repeat([0, 1, 2], [80, 5, 5])
     top1 = video_values(scores, labels)["top1"]
     expected = np.mean([top1[labels == c].mean() for c in range(3)])
-    found = estimate_class_mean(top1, labels, 3, resamples=300)
+    found = estimate_class_mean(top1, labels, 3)
     assert found.value == pytest.approx(expected)
     assert found.low <= expected <= found.high
 
