@@ -10,8 +10,8 @@ from typing import Any
 
 from ..pipeline.ablation.ablate_options import AblateConfig
 from ..pipeline.ablation.cost import show_cost
+from ..pipeline.ablation.execution import Progress, Work, derives_schedules, run_on_workers
 from ..pipeline.ablation.plan import cells, read_plan
-from ..pipeline.ablation.progress import Progress, Work, derives_schedules
 from ..pipeline.ablation.steps import Step, StepMaker, step_options
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
@@ -85,8 +85,6 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
         write_config(out / CONFIG, "ablate", config)
         progress.write()
         if config.workers is not None or config.scheduler is not None:
-            from ..pipeline.ablation.execution import run_on_workers
-
             run_on_workers(config.workers, config.scheduler, open_steps, progress)
         else:
             _run_here(open_steps, progress, console)

@@ -31,7 +31,7 @@ from ..pipeline.common.run_dir import (
 from ..pipeline.evaluation.compare import compare, fuse
 from ..pipeline.evaluation.evaluation_options import EvaluateConfig, EvaluationOptions
 from ..pipeline.evaluation.labelled_clips import count_some, warn_of_short_videos
-from ..pipeline.evaluation.labels import Labels, load_labels
+from ..pipeline.evaluation.labels import ALL, Labels, load_labels
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.predictions import require_classes
 from ..pipeline.evaluation.predictor import HEAD
@@ -42,7 +42,7 @@ from ..pipeline.evaluation.protocol import (
     write_result,
 )
 from ..pipeline.evaluation.run_labels import RunLabels
-from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
+from ..pipeline.evaluation.splits import split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
 from ..pipeline.students.student import Student
 from ..pipeline.students.student_files import load_student

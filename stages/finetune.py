@@ -36,6 +36,7 @@ from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.evaluation.finetuning import Classification, dry_run, validation
 from ..pipeline.evaluation.labelled_clips import LabelledClips, count_some, warn_of_short_videos
 from ..pipeline.evaluation.labels import (
+    ALL,
     Labels,
     available_splits,
     canonical,
@@ -49,7 +50,7 @@ from ..pipeline.evaluation.protocol import count_looks, evaluate_student, write_
 from ..pipeline.evaluation.run_labels import labels_digest, videos_digest
 from ..pipeline.evaluation.search import FOLDER as SEARCH_FOLDER
 from ..pipeline.evaluation.search import SearchRecord, epochs_of_search, search
-from ..pipeline.evaluation.splits import ALL, split_folder, split_folders, summarise_splits
+from ..pipeline.evaluation.splits import split_folder, split_folders, summarise_splits
 from ..pipeline.evaluation.test_overlap import (
     record_and_compare,
     refuse_overlap,

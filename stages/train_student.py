@@ -33,8 +33,8 @@ from ..pipeline.common.run_dir import (
 )
 from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
-from ..pipeline.evaluation.exclusion import canonical_exclude, optional_exclusion
 from ..pipeline.evaluation.labelled_clips import warn_of_short_videos
+from ..pipeline.evaluation.store_labels import canonical_exclude, optional_exclusion
 from ..pipeline.store.exclude import Exclusion
 from ..pipeline.store.reader import TargetStore, check_video_roots
 from ..pipeline.store.storage import absolute

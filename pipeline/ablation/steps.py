@@ -19,11 +19,11 @@ from ..clips.seeding import held_out_share
 from ..common.config import first_keys, load_config, merge, preset_section
 from ..common.run_dir import RESULT, STEP_FOLDERS, STUDENT_FILE
 from ..common.settings import Options
-from ..evaluation.exclusion import canonical_exclude, exclude
 from ..evaluation.finetune_options import FinetuneConfig
 from ..evaluation.labels import Labels, canonical, hold_out, load_labels
 from ..evaluation.run_labels import labels_digest, videos_digest
 from ..evaluation.search import epochs_of_search
+from ..evaluation.store_labels import canonical_exclude, exclude
 from ..store.exclude import Exclusion
 from ..store.reader import TargetStore
 from ..students.initialization import is_hub_init, student_file

@@ -26,6 +26,8 @@ from .official import SPLITS as OFFICIAL_SPLITS
 from .user_labels import csv_splits, read_csv, read_folder
 
 FORMS = "csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101 (these two with --root DIR)"
+KINDS = ("csv", "folder", "kinetics")  # of data sets with a path
+ALL = "all"  # a split that stands for every one
 
 
 class Labelled(NamedTuple):
@@ -195,6 +197,15 @@ def available_splits(dataset: str, root: str | None = None) -> tuple[int, ...]:
     return csv_splits(where) if kind == "csv" else (1,)
 
 
+def names_dataset(source: str) -> bool:
+    """Return whether an option that may also name a list names a data set; hmdb51:DIR is one, too.
+
+    An existing file is a list.
+    """
+    kind, _, where = source.partition(":")
+    return bool(where) and kind in (*KINDS, *OFFICIAL) and not os.path.exists(source)
+
+
 def canonical(dataset: str) -> str:
     """Return the data set with an absolute path."""
     kind, colon, where = dataset.partition(":")
@@ -218,7 +229,7 @@ def _parse(dataset: str, root: str | None) -> tuple[str, str]:
     kind, colon, where = dataset.partition(":")
     if kind in OFFICIAL and not colon:
         return kind, ""
-    if kind not in ("csv", "folder", "kinetics") or not where:
+    if kind not in KINDS or not where:
         raise UsageError(f"--dataset {dataset!r}: expected {FORMS}")
     if kind == "folder" and root is not None:
         raise UsageError(f"--root {root}: not allowed with --dataset folder:DIR, whose root is DIR")

@@ -13,12 +13,11 @@ import numpy as np
 from ..common.errors import UsageError
 from ..common.run_dir import CONFIG, recorded_sections
 from ..common.tables import Column, Table
+from .labels import ALL
 from .metrics import MEASURES
 from .protocol import write_result
 
 log = logging.getLogger(__name__)
-
-ALL = "all"
 
 
 def split_folder(run: Path, split: int) -> Path:

@@ -1,4 +1,4 @@
-"""Labels of the videos of a target store, wherever those videos are now."""
+"""Labelled videos of a target store, wherever they are now: to probe them, or to exclude them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from numpy.typing import NDArray
 
 from ..common.errors import LabelsError, UsageError, VideoError
 from ..corpus.sources import escape_path
+from ..store.exclude import Exclusion, exclude_list
 from ..store.reader import TargetStore
+from ..training.seen_videos import OWN, SeenVideos
 from ..video.container import digest
-from .labels import read_all_sides, read_split
+from .labels import (
+    ALL,
+    available_splits,
+    canonical,
+    load_labels,
+    names_dataset,
+    read_all_sides,
+    read_split,
+)
 from .listing import Row, first_few
+from .official import READERS as OFFICIAL
 
 
 @dataclass(frozen=True)
@@ -66,11 +77,12 @@ def match_labels(
         UsageError: No labelled video is in the store, or they are of one class.
         LabelsError: The labels cannot be read, or a video has two.
     """
-    base, rows = _rows(dataset, root, split)
+    listing = read_all_sides(dataset, root) if split is None else read_split(dataset, split, root)
+    rows = listing.rows
     index, missing = _Index(store, video_roots or {}), list[Row]()
     found: dict[int, Row] = {}
     for row in rows:
-        video = index.find(base, row)
+        video = index.find(listing.root, row)
         if video is None:
             missing.append(row)
         elif (first := found.setdefault(video, row)).label != row.label:
@@ -107,12 +119,6 @@ def match_labels(
         None if split is None else np.array([row.side == "test" for row in used]),
         notes,
     )
-
-
-def _rows(dataset: str, root: str | None, split: int | None) -> tuple[str, Sequence[Row]]:
-    """Return the folder that paths are relative to, and the labelled videos."""
-    listing = read_all_sides(dataset, root) if split is None else read_split(dataset, split, root)
-    return listing.root, listing.rows
 
 
 class _Index:
@@ -165,3 +171,74 @@ def _groups(
     at, key = np.array(pairs, np.int64).reshape(-1, 2).T
     graph = coo_matrix((np.ones(len(at)), (at, key)), shape=(size, size))
     return np.asarray(connected_components(graph, directed=False)[1][: len(rows)], np.int64)
+
+
+def canonical_exclude(source: str) -> str:
+    """Return the source with absolute paths."""
+    return canonical(source) if names_dataset(source) else os.path.abspath(source)
+
+
+def exclude(
+    store: TargetStore, source: str, split: int | str | None, video_roots: Mapping[str, str]
+) -> Exclusion:
+    """Find the videos of a store that a list names, or that are test videos of labels.
+
+    Labelled videos are recognised by content, so labels may name copies or other paths.
+
+    Args:
+        store: The store.
+        source: A list file, or a data set such as `csv:FILE`.
+        split: Split of the data set, "all" for every split.
+        video_roots: Corpus → folder where it is located now.
+
+    Raises:
+        UsageError: A list is empty, or a line or data set names no video of the store.
+        LabelsError: A label file cannot be used.
+    """
+    if not names_dataset(source):
+        if split is not None:
+            raise UsageError(
+                f"--split {split}: --exclude {source} is a list; a split requires --exclude csv:FILE"
+            )
+        return exclude_list(store, source)
+    kind, _, where = source.partition(":")
+    dataset, root = (kind, where) if kind in OFFICIAL else (source, None)
+    numbers = (
+        available_splits(dataset, root)
+        if split == ALL
+        else (None if split is None else int(split),)
+    )
+    digests: list[str] = []
+    paths: list[str] = []
+    for number in numbers:
+        # Many of Kinetics' videos are no longer on the web; a store cannot have them either.
+        labels = load_labels(dataset, number, root=root, partial=kind == "kinetics")
+        digests += [labels.digest(video) for video in labels.test]
+        paths += [labels.absolute(video) for video in labels.test]
+    store_paths = [store.video_path(video, video_roots) for video in range(store.n_videos)]
+    stored = SeenVideos(store.column("digest"), store_paths, np.full(store.n_videos, OWN, np.uint8))
+    by_path = {path: video for video, path in enumerate(map(os.path.abspath, store_paths))}
+    excluded = {row for rows in stored.rows(digests, paths) for row in rows}
+    excluded |= {by_path[path] for path in map(os.path.abspath, paths) if path in by_path}
+    if not excluded:
+        raise UsageError(
+            f"--exclude {source}: none of its {len(set(paths))} test videos is in {store.name}"
+        )
+    return Exclusion.of(store, source, excluded, len(set(paths)))
+
+
+def optional_exclusion(
+    store: TargetStore, source: str | None, split: int | str | None, video_roots: Mapping[str, str]
+) -> Exclusion | None:
+    """Return the result of `exclude`, None without a source.
+
+    Raises:
+        UsageError: There is a split without a source; and as `exclude`.
+    """
+    if source is None:
+        if split is not None:
+            raise UsageError(
+                f"--split {split}: requires --exclude csv:FILE, whose test videos are excluded"
+            )
+        return None
+    return exclude(store, source, split, video_roots)

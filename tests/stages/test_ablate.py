@@ -19,8 +19,8 @@ import yaml
 
 from distinit.pipeline.ablation.ablate_options import AblateConfig
 from distinit.pipeline.ablation.cost import measure
+from distinit.pipeline.ablation.execution import derives_schedules
 from distinit.pipeline.ablation.plan import cells, read_plan, shipped_plans
-from distinit.pipeline.ablation.progress import derives_schedules
 from distinit.pipeline.ablation.steps import StepMaker
 from distinit.pipeline.common.config import load_config, write_config
 from distinit.pipeline.common.console import Console

@@ -16,8 +16,8 @@ import yaml
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, LabelsError, UsageError
 from distinit.pipeline.evaluation.evaluation_options import EvaluateConfig, PredictConfig
-from distinit.pipeline.evaluation.exclusion import exclude
 from distinit.pipeline.evaluation.finetune_options import FinetuneConfig
+from distinit.pipeline.evaluation.store_labels import exclude
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.pipeline.training.seen_videos import SeenVideos
