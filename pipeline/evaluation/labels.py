@@ -18,12 +18,11 @@ from ..clips.content import VideoFile, source_digest
 from ..common.errors import CheckpointError, UsageError, VideoError
 from ..prepared.folders import CopyFolder
 from ..video.container import digest
-from .kinetics import read_kinetics
 from .label_checks import check_rows, class_names, note_shared_sources
+from .label_files import csv_splits, read_csv, read_folder, read_kinetics
 from .listing import SIDES, VAL, Listing, Row, first_few
 from .official import READERS as OFFICIAL
 from .official import SPLITS as OFFICIAL_SPLITS
-from .user_labels import csv_splits, read_csv, read_folder
 
 FORMS = "csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101 (these two with --root DIR)"
 KINDS = ("csv", "folder", "kinetics")  # of data sets with a path

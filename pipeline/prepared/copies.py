@@ -122,12 +122,12 @@ def decode_copy(
     entries = keys[np.searchsorted(keys, positions, side="right") - 1]
     first = 0
     while first < len(positions):
-        # One stretch: as long as the next frame's group is the same, or begins where this one is
-        # left.
+        # Packets are read at once as long as the next frame's group of pictures is the same, or
+        # begins where this one is left.
         last = first
         while last + 1 < len(positions) and entries[last + 1] <= positions[last] + 1:
             last += 1
-        yield from decoder.stretch(
+        yield from decoder.decode(
             descriptor, frame_map, int(entries[first]), positions[first : last + 1].tolist()
         )
         first = last + 1
@@ -180,7 +180,7 @@ class CopyDecoder:
         lines = plane_rows(plane, frame.height)[:, : frame.width * 3]
         return lines.reshape(frame.height, frame.width, 3)
 
-    def stretch(
+    def decode(
         self, descriptor: int, frame_map: FrameMap, entry: int, positions: list[int]
     ) -> Iterator[tuple[av.VideoFrame, CopyDecoder]]:
         """Decode from key frame `entry` to the last of `positions`, which come out in order."""
@@ -194,18 +194,18 @@ class CopyDecoder:
                 raise VideoError(
                     f"the copy is damaged at its frame {entry + k}: the checksum is wrong"
                 )
-            for frame in self._decode(packet, entry + k):
+            for frame in self._decode_packet(packet, entry + k):
                 if queue and frame.pts == queue[-1]:
                     queue.pop()
                     yield frame, self
-        for frame in self._decode(None, positions[-1]) if queue else ():
+        for frame in self._decode_packet(None, positions[-1]) if queue else ():
             if queue and frame.pts == queue[-1]:
                 queue.pop()
                 yield frame, self
         if queue:
             raise VideoError(f"the copy's frame {queue[-1]} does not decode")
 
-    def _decode(self, data: bytes | None, position: int) -> list[av.VideoFrame]:
+    def _decode_packet(self, data: bytes | None, position: int) -> list[av.VideoFrame]:
         packet = None
         if data is not None:
             packet = av.Packet(data)

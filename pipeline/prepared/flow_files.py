@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import h5py
@@ -101,10 +100,12 @@ class FlowWriter:
         self._file.create_dataset("index", data=index, fletcher32=True)
         self._file.create_dataset("pts", data=pts, fletcher32=True)
         options = self._options.model_dump(mode="json")
-        head = {**source.__dict__, "time_base": [*source.time_base.as_integer_ratio()]}
         # As bytes of fixed length, which HDF5 stores where it has a checksum; text of any length it
         # does not.
-        texts = {"source": np.bytes_(json.dumps(head)), "options": np.bytes_(json.dumps(options))}
+        texts = {
+            "source": np.bytes_(json.dumps(source.as_json())),
+            "options": np.bytes_(json.dumps(options)),
+        }
         self._file.attrs.update(format=FORMAT, version=VERSION, **texts)
         self.close()
         return FlowMap(source, index, pts, self._options.bound, share, self._options.size, options)
@@ -244,10 +245,9 @@ def _open(path: str) -> Iterator[tuple[h5py.File, FlowMap]]:
 def _load(file: h5py.File) -> FlowMap:
     if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
         raise VideoError(f"not a file of format {FORMAT!r}, version {VERSION}")
-    head = json.loads(file.attrs["source"])
     flow = file["flow"]
     flow_map = FlowMap(
-        source=SourceRecord(**{**head, "time_base": Fraction(*head["time_base"])}),
+        source=SourceRecord.from_json(json.loads(file.attrs["source"])),
         index=file["index"][:],
         pts=file["pts"][:],
         bound=float(flow.attrs["bound"]),

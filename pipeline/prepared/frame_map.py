@@ -47,6 +47,15 @@ class SourceRecord:
     clock: Literal["pts", "counted"]
     note: str | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as a file holds it."""
+        return {**self.__dict__, "time_base": [*self.time_base.as_integer_ratio()]}
+
+    @classmethod
+    def from_json(cls, head: dict[str, Any]) -> SourceRecord:
+        """Return the record that `as_json` wrote."""
+        return cls(**{**head, "time_base": Fraction(*head["time_base"])})
+
     def seconds(self, pts: np.ndarray) -> float:
         """Return the time from the first frame to the end of the last, given pts int64 [N].
 
@@ -117,7 +126,6 @@ class FrameMap:
 
     def pack(self) -> bytes:
         """Return the box."""
-        source = {**self.source.__dict__, "time_base": [*self.source.time_base.as_integer_ratio()]}
         head = json.dumps(
             {
                 "version": VERSION,
@@ -127,7 +135,7 @@ class FrameMap:
                 "height": self.height,
                 "codec": self.codec,
                 "extradata": self.extradata.hex(),
-                "source": source,
+                "source": self.source.as_json(),
                 "options": self.options,
                 "quality": self.quality,
                 "sha256": self.sha256,
@@ -172,13 +180,10 @@ class FrameMap:
         offset[0] = head["first_byte"]
         np.cumsum(sizes, out=offset[1:])
         offset[1:] += offset[0]
-        source = SourceRecord(
-            **{**head["source"], "time_base": Fraction(*head["source"]["time_base"])}
-        )
         if n == 0 or not key[0]:
             raise ValueError("no key frame to begin with")
         return cls(
-            source=source,
+            source=SourceRecord.from_json(head["source"]),
             index=index,
             pts=pts,
             offset=offset,

@@ -1,4 +1,8 @@
-"""Read a user's labels: a csv file, or a folder per side and class."""
+"""Read labels: a csv file, the csv files of Kinetics, or a folder per side and class.
+
+Videos of Kinetics are found anywhere below the root by the names that usual downloaders give them,
+`ID_000010_000020.mp4` (start and end in seconds).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,16 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..common.documents import is_utf8, read_text, refuse_windows_paths
-from ..common.errors import LabelsError, SourceError
+from ..common.errors import LabelsError, SourceError, UsageError
 from ..corpus.sources import escape_path, is_video, list_videos
 from .listing import SIDES, VAL, Listing, Row, first_few, require_utf8, videos_in
+
+KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
+_KINETICS_SIDES = {"train": "train", "val": "test", "validate": "test", "validation": "test"}
+_KINETICS_FILES = ("train.csv", "val.csv", "validate.csv", "validation.csv")
 
 
 def read_csv(path: str, split: int | None, root: str | None = None) -> Listing:
@@ -26,9 +34,14 @@ def read_csv(path: str, split: int | None, root: str | None = None) -> Listing:
         LabelsError: The file is not a csv, or lacks a column, a path or a label.
     """
     base = os.path.abspath(root) if root is not None else os.path.dirname(path)
-    reader_columns, rows = _table(path)
-    if split is not None:
-        _require_columns(path, reader_columns, split)
+    columns, rows = _table(path)
+    if split is not None and split not in (splits := _splits(columns)):
+        choices = (
+            f"its splits: {', '.join(map(str, splits))}"
+            if splits
+            else f"no splitN column among: {', '.join(columns) or 'no columns'}"
+        )
+        raise LabelsError(f"{path}: no column 'split{split}' ({choices})")
     used = list(_used_rows(path, rows, None if split is None else f"split{split}"))
     refuse_windows_paths(path, base, [row.path for row in used])
     listed = {os.path.normpath(row["path"]) for _, row in rows if row["path"]}
@@ -48,6 +61,60 @@ def csv_splits(path: str) -> tuple[int, ...]:
     if not splits:
         raise LabelsError(f"{path}: no splitN column among: {', '.join(columns) or 'no columns'}")
     return tuple(splits)
+
+
+def read_kinetics(where: str, split: int, root: str | None, partial: bool = False) -> Listing:
+    """Read the rows of the train and validation sides; the latter is the test side.
+
+    Args:
+        where: A csv file with both sides, or a folder with train.csv and val.csv.
+        split: Must be 1.
+        root: The folder to search for videos, by default that of the csv.
+        partial: Whether videos may be missing: many of Kinetics' are no longer on the web.
+
+    Raises:
+        UsageError: Another split than 1.
+        LabelsError: A file cannot be read, or videos are missing or ambiguous.
+    """
+    if split != 1:
+        raise UsageError(f"--split: kinetics has only split 1, got {split}")
+    files = [where]
+    if os.path.isdir(where):
+        files = [
+            path for name in _KINETICS_FILES if os.path.isfile(path := os.path.join(where, name))
+        ]
+        if not files:
+            raise LabelsError(f"{where}: expected train.csv and val.csv of Kinetics, found neither")
+    root = os.path.abspath(root or (where if os.path.isdir(where) else os.path.dirname(where)))
+    try:
+        paths = list_videos([root]).paths
+    except SourceError:
+        raise LabelsError(
+            f"--root {root}: expected videos such as ID_000010_000020.mp4, found none"
+        ) from None
+    by_name: dict[str, list[str]] = {}
+    for path in paths:
+        by_name.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
+    rows, used, missing = [], set(), 0
+    for file in files:
+        for name, side, label, line in _kinetics_rows(file):
+            matches = by_name.get(name, [])
+            if len(matches) > 1:
+                raise LabelsError(
+                    f"{file}: {line}: {len(matches)} files have this name, {first_few(matches, 2)}"
+                )
+            missing += not matches
+            used.update(matches)
+            path = matches[0] if matches else f"{name}.mp4"
+            where_listed = f"{os.path.basename(file)} {line}"
+            rows.append(Row(path, label, side, where_listed, source=name.rsplit("_", 2)[0]))
+    if missing and not partial:
+        first = next(row for row in rows if row.path not in used)
+        raise LabelsError(
+            f"{where}: {missing} of {len(rows)} videos do not exist below {root}, the first is "
+            f"{escape_path(first.path)} ({first.where}); download them, or give --partial"
+        )
+    return Listing(where, root, rows, unlabelled=tuple(path for path in paths if path not in used))
 
 
 def read_folder(root: str, split: int) -> Listing:
@@ -127,7 +194,9 @@ def _other_folders(root: str) -> Iterator[str]:
         yield f"{escape_path(name)}/ of {root} is not used ({count} videos), only train/, val/ and test/ are"
 
 
-def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+def _table(
+    path: str, required: Sequence[str] = ("path", "label")
+) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """Return the columns, and ("line N", row) of every row."""
     try:
         # Names that are not UTF-8 are read as surrogates, as in Python's os module.
@@ -136,7 +205,7 @@ def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
         )
         columns = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = columns
-        for name in ("path", "label"):
+        for name in required:
             if name not in columns:
                 shown = escape_path(", ".join(columns)) or "no columns"
                 raise LabelsError(f"{path}: no column {name!r} (found: {shown})")
@@ -147,22 +216,30 @@ def _table(path: str) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
         raise LabelsError(f"{path}: not a csv file ({error})") from error
 
 
+def _kinetics_rows(path: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (name without ending, side, label, "line N") of the rows of both sides."""
+    for line, row in _table(path, KINETICS_COLUMNS)[1]:
+        side = _KINETICS_SIDES.get(row["split"].strip().lower())
+        if side is None:
+            continue
+        label, video = row["label"].strip(), row["youtube_id"].strip()
+        require_utf8(path, line, (label, video))
+        try:
+            start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+        except (ValueError, OverflowError):
+            raise LabelsError(
+                f"{path}: {line}: expected seconds, got time_start {row['time_start']!r}, "
+                f"time_end {row['time_end']!r}"
+            ) from None
+        if not label or not video:
+            raise LabelsError(f"{path}: {line} has no {'youtube_id' if label else 'label'}")
+        yield f"{video}_{start:06d}_{end:06d}", side, label, line
+
+
 def _splits(columns: list[str]) -> list[int]:
     return sorted(
         int(m[1]) for m in (re.fullmatch(r"split([1-9]\d{0,8})", name) for name in columns) if m
     )
-
-
-def _require_columns(path: str, columns: list[str], split: int) -> None:
-    if split in _splits(columns):
-        return
-    splits = _splits(columns)
-    existing = (
-        f"its splits: {', '.join(map(str, splits))}"
-        if splits
-        else f"no splitN column among: {', '.join(columns) or 'no columns'}"
-    )
-    raise LabelsError(f"{path}: no column 'split{split}' ({existing})")
 
 
 def _used_rows(
