@@ -89,7 +89,8 @@ def compare(a: str, b: str, out: str | None) -> dict[str, Any]:
         log.warning(
             f"{a} and {b} were tested with different protocols: see `protocol` in each result.json"
         )
-    _show(comparison, parts[0], a, b)
+    _show_measures(comparison, parts[0], a, b)
+    _show_classes(comparison)
     result = {
         "a": a,
         "b": b,
@@ -117,15 +118,10 @@ def _read_run(run: str) -> Predictions:
     if splits and not (Path(run) / PREDICTIONS).exists():
         names = ", ".join(map(str, splits.values()))
         raise UsageError(f"{run} has a run per split, expected one of: {names}")
-    path = Path(run) / PREDICTIONS if Path(run).is_dir() else Path(run)
-    if path != Path(run):
-        is_regular_file(path, Path(run))
-    return read_finished(path)
-
-
-def _show(comparison: Comparison, part: Predictions, a: str, b: str) -> None:
-    _show_measures(comparison, part, a, b)
-    _show_classes(comparison)
+    if not Path(run).is_dir():
+        return read_finished(run)
+    is_regular_file(Path(run) / PREDICTIONS, Path(run))
+    return read_finished(Path(run) / PREDICTIONS)
 
 
 def _show_measures(comparison: Comparison, part: Predictions, a: str, b: str) -> None:

@@ -49,14 +49,16 @@ FORMAT = "distinit-predictions"
 FORMAT_VERSION = 2
 OK, FAILED, PENDING = "ok", "failed", "pending"
 LOGITS = "logits"  # a value of protocol.scores
+_TEXTS = ("classes", "videos", "sources", "status", "reasons")
 _TABLES = {
-    **dict.fromkeys(("classes", "videos", "sources", "status", "reasons"), (STRING, 1)),
+    **dict.fromkeys(_TEXTS, (STRING, 1)),
     **dict.fromkeys(("labels", "frames"), ("i", 1)),
     "starts": ("i", 2),
     "clip_scores": ("f", 3),
     "video_scores": ("f", 2),
     "features": ("f", 3),
 }
+_RESULTS = ("frames", "starts", "clip_scores", "features")  # numbers that a test fills in
 log = logging.getLogger(__name__)
 
 
@@ -181,16 +183,13 @@ class Predictions:
     def export_rows(self, videos: Sequence[int]) -> dict[str, Any]:
         """Return the rows of some videos, for `merge_rows` in another process."""
         rows = list(videos)
-        tables = {
-            name: getattr(self, name)[rows]
-            for name in ("frames", "starts", "clip_scores", "features")
-        }
+        tables = {name: getattr(self, name)[rows] for name in _RESULTS}
         texts = {name: [getattr(self, name)[v] for v in rows] for name in ("status", "reasons")}
         return {"videos": rows, **tables, **texts}
 
     def merge_rows(self, rows: dict[str, Any]) -> None:
         """Copy rows of another process into these tables."""
-        for name in ("frames", "starts", "clip_scores", "features"):
+        for name in _RESULTS:
             getattr(self, name)[rows["videos"]] = rows[name]
         for i, video in enumerate(rows["videos"]):
             self.status[video], self.reasons[video] = rows["status"][i], rows["reasons"][i]
@@ -227,13 +226,8 @@ class Predictions:
         )
         if not same:
             return 0
-        self.status, self.reasons = earlier.status, earlier.reasons
-        self.frames, self.starts, self.clip_scores = (
-            earlier.frames,
-            earlier.starts,
-            earlier.clip_scores,
-        )
-        self.features = earlier.features
+        for name in ("status", "reasons", *_RESULTS):
+            setattr(self, name, getattr(earlier, name))
         return len(self.videos) - len(self.pending)
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -257,26 +251,12 @@ class Predictions:
         file.attrs["protocol"] = json.dumps(self.protocol)
         file.attrs["identity"] = json.dumps(self.identity)
         strings = h5py.string_dtype()
-        texts = {
-            "classes": [escape_path(name) for name in self.classes],
-            "videos": [escape_path(name) for name in self.videos],
-            "sources": [escape_path(name) for name in self.sources],
-            "status": self.status,
-            "reasons": [escape_path(reason) for reason in self.reasons],
-        }
-        for name, text in texts.items():
-            file.create_dataset(name, data=np.array(text, dtype=object), dtype=strings)
-        numbers = {
-            "labels": self.labels,
-            "frames": self.frames,
-            "starts": self.starts,
-            "clip_scores": self.clip_scores,
-            "video_scores": self.video_scores,
-        }
-        if self.features.shape[2]:
-            numbers["features"] = self.features
-        for name, values in numbers.items():
-            file.create_dataset(name, data=values, fletcher32=True)
+        for name in _TEXTS:
+            text = np.array([escape_path(each) for each in getattr(self, name)], dtype=object)
+            file.create_dataset(name, data=text, dtype=strings)
+        numbers = ["labels", "frames", "starts", "clip_scores", "video_scores"]
+        for name in numbers + ["features"] * bool(self.features.shape[2]):
+            file.create_dataset(name, data=getattr(self, name), fletcher32=True)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Predictions:
@@ -312,18 +292,14 @@ class Predictions:
             raise PredictionsError(
                 f"{path}: predictions of format {version}, this version reads {FORMAT_VERSION}"
             )
+        columns: dict[str, Any] = {
+            name: [unescape_path(each) for each in file[name].asstr()[:]] for name in _TEXTS
+        }
+        columns |= {name: file[name][:] for name in ("labels", "frames", "starts", "clip_scores")}
         tables = cls(
-            classes=[unescape_path(name) for name in file["classes"].asstr()[:]],
-            videos=[unescape_path(name) for name in file["videos"].asstr()[:]],
-            labels=file["labels"][:],
-            status=list(file["status"].asstr()[:]),
-            reasons=[unescape_path(reason) for reason in file["reasons"].asstr()[:]],
-            frames=file["frames"][:],
-            starts=file["starts"][:],
-            clip_scores=file["clip_scores"][:],
+            **columns,
             protocol=json.loads(file.attrs["protocol"]),
             identity=json.loads(file.attrs["identity"]),
-            sources=[unescape_path(name) for name in file["sources"].asstr()[:]],
             features=file["features"][:]
             if "features" in file
             else np.empty((*file["starts"].shape, 0), np.float32),

@@ -133,7 +133,7 @@ def _pending_predictions(
         [video.path for video in labels.test],
         [video.label for video in labels.test],
         options.clips * options.crops,
-        protocol=_protocol(view, clip_frames, options) | _copies_protocol(labels),
+        protocol=_protocol(labels, view, clip_frames, options),
         identity={
             "dataset": labels.dataset,
             "split": labels.split,
@@ -212,7 +212,9 @@ def _check_predictions(out: Path) -> None:
             ) from error
 
 
-def _protocol(view: ClipView, clip_frames: int, options: EvaluationOptions) -> dict[str, Any]:
+def _protocol(
+    labels: Labels, view: ClipView, clip_frames: int, options: EvaluationOptions
+) -> dict[str, Any]:
     """Describe the test; the keys and texts are stored, and compared on a resume."""
     frame = view.frame_view()
     return {
@@ -228,12 +230,8 @@ def _protocol(view: ClipView, clip_frames: int, options: EvaluationOptions) -> d
         "unread_videos": "wrong",
         # Before version 0.2 no order was stored, and those of ordered frames stay the same.
         **({} if options.frames == "ordered" else {"frame_order": options.frames}),
+        **({} if labels.copies is None else {"copies": dict(labels.copies.options)}),
     }
-
-
-def _copies_protocol(labels: Labels) -> dict[str, Any]:
-    """Return the options of the prepared copies that clips are decoded from, {} without copies."""
-    return {} if labels.copies is None else {"copies": dict(labels.copies.options)}
 
 
 def _resume(predictions: Predictions, path: Path) -> int:

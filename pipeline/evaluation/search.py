@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ class Candidate:
     failed: str = ""
 
     @property
+    def rank(self) -> float:
+        """The loss, the highest of all without one; the lowest rank is chosen."""
+        return math.inf if self.loss is None else self.loss
+
+    @property
     def name(self) -> str:
         """The values as they are given on the command line."""
         return " ".join(f"{key}={value}" for key, value in self.options.items())
@@ -70,7 +75,7 @@ class SearchRecord:
     identity: dict[str, Any]
     candidates: list[Candidate]
     chosen: int | None = None
-    epochs_trained: int = field(default=0)
+    epochs_trained: int = 0
 
     @classmethod
     def read(cls, run_dir: Path) -> SearchRecord | None:
@@ -189,7 +194,7 @@ def search(
     record = ranks.on_main(lambda: _begin(run_dir, identity, [each for each, _ in candidates]))
     left = list(range(len(candidates)))
     for share, count in rungs(len(candidates)) if record.chosen is None else ():
-        left = sorted(left, key=lambda i: _rank_of(record.candidates[i]))[:count]
+        left = sorted(left, key=lambda i: record.candidates[i].rank)[:count]
         ranks.on_main(partial(_remove_others, run_dir, left, len(candidates)))
         for i in sorted(left):
             candidate, options = record.candidates[i], candidates[i][1]
@@ -211,7 +216,7 @@ def search(
             candidate.epochs = epochs
             ranks.on_main(lambda: record.write(run_dir))
     if record.chosen is None:
-        record.chosen = min(left, key=lambda i: _rank_of(record.candidates[i]))
+        record.chosen = min(left, key=lambda i: record.candidates[i].rank)
         if record.best.loss is None:
             raise TrainingError(f"--search: every candidate failed: {record.best.failed}")
         ranks.on_main(lambda: record.write(run_dir))
@@ -232,10 +237,6 @@ def _begin(run_dir: Path, identity: dict[str, Any], options: list[dict[str, Any]
 def _remove_others(run_dir: Path, left: list[int], candidates: int) -> None:
     for i in set(range(candidates)) - set(left):
         shutil.rmtree(run_dir / FOLDER / str(i), ignore_errors=True)
-
-
-def _rank_of(candidate: Candidate) -> float:
-    return math.inf if candidate.loss is None else candidate.loss
 
 
 def _epochs(epochs: int, share: float) -> int:
