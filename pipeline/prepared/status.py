@@ -29,6 +29,7 @@ COLUMNS = (
     "corpus", "path", "status", "reason", "frames", "seconds", "source_bytes", "copy_bytes", "width", "height",
     "psnr", "ssim", "clipped", "note", "source_mtime_ns",
 )  # fmt: skip
+WORST = {"psnr": 0.05, "ssim": 0.05, "clipped": 0.95}  # quantile of the worst 5 % of the videos
 
 
 class StatusFile:
@@ -113,7 +114,7 @@ class Tally:
         self.seconds += float(row["seconds"])
         self.source_bytes += int(row["source_bytes"])
         self.copy_bytes += int(row["copy_bytes"])
-        for name in ("psnr", "ssim", "clipped"):
+        for name in WORST:
             if row.get(name):
                 self.measured[name].append(float(row[name]))
 
@@ -141,17 +142,12 @@ def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally) -> d
         "copy_bytes": tally.copy_bytes,
         "bytes_per_second": round(tally.copy_bytes / tally.seconds) if tally.seconds else None,
     }
-    for name in ("psnr", "ssim"):
+    for name, worst in WORST.items():
         if column := tally.measured[name]:
             result[name] = {
                 "mean": float(np.mean(column)),
-                "worst_5_percent": float(np.quantile(column, 0.05)),
+                "worst_5_percent": float(np.quantile(column, worst)),
             }
-    if column := tally.measured["clipped"]:
-        result["clipped"] = {
-            "mean": float(np.mean(column)),
-            "worst_5_percent": float(np.quantile(column, 0.95)),
-        }
     if not new:
         log.info("nothing to do: every video has its copy or a reason why not")
     if tally.ok:
