@@ -176,8 +176,8 @@ class DecodePool:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that were started."""
-        pids = (worker.pid for worker in self._workers.values())
+        """Process ids of the workers that were started, by place."""
+        pids = (worker.pid for _, worker in sorted(self._workers.items()))
         return [pid for pid in pids if pid is not None]
 
     def show(self, views: Sequence[View]) -> None:

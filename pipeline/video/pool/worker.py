@@ -35,15 +35,7 @@ from ..sampling import Sampling
 from .messages import INTERNAL, SLOTS, Layout, receive, send
 
 _SIGN_OF_LIFE_S = 1.0
-_GOOD = (
-    Path(__file__).parents[3]
-    / "conf"
-    / "demo_corpus"
-    / "Standing_Still"
-    / "test_Standing-Still-001.mp4"
-)
-
-
+_GOOD = Path(__file__).parents[3] / "conf/demo_corpus/Standing_Still/test_Standing-Still-001.mp4"
 _JOBS = {"copy": "distinit.pipeline.prepared.make_copy:copy_job"}
 """Jobs of other packages by kind. They are imported when the first one comes: no other worker needs
 their modules."""
@@ -194,31 +186,34 @@ class DecodeWorker:
             slot, rows = -1, 0
             arrays: tuple[np.ndarray, ...] = ()
             more = False
-            # Rows are counted as they come, since a damaged frame gives none.
-            for i, p, frame in reader.frames_at(chosen):
-                if rows >= limit:
-                    more = True
-                    break
-                rows += 1
-                if rows <= skip:
-                    del frame
-                    continue
-                if slot < 0:
-                    slot = self._slot()
-                    arrays = self._layout.arrays(self._memory, slot)
-                renderer = renderer or reader.info.renderer()
-                for view, array in zip(self._views, arrays, strict=True):
-                    renderer.render(frame, view, out=array[len(index)])
-                del frame  # see VideoReader
-                index.append(i)
-                pts.append(p)
-                if len(index) == self._layout.rows:
+            try:
+                # Rows are counted as they come, since a damaged frame gives none.
+                for i, p, frame in reader.frames_at(chosen):
+                    if rows >= limit:
+                        more = True
+                        break
+                    rows += 1
+                    if rows <= skip:
+                        del frame
+                        continue
+                    if slot < 0:
+                        slot = self._slot()
+                        arrays = self._layout.arrays(self._memory, slot)
+                    renderer = renderer or reader.info.renderer()
+                    for view, array in zip(self._views, arrays, strict=True):
+                        renderer.render(frame, view, out=array[len(index)])
+                    del frame  # see VideoReader
+                    index.append(i)
+                    pts.append(p)
+                    if len(index) == self._layout.rows:
+                        self._deliver(slot, index, pts)
+                        slot, index, pts = -1, [], []
+                if index:
                     self._deliver(slot, index, pts)
-                    slot, index, pts = -1, [], []
-            if index:
-                self._deliver(slot, index, pts)
-            elif slot >= 0:
-                self._free.append(slot)
+                    slot = -1
+            finally:
+                if slot >= 0:  # of a video that cannot be read to its end
+                    self._free.append(slot)
             if len(chosen) and not rows:
                 raise VideoError(f"none of the sampled frames could be decoded: {reader.damage}")
             return {

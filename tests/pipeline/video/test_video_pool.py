@@ -1,5 +1,5 @@
-"""Decoding in child processes that are killed, stopped, starved and left, with the real
-children."""
+"""Decoding in worker processes that are killed, stopped, starved and left, with the real
+workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from distinit.pipeline.video.probe import probe
 from distinit.pipeline.video.sampling import Sampling
 
 VIEWS = [View(resize=(120, 160)), View(resize=64, crop=56)]
-FRAMES = 400  # far more than the slots of a child hold
+FRAMES = 400  # far more than the slots of a worker hold
 Rows = dict[int, list[tuple[int, int, bytes]]]
 
 
@@ -75,7 +75,7 @@ def pool(**options: Any) -> DecodePool:
 
 
 @pytest.mark.slow
-def test_many_videos_in_order_whatever_the_number_of_children(tmp_path: Path) -> None:
+def test_many_videos_in_order_whatever_the_number_of_workers(tmp_path: Path) -> None:
     paths = [video(tmp_path / f"{i}.mp4", n, i) for i, n in enumerate((30, 90, 1, 200, 7))]
     (tmp_path / "noise.mp4").write_bytes(b"x" * 999)
     paths.insert(2, str(tmp_path / "noise.mp4"))
@@ -113,7 +113,7 @@ def test_ranges_and_bounds(long_video: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_killed_child_costs_nothing(long_video: str, after: int) -> None:
+def test_a_killed_worker_costs_nothing(long_video: str, after: int) -> None:
     rows: Rows = {}
     with pool() as decoders:
         events = []
@@ -127,7 +127,7 @@ def test_a_killed_child_costs_nothing(long_video: str, after: int) -> None:
 
 @pytest.mark.slow
 def test_a_killed_fork_server_costs_nothing(long_video: str) -> None:
-    """Its children end with it, and the videos are decoded by those of another."""
+    """Its workers end with it, and the videos are decoded by those of another."""
     rows: Rows = {}
     killed: list[int] = []
     events = []
@@ -149,7 +149,7 @@ def test_a_killed_fork_server_costs_nothing(long_video: str) -> None:
 def test_a_system_without_another_process_is_no_fault_of_a_video(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The child has ended with the reason, and the server serves on."""
+    """The worker has ended with the reason, and the server serves on."""
 
     def refuse() -> int:
         raise OSError(errno.EAGAIN, "no more processes")
@@ -208,10 +208,10 @@ def test_a_video_that_kills_twice_fails_and_the_next_is_decoded(long_video: str)
 
 
 @pytest.mark.slow
-def test_a_hanging_child_is_killed_after_the_time_out(long_video: str) -> None:
+def test_a_hanging_worker_is_killed_after_the_time_out(long_video: str) -> None:
     stopped: set[int] = set()
     rows: Rows = {}
-    # A child has to start within it, too, which takes long on a machine with other work.
+    # A worker has to start within it, too, which takes long on a machine with other work.
     with pool(timeout_s=4) as decoders:
         for event in collect(decoders.stream([DecodeJob(0, long_video, Sampling(every=1))]), rows):
             if len(stopped) < 2 and decoders.pids and decoders.pids[0] not in stopped:
@@ -225,7 +225,26 @@ def test_a_hanging_child_is_killed_after_the_time_out(long_video: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_child_keeps_to_its_memory(tmp_path: Path, long_video: str) -> None:
+def test_videos_that_fail_while_they_are_rendered_cost_the_worker_nothing(
+    tmp_path: Path, long_video: str
+) -> None:
+    """Nor is the worker, which has four slots, left without one for the next video."""
+    path = str(tmp_path / "thin.nut")
+    write_video(path, [np.zeros((2, 16384, 3), np.uint8)] * 2, codec="ffv1")
+    jobs = [DecodeJob(i, path if i < 5 else long_video, Sampling(every=1)) for i in range(6)]
+    with pool(views=[View(resize=256, crop=8)], timeout_s=30) as decoders:
+        pids, ends = set(), []
+        for event in decoders.stream(jobs):
+            pids.update(decoders.pids)
+            if not isinstance(event, Block):
+                ends.append(event)
+    assert all(isinstance(end, Failed) and "too long and thin" in end.reason for end in ends[:5])
+    assert isinstance(ends[5], Done)
+    assert len(pids) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_keeps_to_its_memory(tmp_path: Path, long_video: str) -> None:
     write_video(tmp_path / "big.mp4", [np.zeros((4096, 8192, 3), np.uint8)])
     with pool(memory_gb=0.03) as decoders:
         probes = list(decoders.probe([str(tmp_path / "big.mp4"), long_video]))
@@ -269,7 +288,7 @@ def test_a_stream_may_be_left_and_the_pool_used_again(long_video: str) -> None:
         assert next(decoders.probe([long_video])).frames == FRAMES
 
 
-def test_children_end_with_their_parent(long_video: str) -> None:
+def test_workers_end_with_their_parent(long_video: str) -> None:
     script = (
         "import os, sys, signal\n"
         "from distinit.pipeline.video.pool.decode_pool import DecodeJob, DecodePool\n"
@@ -302,6 +321,6 @@ def alive(pid: int) -> bool:
     return "State:\tZ" not in status
 
 
-def test_children_do_not_load_torch() -> None:
+def test_workers_do_not_load_torch() -> None:
     script = "import sys, distinit.pipeline.video.pool.worker; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
