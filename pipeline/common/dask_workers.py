@@ -44,7 +44,7 @@ def cluster(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     )
     if scheduler is not None:
         try:
-            there = Client(scheduler, timeout=ANSWER_WITHIN)
+            connected = Client(scheduler, timeout=ANSWER_WITHIN)
         except (ValueError, TypeError) as error:  # an address of no known form; tls:// without keys
             raise DistInitError(
                 f"--scheduler {scheduler}: expected tcp://HOST:PORT, or tls://HOST:PORT and keys in dask's "
@@ -54,7 +54,7 @@ def cluster(workers: int | None, scheduler: str | None) -> Iterator[Client]:
             raise DistInitError(
                 f"--scheduler {scheduler}: no dask scheduler answers there ({error})"
             ) from None
-        with there as client:
+        with connected as client:
             log.info("dask dashboard: %s", client.dashboard_link)
             yield client
         return

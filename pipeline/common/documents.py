@@ -13,6 +13,7 @@ import json
 import os
 import re
 import stat
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -138,11 +139,8 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
             stream.dispose()
     except RecursionError:
         raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-    ) as error:  # of a number or date that YAML has and Python does not
+    # A number or date that YAML has and Python does not.
+    except (ValueError, TypeError, OverflowError) as error:
         raise yaml.YAMLError(f"a value that cannot be read ({error})") from error
 
 
@@ -153,11 +151,8 @@ def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        inner = (
-            [each for pair in node.value for each in pair]
-            if isinstance(node, yaml.MappingNode)
-            else node.value
-        )
+        mapping = isinstance(node, yaml.MappingNode)
+        inner = chain.from_iterable(node.value) if mapping else node.value
         known[id(node)] = 1 + sum(_count(each, known, depth + 1) for each in inner)
     return known[id(node)]
 

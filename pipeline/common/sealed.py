@@ -37,9 +37,8 @@ _LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP, _ZIP_END, _ZIP_TAIL = b"PK\3\4", b"PK\5\6", 22
 _BLOCK = 2**20
-_LARGE = (
-    2**24
-)  # bytes, of a file that is not read again where its size and times are what they were
+# Bytes of a file that is not read again where its size and times are what they were.
+_LARGE = 2**24
 
 
 def comment() -> bytes:

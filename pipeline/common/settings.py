@@ -75,12 +75,9 @@ def fields_of(model: type[Options]) -> dict[str, FieldInfo]:
 
 def inner_model(annotation: Any) -> type[Options] | None:
     """Return the model that a field is, or may be; None for a field of another type."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Options):
-            return (
-                candidate if annotation is candidate or type(None) in get_args(annotation) else None
-            )
-    return None
+    branches = get_args(annotation)
+    kinds = branches if type(None) in branches else (annotation,)
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Options)), None)
 
 
 @dataclass(frozen=True)

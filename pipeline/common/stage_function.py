@@ -180,11 +180,9 @@ def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
         if inner is not None and cli is not None:
             found |= _keywords(inner, f"{prefix}{name}.")
             continue
-        if cli is None:
-            if not prefix:
-                cli = CliOption()
-            else:
-                continue
+        if cli is None and prefix:
+            continue
+        cli = cli or CliOption()
         word = cli.name.lstrip("-").replace("-", "_") if cli.name.startswith("--") else name
         default = field.get_default(call_default_factory=True)
         default = inspect.Parameter.empty if field.is_required() else default

@@ -179,7 +179,6 @@ class VideoReader:
         orientation = Orientation.of(frame)
         margins = cropping(stream)
         width, height = display_size(*inner_size(frame, margins), aspect, orientation)
-        rate = rational(stream.average_rate) or rational(stream.guessed_rate)
         duration = math.nan
         base = rational(stream.time_base)
         if stream.duration is not None and base is not None:
@@ -195,7 +194,7 @@ class VideoReader:
             codec=self._context.codec.canonical_name,
             time_base=self._time_base,
             duration=duration,
-            fps=float(rate) if rate else math.nan,
+            fps=float(self._rate or math.nan),
         )
 
     def _aspect(self) -> Fraction | None:
@@ -214,6 +213,11 @@ class VideoReader:
     @property
     def _time_base(self) -> Fraction:
         return rational(self._stream.time_base) or Fraction(1, 1000)
+
+    @property
+    def _rate(self) -> Fraction | None:
+        """Frames per second by the header."""
+        return rational(self._stream.average_rate) or rational(self._stream.guessed_rate)
 
     def timeline(self) -> Timeline:
         """Return all frames in order, from the packets if these can be trusted.
@@ -260,12 +264,7 @@ class VideoReader:
             else Fraction(int(packets.shown.sum()), frames)
         )
         seconds = (packets.step * self._time_base * each).limit_denominator(1_000_000)
-        rate = (
-            rational(self._stream.average_rate)
-            or rational(self._stream.guessed_rate)
-            or Fraction(25)
-        )
-        return seconds if seconds > 0 else 1 / rate
+        return seconds if seconds > 0 else 1 / (self._rate or Fraction(25))
 
     def _why_nothing(self) -> str:
         """Return the reason why no frame came out."""

@@ -212,14 +212,10 @@ def check_damage(decoded: np.ndarray, indices: np.ndarray, required: np.ndarray)
     decoded: bool [n], whether each frame of `indices` [n] could be decoded; required: indices.
     """
     missing = indices[~decoded]
-    if 2 * decoded.sum() < len(decoded) or np.isin(missing, required).any():
-        first = (
-            missing[np.isin(missing, required)][0]
-            if np.isin(missing, required).any()
-            else missing[0]
-        )
+    lacking = missing[np.isin(missing, required)]
+    if len(lacking) or 2 * decoded.sum() < len(decoded):
         raise VideoError(
-            f"frame {first} cannot be decoded: damaged data ({len(missing)} of {len(decoded)} frames)"
+            f"frame {(*lacking, *missing)[0]} cannot be decoded: damaged data ({len(missing)} of {len(decoded)} frames)"
         )
 
 
