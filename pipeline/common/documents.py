@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import DistInitError, ListError, SourceError
+from .errors import DistInitError, ListError, SourceError, short
 
 MAX_BYTES = 256 << 20
 MAX_LIST_BYTES = 1 << 30
@@ -189,7 +189,7 @@ def require_form(
         first = invalid.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise error(
-            f"{where}: not {form.what} ({place}: {first['msg']}, got {_short(first.get('input'))})"
+            f"{where}: not {form.what} ({place}: {first['msg']}, got {short(first.get('input'))})"
         ) from None
     return content
 
@@ -203,11 +203,6 @@ def inner_path(text: str) -> str:
     if not text or "\0" in text or os.path.isabs(text) or ".." in Path(text).parts:
         raise ValueError("expected a path inside of the folder")
     return text
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

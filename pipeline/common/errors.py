@@ -103,6 +103,12 @@ class TrainingInterrupted(DistInitError, RuntimeError):
     exit_code = 75
 
 
+def short(value: object) -> str:
+    """Return how Python writes a value, for a message: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a third-party message, shortened; the type's name if it is empty."""
     lines = (" ".join(line.split()) for line in str(error).splitlines())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, short
 from .settings import CliOption, Options, fields_of, inner_model, paths_as_text, value_type
 
 
@@ -51,7 +51,7 @@ class Result(Mapping[str, Any]):
         return [*super().__dir__(), *self._values]
 
     def __repr__(self) -> str:
-        lines = (f"  {key} = {_short(value)}" for key, value in self._values.items())
+        lines = (f"  {key} = {short(value)}" for key, value in self._values.items())
         return "\n".join((f"{self._function}:", *lines))
 
 
@@ -215,7 +215,7 @@ def _value(word: str, keyword: _Keyword, options: Mapping[str, Any]) -> Any:
         return keyword.cli.parse(typed, *given)
     for part in parts:
         if options.get(part) is not None:
-            raise UsageError(f"{part} goes with {word} as text; give it inside of {_short(value)}")
+            raise UsageError(f"{part} goes with {word} as text; give it inside of {short(value)}")
     if keyword.repeated and isinstance(value, str):
         return [value]
     return value
@@ -227,11 +227,6 @@ def _texts(value: Any) -> tuple[str, ...]:
     if isinstance(value, Mapping):
         return tuple(f"{key}={each}" for key, each in value.items())
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def load(where: str) -> Any:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from ..common.errors import StoreError
+from ..common.errors import StoreError, short
 from ..video.sampling import Sampling
 from .frame_views import LARGEST_GRID, SMALLEST_GRID
 from .store_options import Output
@@ -354,10 +354,10 @@ def check_root(where: str, record: dict[str, Any]) -> None:
         every = Sampling.model_validate(sampling).every
     except ValidationError as error:
         raise StoreError(
-            f"{where}: sampling: {error.errors()[0]['msg']}, got {_short(sampling)}"
+            f"{where}: sampling: {error.errors()[0]['msg']}, got {short(sampling)}"
         ) from None
     if every is not None and not _is_int(every, 1):
-        raise StoreError(f"{where}: sampling.every: expected {_COUNT[0]}, got {_short(every)}")
+        raise StoreError(f"{where}: sampling.every: expected {_COUNT[0]}, got {short(every)}")
 
 
 def check_requires(where: str, record: Mapping[str, Any]) -> None:
@@ -379,7 +379,7 @@ def check_basis(where: str, record: Mapping[str, Any]) -> dict[str, str]:
 
 def _check_value(where: str, key: str, value: Any, form: Form) -> None:
     if not form[1](value):
-        raise StoreError(f"{where}: {key}: expected {form[0]}, got {_short(value)}")
+        raise StoreError(f"{where}: {key}: expected {form[0]}, got {short(value)}")
 
 
 def _check(where: str, kind: str, record: Mapping[str, Any]) -> None:
@@ -388,7 +388,7 @@ def _check(where: str, kind: str, record: Mapping[str, Any]) -> None:
             if required:
                 raise StoreError(f"{where}: {key} is missing, expected {allowed}")
         elif not holds(record[key]):
-            raise StoreError(f"{where}: {key}: expected {allowed}, got {_short(record[key])}")
+            raise StoreError(f"{where}: {key}: expected {allowed}, got {short(record[key])}")
 
 
 def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
@@ -416,7 +416,7 @@ def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
     if not good:
         raise StoreError(
             f"{where}: {', '.join(_SEGMENT_LISTS)}: expected lists of equal length of whole numbers "
-            f"from 0 to {MAX_COUNT} (frames: from -1), got {_short(lists)}"
+            f"from 0 to {MAX_COUNT} (frames: from -1), got {short(lists)}"
         )
     checked: NDArray[np.int64] = table
     return checked
@@ -452,11 +452,11 @@ def known_files(
         elif name in allowed:
             raise StoreError(
                 f"{where}: files: {name}: expected size, from 0 to {MAX_SHARD_BYTES}, and blake2b, "
-                f"32 hexadecimal digits, got {_short(record)}"
+                f"32 hexadecimal digits, got {short(record)}"
             )
         elif version < 2 or not _is_unknown_file(name):
             raise StoreError(
-                f"{where}: files: expected one of {', '.join(allowed)}, got {_short(name)}"
+                f"{where}: files: expected one of {', '.join(allowed)}, got {short(name)}"
             )
         elif good:
             others[name] = record
@@ -521,19 +521,19 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
     grid, chunk = meta["chunk_grid"], meta["chunk_grid"]["configuration"]["chunk_shape"]
     keys = meta["chunk_key_encoding"]
     problems = {
-        f"shape {_short(meta['shape'])}": not _is_int(
+        f"shape {short(meta['shape'])}": not _is_int(
             rows, 0, MAX_COUNT * (MAX_SHARD_ROWS if spec.sharded else 1)
         )
         or not (
             len(row) == 1 and _is_int(row[0], 1, MAX_CLASSES) if wide else row == list(spec.row)
         ),
-        f"data_type {_short(meta['data_type'])}, expected {' or '.join(types)}": meta["data_type"]
+        f"data_type {short(meta['data_type'])}, expected {' or '.join(types)}": meta["data_type"]
         not in types,
-        f"fill_value {_short(fill)}": fill not in expected or type(fill) not in (int, float, str),
-        f"chunk grid {_short(grid)}": grid["name"] != "regular"
+        f"fill_value {short(fill)}": fill not in expected or type(fill) not in (int, float, str),
+        f"chunk grid {short(grid)}": grid["name"] != "regular"
         or not isinstance(chunk, list)
         or chunk[1:] != row,
-        f"chunk keys {_short(keys)}": keys["name"] != "default"
+        f"chunk keys {short(keys)}": keys["name"] != "default"
         or keys.get("configuration", {}).get("separator", "/") != "/",
         "it has storage transformers": bool(meta.get("storage_transformers")),
         "it is no Zarr v3 array": (meta["zarr_format"], meta["node_type"]) != (3, "array"),
@@ -545,12 +545,12 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
     if wide and chunk[0] * row[0] > MAX_BASIS:
         return f"{chunk[0]} rows of {row[0]} values per chunk, expected at most {MAX_BASIS} values"
     if not _is_int(chunk[0], 1, most):
-        return f"{_short(chunk[0])} rows per chunk, expected 1 to {most}"
+        return f"{short(chunk[0])} rows per chunk, expected 1 to {most}"
     if rows > MAX_CHUNKS * chunk[0]:
         return f"{rows} rows in chunks of {chunk[0]}, expected at most {MAX_CHUNKS} chunks"
     first, *codecs = (codec["name"] for codec in meta["codecs"])
     if first != ("vlen-utf8" if spec.dtype == "str" else "bytes") or codecs not in _TABLE_CODECS:
-        return f"codecs {_short([first, *codecs])}"
+        return f"codecs {short([first, *codecs])}"
     return None
 
 
@@ -579,22 +579,17 @@ def unpacked_bytes(data: bytes) -> int | None:
 
 def _sharding_problem(codecs: Any, shard: list[Any], chunk: list[int]) -> str | None:
     if not _is_int(shard[0], SHARD_UNIT, MAX_SHARD_ROWS) or shard[0] % SHARD_UNIT:
-        return f"{_short(shard[0])} rows per shard, expected a multiple of {SHARD_UNIT} up to {MAX_SHARD_ROWS}"
+        return f"{short(shard[0])} rows per shard, expected a multiple of {SHARD_UNIT} up to {MAX_SHARD_ROWS}"
     if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed":
-        return f"codecs {_short(codecs)}, expected sharding_indexed"
+        return f"codecs {short(codecs)}, expected sharding_indexed"
     inside = codecs[0]["configuration"]
     if inside["chunk_shape"] != chunk:
-        return f"chunks {_short(inside['chunk_shape'])} in a shard, expected {chunk}"
+        return f"chunks {short(inside['chunk_shape'])} in a shard, expected {chunk}"
     if inside.get("index_location", "end") != "end":
-        return f"index_location {_short(inside['index_location'])}, expected end"
+        return f"index_location {short(inside['index_location'])}, expected end"
     for which in ("codecs", "index_codecs"):
         names = [codec["name"] for codec in inside[which]]
         endian = inside[which][0].get("configuration", {}).get("endian", "little")
         if names != ["bytes", "crc32c"] or endian != "little":
-            return f"{which} {_short(inside[which])}, expected bytes (little-endian) and crc32c"
+            return f"{which} {short(inside[which])}, expected bytes (little-endian) and crc32c"
     return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
