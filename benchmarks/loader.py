@@ -34,11 +34,11 @@ from measuring import in_turn, machine, medians, table
 from torchvision.models import resnet50
 
 from distinit.pipeline.clips.clip_options import ClipView, Crop
-from distinit.pipeline.clips.content import VideoFile
 from distinit.pipeline.clips.read import read_clip
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.extraction.extract_options import ExtractConfig
+from distinit.pipeline.prepared.folders import VideoFile
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.targets.dataset import StudentClips, _Plan

@@ -15,13 +15,11 @@ from torch import Tensor
 from ..common.errors import UsageError, VideoError
 from ..common.worker_status import at
 from ..prepared.copies import read_copy
-from ..prepared.flow_files import STEPS, STILL, read_flow, read_flow_map
-from ..prepared.folders import check_current, kind_of
-from ..prepared.frame_map import SourceRecord, read_map
+from ..prepared.flow_files import STEPS, STILL, read_flow
+from ..prepared.folders import VideoFile, check_current, kind_of, source_of
 from ..video import frames as clips
 from ..video.flow import FLOW_CHANNELS
 from .clip_options import ClipView, Crop
-from .content import VideoFile
 from .transforms import of_channels
 
 
@@ -73,7 +71,7 @@ def count_frames(file: VideoFile) -> int:
 def _count(file: VideoFile) -> int:
     if file.kind == "video":
         return clips.count_frames(file.path)
-    source: SourceRecord = (read_map if file.kind == "copy" else read_flow_map)(file.path).source
+    source = source_of(file)
     if file.original is not None:
         check_current(source, file.original)
     return source.frames

@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..clips.content import same_content
 from ..common.documents import is_utf8
 from ..common.errors import LabelsError, UsageError, VideoError
 from ..common.streams import counted
 from ..corpus.sources import escape_path
 from ..prepared.folders import CopyFolder
-from ..video.container import digest
+from ..video.container import digest, same_content
 from .listing import SIDES, VAL, Listing, Row, first_few, videos_in
 
 

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..clips.content import VideoFile, source_digest
 from ..common.errors import CheckpointError, UsageError, VideoError
-from ..prepared.folders import CopyFolder
+from ..prepared.folders import CopyFolder, VideoFile, source_digest
 from ..video.container import digest
 from .label_checks import check_rows, class_names, note_shared_sources
 from .label_files import csv_splits, read_csv, read_folder, read_kinetics

@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..common.errors import UsageError, VideoError
 from ..corpus.sources import MARKER, unescape_path
 from ..video.container import digest, reason
-from .frame_map import SourceRecord
+from .flow_files import read_flow_map
+from .frame_map import SourceRecord, read_map
 
 FORMAT = "distinit prepared copies"
 Kind = Literal["copy", "flow"]
@@ -25,6 +26,17 @@ ENDINGS: Mapping[Kind, str] = {"copy": ".mp4", "flow": ".h5"}
 def kind_of(options: Mapping[str, Any]) -> Kind:
     """Return what a folder made with these options holds."""
     return "flow" if "bound" in options else "copy"
+
+
+class VideoFile(NamedTuple):
+    """A file to read clips from: a video, the copy of one, or its flow.
+
+    original: of a copy or of flow, where the video itself may be located; compared if it exists.
+    """
+
+    path: str
+    kind: Literal["video"] | Kind = "video"
+    original: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,3 +200,23 @@ def check_current(source: SourceRecord, original: str) -> None:
         raise VideoError(f"the original of its copy cannot be read: {reason(error)}") from error
     if not same:
         raise VideoError("the original has changed since it was copied: run distinit prepare again")
+
+
+def source_of(file: VideoFile) -> SourceRecord:
+    """Return the record of the video that a copy or flow file was made of.
+
+    Raises:
+        VideoError: The file cannot be read.
+    """
+    return (read_map if file.kind == "copy" else read_flow_map)(file.path).source
+
+
+def source_digest(file: VideoFile) -> str:
+    """Return the digest of a video's own content; of a copy or flow file, that of its source.
+
+    Raises:
+        VideoError: The file cannot be read.
+    """
+    if file.kind == "video":
+        return digest(file.path)
+    return source_of(file).digest

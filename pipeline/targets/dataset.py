@@ -14,12 +14,11 @@ import torch
 from torch.utils.data import Dataset
 
 from ..clips.clip_options import ClipView, Crop
-from ..clips.content import VideoFile
 from ..clips.read import check_fits, read_clip
 from ..clips.seeding import Key
 from ..common.errors import StoreMismatchError, TrainingError, UsageError, VideoError
 from ..corpus.sources import escape_path
-from ..prepared.folders import prepared_corpora
+from ..prepared.folders import VideoFile, prepared_corpora
 from ..video.flow import pictures_needed
 from .sampler import ClipSample, TargetSampler
 

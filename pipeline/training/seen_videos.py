@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..clips.content import same_content
 from ..common.documents import is_regular_file
 from ..common.errors import CheckpointError, VideoError
 from ..common.files import write_whole
 from ..common.run_dir import SEEN_VIDEOS
-from ..video.container import digest
+from ..video.container import digest, same_content
 
 DIGEST_BYTES = 16
 INIT, OWN = 0, 1

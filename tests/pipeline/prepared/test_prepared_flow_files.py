@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from distinit.pipeline.clips.clip_options import ClipView, Crop
-from distinit.pipeline.clips.content import VideoFile
 from distinit.pipeline.clips.read import count_frames, read_clip, read_clips
 from distinit.pipeline.common.errors import StoreMismatchError, VideoError
 from distinit.pipeline.prepared.flow_files import quantise, read_flow, read_flow_map
+from distinit.pipeline.prepared.folders import VideoFile
 from distinit.pipeline.prepared.make_copy import make_flow
 from distinit.pipeline.prepared.prepare_options import FlowOptions
 from distinit.pipeline.video.container import digest
