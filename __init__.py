@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from distinit.pipeline.students.student import build_student
     from distinit.pipeline.students.student_files import load_student
     from distinit.pipeline.students.student_options import StudentOptions
-    from distinit.pipeline.targets.soft_targets import mean_outputs, soft_targets
-    from distinit.pipeline.targets.student_clips import student_clips
+    from distinit.pipeline.targets.dataset import student_clips
+    from distinit.pipeline.targets.teacher_targets import mean_outputs, soft_targets
     from distinit.pipeline.teachers.teacher import load_teacher
     from distinit.pipeline.teachers.teacher_options import TeacherSpec
     from distinit.pipeline.training.loader import EpochBatchSampler, collate
@@ -92,11 +92,11 @@ _HOME = {
     "list_videos": "distinit.pipeline.corpus.sources",
     "load_student": "distinit.pipeline.students.student_files",
     "load_teacher": "distinit.pipeline.teachers.teacher",
-    "mean_outputs": "distinit.pipeline.targets.soft_targets",
+    "mean_outputs": "distinit.pipeline.targets.teacher_targets",
     "normalize_clip": "distinit.pipeline.clips.transforms",
     "read_frames": "distinit.pipeline.video.frames",
-    "soft_targets": "distinit.pipeline.targets.soft_targets",
-    "student_clips": "distinit.pipeline.targets.student_clips",
+    "soft_targets": "distinit.pipeline.targets.teacher_targets",
+    "student_clips": "distinit.pipeline.targets.dataset",
 }
 
 

@@ -26,8 +26,7 @@ from distinit.pipeline.clips.clip_options import ClipView, Crop
 from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.evaluation.metrics import estimate_mean
-from distinit.pipeline.store.cells import roi_average
-from distinit.pipeline.store.encoding import cosine_error, divergence
+from distinit.pipeline.store.encoding import cosine_error, divergence, roi_average
 from distinit.pipeline.teachers.teacher import Teacher, load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.decoder import VideoReader

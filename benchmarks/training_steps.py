@@ -32,7 +32,7 @@ from distinit.pipeline.common.distributed import SINGLE_PROCESS
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentOptions
-from distinit.pipeline.targets.student_clips import student_clips
+from distinit.pipeline.targets.dataset import student_clips
 from distinit.pipeline.training.distillation import Distillation
 from distinit.pipeline.training.footprint import footprint
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches, to_device

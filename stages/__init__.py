@@ -121,7 +121,7 @@ browser, without network.""",
         ),
     ),
     "targets-vocabulary": Command(
-        "pipeline.targets.vocabulary_options:VocabularyOptions",
+        "pipeline.store.store_options:VocabularyConfig",
         help="""Make a head for features from names of classes, by the text tower of open_clip.
 
 `train-student --head` then turns the stored features of the same model into logits of these

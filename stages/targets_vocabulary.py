@@ -10,13 +10,13 @@ import numpy as np
 from ..pipeline.common.console import Console
 from ..pipeline.common.documents import read_text
 from ..pipeline.common.errors import UsageError
+from ..pipeline.store.store_options import VocabularyConfig
 from ..pipeline.targets.class_head import ClassHead, class_names
-from ..pipeline.targets.vocabulary_options import VocabularyOptions
 from ..pipeline.teachers.teacher_options import TeacherSpec
 from ..pipeline.teachers.text_embeddings import text_embeddings
 
 
-def targets_vocabulary(options: VocabularyOptions, console: Console) -> dict[str, Any]:
+def targets_vocabulary(options: VocabularyConfig, console: Console) -> dict[str, Any]:
     """Embed classes by the text tower of a teacher, and write them as a head for its features.
 
     Raises:

@@ -35,8 +35,8 @@ from ..pipeline.common.streams import counted
 from ..pipeline.common.urls import check_local
 from ..pipeline.evaluation.labelled_clips import warn_of_short_videos
 from ..pipeline.evaluation.store_labels import canonical_exclude, optional_exclusion
-from ..pipeline.store.exclude import Exclusion
 from ..pipeline.store.reader import TargetStore, check_video_roots
+from ..pipeline.store.selection import Exclusion
 from ..pipeline.store.storage import absolute
 from ..pipeline.students.student import Student, build_student, count_parameters
 from ..pipeline.students.student_files import save_student

@@ -24,8 +24,8 @@ from ..evaluation.labels import Labels, canonical, hold_out, load_labels
 from ..evaluation.run_labels import labels_digest, videos_digest
 from ..evaluation.search import epochs_of_search
 from ..evaluation.store_labels import canonical_exclude, exclude
-from ..store.exclude import Exclusion
 from ..store.reader import TargetStore
+from ..store.selection import Exclusion
 from ..students.initialization import is_hub_init, student_file
 from ..training.distillation_options import TrainConfig
 from ..training.loop_options import FREE_ON_RESUME, SCHEDULE, LoopOptions

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ..common.errors import LabelsError, UsageError, VideoError
 from ..corpus.sources import escape_path
-from ..store.exclude import Exclusion, exclude_list
 from ..store.reader import TargetStore
+from ..store.selection import Exclusion, exclude_list
 from ..training.seen_videos import OWN, SeenVideos
 from ..video.container import digest
 from .labels import (

@@ -1,21 +1,23 @@
-"""Which videos of a store are meant: by corpus, and by a list of paths."""
+"""Which videos of a store are meant: those to export, and those that a student must not see."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.documents import read_text
 from ..common.errors import UsageError
 from ..corpus.sources import strip_label, unescape_path
 from .reader import TargetStore
 
 
 def choose_videos(
-    store: TargetStore, corpora: Sequence[str] = (), videos_from: str | Path | None = None
+    store: TargetStore, corpora: Sequence[str] = (), videos_from: str | None = None
 ) -> NDArray[np.int64]:
     """Return ids of the videos of these corpora that the list names, ascending; by default all.
 
@@ -35,7 +37,7 @@ def choose_videos(
         chosen &= np.isin(store.column("corpus"), numbers)
     if videos_from is not None:
         listed = np.zeros(store.n_videos, bool)
-        listed[_listed(store, Path(videos_from))] = True
+        listed[_listed(store, videos_from)] = True
         chosen &= listed
         if not chosen.any():
             raise UsageError(
@@ -44,12 +46,8 @@ def choose_videos(
     return np.flatnonzero(chosen)
 
 
-def _listed(store: TargetStore, file: Path) -> list[int]:
-    try:
-        lines = [line.strip() for line in os.fsdecode(file.read_bytes()).splitlines()]
-    except OSError as error:
-        raise UsageError(f"--videos-from {file}: {error.strerror}") from error
-    lines = [line for line in lines if line and not line.startswith("#")]
+def _listed(store: TargetStore, file: str) -> list[int]:
+    lines = [line for line in _lines("--videos-from", file) if not line.startswith("#")]
     by_name = _by_name(store)
     videos: list[int] = []
     missing: list[str] = []
@@ -79,3 +77,79 @@ def _by_name(store: TargetStore) -> dict[str, list[int]]:
         for key in {path, f"{name}={path}", os.path.join(root, path)}:
             videos.setdefault(key, []).append(i)
     return videos
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Videos of a store that are excluded, ids ascending.
+
+    wanted: how many `source` names; digest: SHA-256 of the set of videos, which a resumed run must
+    share.
+    """
+
+    store: TargetStore
+    source: str
+    videos: NDArray[np.int64]
+    wanted: int
+    digest: str
+
+    @classmethod
+    def of(cls, store: TargetStore, source: str, videos: Iterable[int], wanted: int) -> Exclusion:
+        """Return the exclusion of these videos."""
+        ids = np.array(sorted(set(videos)), np.int64)
+        lines = "\n".join(sorted("/".join(store.place(int(video))) for video in ids))
+        digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+        return cls(store, source, ids, wanted, digest)
+
+    def describe(self) -> str:
+        """For the log: how many of how many."""
+        among = f", which names {self.wanted}" if self.wanted != len(self.videos) else ""
+        never = f"{len(self.videos)} of {self.store.n_videos} videos are never drawn"
+        return f"exclude: {never} (named by {self.source}{among})"
+
+    def remove_from(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the videos that are not excluded; UsageError if none is left."""
+        kept = videos[~np.isin(videos, self.videos)]
+        if len(kept) == 0:
+            raise UsageError(
+                f"exclude: {self.source} names every video of {self.store.name} that could be drawn"
+            )
+        return kept
+
+
+def exclude_list(store: TargetStore, path: str) -> Exclusion:
+    """Return the videos that a list names, as CORPUS/PATH.
+
+    A line that begins with # is a comment unless the store has that video.
+
+    Raises:
+        UsageError: The list names nothing, or a line names no video of the store: a list with a
+            typing error would leave a test video in.
+    """
+    named = dict.fromkeys(_lines("exclude:", path))
+    videos = []
+    for video in range(store.n_videos):
+        name = "/".join(store.place(video))
+        if name in named:
+            videos.append(video)
+            del named[name]
+    unknown = [line for line in named if not line.startswith("#")]
+    example = "/".join(store.place(0)) if store.n_videos else "CORPUS/PATH"
+    if unknown:
+        raise UsageError(
+            f"exclude: {path}: {unknown[0]!r} ({len(unknown)} such) is not in {store.name}; "
+            f"a line is CORPUS/PATH, as in {example!r}; for a file of labels use csv:{path}"
+        )
+    if not videos:
+        raise UsageError(
+            f"exclude: {path} names no video; a line is CORPUS/PATH, as in {example!r}"
+        )
+    return Exclusion.of(store, path, videos, len(videos))
+
+
+def _lines(option: str, path: str) -> list[str]:
+    """Return the lines of a list that are not blank; UsageError if it cannot be read."""
+    try:
+        return [line for text in read_text(path).split("\n") if (line := text.strip())]
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be read: {error.strerror}") from error

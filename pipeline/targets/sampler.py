@@ -19,8 +19,7 @@ from ..store.reader import TargetStore
 from .class_head import ClassHead
 from .mixture import Mixture
 from .picks import PickRule, StartSet, pick, start_set
-from .soft_targets import mean_outputs
-from .teacher_targets import Seen, TeacherTargets
+from .teacher_targets import Seen, TeacherTargets, mean_outputs
 
 # Other clips tried for one sample when the filter rejects the first.
 MAX_REDRAWS = 100

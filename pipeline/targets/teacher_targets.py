@@ -3,7 +3,11 @@
 Of a mirrored clip they are those of the mirrored frames, where the store has these. Of cells they
 are the average under the clip's crop.
 
-Shapes: n rows, K classes or features.
+The paper (equation 1) averages the picked frames' logits first and takes one softmax of the mean;
+the mean of softmaxes is another target. Entropies are in nats and always at temperature 1, whatever
+temperature the student's targets use. NumPy, float32 in and out; the loss has its own tensors.
+
+Shapes: n rows (picked frames), K classes or features.
 """
 
 from __future__ import annotations
@@ -12,16 +16,30 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ..common.errors import UsageError
-from ..common.numerics import entropy
-from ..store.cells import roi_average
+from ..common.numerics import entropy, softmax
+from ..store.encoding import roi_average
 from ..store.reader import TargetStore
 from ..video.geometry import View
 from ..video.region import Region
 from .class_head import ClassHead
-from .soft_targets import mean_outputs
+
+
+def mean_outputs(outputs: ArrayLike) -> NDArray[np.float32]:
+    """Return the mean over frames of logits or features [..., n, K], [..., K] (eq. 1 before τ)."""
+    given = np.asarray(outputs, dtype=np.float32)
+    if given.shape[-2] == 1:
+        return given[..., 0, :]
+    return given.mean(axis=-2, dtype=np.float32)
+
+
+def soft_targets(mean: ArrayLike, tau: float = 1.0) -> NDArray[np.float32]:
+    """Return the distribution over classes of averaged logits [..., K] (eq. 1)."""
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    return softmax(np.asarray(mean, dtype=np.float32) / np.float32(tau))
 
 
 @dataclass(frozen=True)

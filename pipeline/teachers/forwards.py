@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..store.cells import shares
+from ..store.encoding import shares
 from .loaded_model import MAP, Forward
 
 _POOLS = ("avgpool", "_avg_pooling")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..common.numerics import distribution_entropy
 from ..targets.sampler import ClipSample
-from ..targets.soft_targets import soft_targets
+from ..targets.teacher_targets import soft_targets
 from .distillation import Distillation
 from .losses import HeadLoss
 

@@ -30,10 +30,9 @@ from distinit.pipeline.store.digests import digest_bytes
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import ExportConfig, MergeConfig, VerifyConfig
 from distinit.pipeline.targets.class_head import ClassHead
-from distinit.pipeline.targets.dataset import StudentClips
+from distinit.pipeline.targets.dataset import StudentClips, student_clips
 from distinit.pipeline.targets.picks import PickRule
 from distinit.pipeline.targets.sampler import TargetSampler
-from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.geometry import View, render
 from distinit.pipeline.video.sampling import Sampling

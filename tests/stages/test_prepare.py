@@ -23,10 +23,9 @@ from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.prepared.frame_map import read_map
 from distinit.pipeline.prepared.prepare_options import PrepareConfig
 from distinit.pipeline.store.reader import TargetStore
-from distinit.pipeline.targets.dataset import StudentClips
+from distinit.pipeline.targets.dataset import StudentClips, student_clips
 from distinit.pipeline.targets.picks import PickRule
 from distinit.pipeline.targets.sampler import TargetSampler
-from distinit.pipeline.targets.student_clips import student_clips
 from distinit.pipeline.video.encode import write_video
 from distinit.stages.prepare import prepare
 from distinit.tests import warm

@@ -24,7 +24,7 @@ from distinit.pipeline.store.writer import StoreWriter
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_files import load_student
 from distinit.pipeline.targets.class_head import ClassHead
-from distinit.pipeline.targets.student_clips import student_clips
+from distinit.pipeline.targets.dataset import student_clips
 from distinit.pipeline.training.checkpoint import load_weights
 from distinit.pipeline.training.distillation_options import TrainConfig
 from distinit.stages.train_student import train_student

@@ -15,8 +15,8 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
+from distinit.pipeline.store.store_options import VocabularyConfig
 from distinit.pipeline.targets.class_head import ClassHead
-from distinit.pipeline.targets.vocabulary_options import VocabularyOptions
 from distinit.pipeline.teachers.teacher import load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.stages.extract_targets import extract_targets
@@ -81,7 +81,7 @@ def test_a_vocabulary_is_the_mean_of_its_prompts(tmp_path: Path) -> None:
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
     names.write_text("# mine\nrun\n\njump\nrun\n")
     prompts = ["a photo of {}.", "someone who {}s"]
-    options = VocabularyOptions(
+    options = VocabularyConfig(
         classes=str(names), out=str(tmp_path / "head.safetensors"), teacher="open_clip:tiny-words",
         weights=str(weights), prompts=prompts,
     )  # fmt: skip
@@ -106,4 +106,4 @@ def test_a_vocabulary_is_the_mean_of_its_prompts(tmp_path: Path) -> None:
 def test_options_that_make_no_vocabulary(changes: dict[str, Any]) -> None:
     base = {"classes": "c.txt", "out": "h.safetensors", "teacher": "open_clip:tiny-words"}
     with pytest.raises(ValueError, match=next(iter(changes))):
-        VocabularyOptions(**(base | changes))
+        VocabularyConfig(**(base | changes))

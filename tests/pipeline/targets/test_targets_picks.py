@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.targets.picks import PickRule, pick, start_set
-from distinit.pipeline.targets.soft_targets import mean_outputs, soft_targets
+from distinit.pipeline.targets.teacher_targets import mean_outputs, soft_targets
 
 
 @st.composite

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from distinit.pipeline.common.errors import StoreError, TeacherError, UsageError, WeightsError
-from distinit.pipeline.store.cells import shares
+from distinit.pipeline.store.encoding import shares
 from distinit.pipeline.teachers.fingerprint import COUNT, Fingerprint
 from distinit.pipeline.teachers.forwards import last_linear, tapped
 from distinit.pipeline.teachers.probes import examine
