@@ -163,13 +163,11 @@ class StudentClips(Dataset[Any]):
     def file(self, video: int) -> VideoFile:
         """Return where the frames of a video are read."""
         store = self.sampler.store
-        if not self.copies:
-            return VideoFile(store.video_path(video, self.video_roots))
-        corpus = store.index.corpora[int(store.column("corpus")[video])]["name"]
-        if corpus not in self.copies:
-            return VideoFile(store.video_path(video, self.video_roots))
-        found = self.copies[corpus]
-        return VideoFile(found.path(store.video_path(video, {corpus: ""})), found.kind)
+        if self.copies:
+            corpus = store.index.corpora[int(store.column("corpus")[video])]["name"]
+            if (copies := self.copies.get(corpus)) is not None:
+                return VideoFile(copies.path(store.video_path(video, {corpus: ""})), copies.kind)
+        return VideoFile(store.video_path(video, self.video_roots))
 
     def _read(self, plan: _Plan) -> torch.Tensor | str:
         """Return the clip, uint8 [3, T, H, W] or float32 [2, T, H, W], or why it cannot be read.
@@ -203,14 +201,13 @@ class StudentClips(Dataset[Any]):
         # Checked once. Of a copy, the map has the digest of the source.
         if plan.file.kind == "video" and self._seen[draw.video]:
             digest = None
-        channels, crop, expect = self.channels, plan.crop, plan.expect
         return read_clip(
             plan.file,
             draw.indices,
             self.view,
-            channels=channels,
-            crop=crop,
-            expect=expect,
+            channels=self.channels,
+            crop=plan.crop,
+            expect=plan.expect,
             digest=digest,
         )
 

@@ -72,7 +72,6 @@ class _Video:
     pts: NDArray[np.int64]
     rows: NDArray[np.int64]
     starts: StartSet
-    count: int
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ class TargetSampler:
 
     def has_window(self, video: int) -> bool:
         """Check whether the video has a clip that holds enough cached frames."""
-        return self._look_up(video).count > 0
+        return self._look_up(video).starts.count > 0
 
     def check_windows(self, tries: int = 1000) -> None:
         """Check that one of the first `tries` videos has a window with enough cached frames.
@@ -278,7 +277,7 @@ class TargetSampler:
             )
             pickable = max(frames - self.ahead, 1)
             starts = start_set(self.picks, cached, pickable, self.clip_frames)
-            known = _Video(frames, pickable, cached, pts, rows, starts, starts.count)
+            known = _Video(frames, pickable, cached, pts, rows, starts)
             if len(self._known) >= REMEMBERED:
                 self._known.pop(next(iter(self._known)))
             self._known[video] = known
@@ -293,14 +292,13 @@ class TargetSampler:
             random = seeding.rng_at(self.seed, epoch, sample, attempt, stream=seeding.EXAMPLES)
             video = self._video(epoch, sample, attempt, random)
         known = self._look_up(video)
-        if known.count == 0:
+        count = known.starts.count
+        if count == 0:
             return None
         # Always the same numbers in the same order, so that a crop does not depend on the pick
         # rule.
         top, left, flip = random.random(), random.random(), random.random()
-        start = known.starts.nth(
-            known.count // 2 if self.fixed else int(random.integers(known.count))
-        )
+        start = known.starts.nth(count // 2 if self.fixed else int(random.integers(count)))
         at = pick(self.picks, known.cached, start, self.clip_frames, random, frames=known.pickable)
         return _Clip(
             video=video,
@@ -340,16 +338,12 @@ class TargetSampler:
         seen = self._seen(clip, key)
         targets: dict[str, NDArray[np.float32]] = {}
         weight: dict[str, float] = {}
-        for name in self.teachers:
-            mean: NDArray[np.float32] | None = None
+        for name, of in self.targets.items():
+            mean, weight[name] = None, 1.0
             if name in self.max_entropy:
-                mean, nats = self.targets[name].mean_and_entropy(clip.rows, seen)
+                mean, nats = of.mean_and_entropy(clip.rows, seen)
                 weight[name] = 1.0 if nats <= self.max_entropy[name] else 0.0
-            else:
-                weight[name] = 1.0
-            targets[name] = (
-                mean_outputs(self.targets[name].read(clip.rows, seen)) if mean is None else mean
-            )
+            targets[name] = mean_outputs(of.read(clip.rows, seen)) if mean is None else mean
         stop = clip.start + self.clip_frames + self.ahead
         indices = np.arange(clip.start, stop, dtype=np.int64)
         if stop > clip.frame_count:
