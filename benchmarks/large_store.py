@@ -89,9 +89,7 @@ def make(root: Path, videos: int, rows: int) -> float:
             files = [
                 file
                 for spec in fmt.frame_specs()
-                for file in stage_array(
-                    folder, spec, shard, values[spec.path.split("/")[-1]], writer.shard_rows
-                )
+                for file in stage_array(folder, spec, shard, values[spec.name], writer.shard_rows)
             ]
             logits, entropy = fmt.teacher_specs("t", CLASSES)
             said = stage_array(

@@ -25,7 +25,7 @@ import zarr
 from measuring import in_turn, machine, medians, table
 
 from distinit.pipeline.store import layout as fmt
-from distinit.pipeline.store.encoding import decode, encode
+from distinit.pipeline.store.encoding import Codec
 from distinit.pipeline.store.shards import ShardedRows
 from distinit.pipeline.store.staging import stage_array
 
@@ -41,14 +41,15 @@ def write(folder: Path, rows: int, classes: int, encoding: str) -> list[str]:
         fmt.create_array(folder, spec, rows, SHARD_ROWS)
     random = np.random.default_rng(0)
     for shard in range(rows // SHARD_ROWS):
-        values = encode(random.normal(0, 2, (SHARD_ROWS, classes)).astype(np.float32), encoding)
+        logits = random.normal(0, 2, (SHARD_ROWS, classes)).astype(np.float32)
+        values = Codec("logits", encoding, classes).encode(logits)
         for spec in specs:
-            part = values[spec.path.split("/")[-1]]
+            part = values[spec.name]
             for file in stage_array(folder / f"staging-{shard}", spec, shard, part, SHARD_ROWS):
                 final = folder / file.final
                 final.parent.mkdir(parents=True, exist_ok=True)
                 Path(file.staged).rename(final)
-    return [spec.path.split("/")[-1] for spec in specs]
+    return [spec.name for spec in specs]
 
 
 def contenders(folder: Path, classes: int, rows: int) -> dict[str, Read]:
@@ -63,8 +64,9 @@ def contenders(folder: Path, classes: int, rows: int) -> dict[str, Read]:
             n: ShardedRows(place / n, json.loads((place / n / "zarr.json").read_bytes()))
             for n in names
         }
-        found[f"distinit, {encoding}"] = lambda at, arrays=arrays, encoding=encoding: decode(
-            {n: a.read(at) for n, a in arrays.items()}, encoding
+        codec = Codec("logits", encoding, classes)
+        found[f"distinit, {encoding}"] = lambda at, arrays=arrays, codec=codec: codec.decode(
+            {n: a.read(at) for n, a in arrays.items()}
         )
     plain = zarr.open_array(folder / "float16/teachers/t/logits", mode="r")
     found["zarr-python"] = lambda at: np.asarray(plain[int(at[0]) : int(at[-1]) + 1]).astype(

@@ -139,9 +139,7 @@ def shard_of(
         failed={int(s): "no frame could be decoded" for s in mine[~good]},
     )
     for spec in fmt.frame_specs():
-        part.files += stage_array(
-            folder, spec, shard, values[spec.path.split("/")[1]], writer.shard_rows
-        )
+        part.files += stage_array(folder, spec, shard, values[spec.name], writer.shard_rows)
     error = {"kl_mean": 0.0, "kl_p99": 0.0}
     return ShardResult(
         shard, part, {"t": TeacherPart(rows=len(z), files=said, error=error)}, str(folder)

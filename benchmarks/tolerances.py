@@ -21,7 +21,7 @@ from measuring import machine, table
 from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.common.numerics import entropy
 from distinit.pipeline.corpus.sources import list_videos
-from distinit.pipeline.store.encoding import decode, encode, rounding
+from distinit.pipeline.store.encoding import Codec
 from distinit.pipeline.store.verify import ENTROPY_TOLERANCE, entropy_tolerance
 from distinit.pipeline.teachers.teacher import load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
@@ -50,9 +50,10 @@ def frames_of(folder: str, view, count: int) -> np.ndarray:
 
 def beyond(logits: np.ndarray, encoding: str) -> float:
     """Return the largest excess over the first-order bound, in nats."""
-    arrays = encode(logits, encoding)
-    kept = decode(arrays, encoding)
-    granted = entropy_tolerance(kept, rounding(arrays, encoding)) - ENTROPY_TOLERANCE
+    codec = Codec("logits", encoding, logits.shape[1])
+    arrays = codec.encode(logits)
+    kept = codec.decode(arrays)
+    granted = entropy_tolerance(kept, codec.rounding(arrays)) - ENTROPY_TOLERANCE
     return float((np.abs(entropy(kept) - entropy(logits)) - granted).max())
 
 

@@ -22,13 +22,11 @@ from ..pipeline.common.hdf5 import STRING, Hdf5Writer, open_hdf5
 from ..pipeline.common.locks import locked
 from ..pipeline.common.run_dir import config_next_to
 from ..pipeline.common.urls import check_local
-from ..pipeline.store.encoding import pca_components
-from ..pipeline.store.index import PENDING
 from ..pipeline.store.layout import is_ours
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.reencode import codecs_for
 from ..pipeline.store.selection import choose_videos
-from ..pipeline.store.store_options import ExportConfig
+from ..pipeline.store.store_options import ExportConfig, pca_components
 from ..pipeline.store.subset import write_subset
 
 BLOCK = 4096  # rows copied at a time
@@ -199,10 +197,7 @@ def _exportable(
     store: TargetStore, names: list[str], chosen: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return those of the chosen videos that are pending for none of the teachers."""
-    pending = store.video_state == PENDING
-    for name in names:
-        pending |= store.index.teacher_state(name) == PENDING
-    return chosen[~pending[chosen]]
+    return chosen[~store.pending(names)[chosen]]
 
 
 def _export_store(

@@ -45,7 +45,7 @@ def targets_verify(options: VerifyConfig, console: Console) -> dict[str, Any]:
         compared: dict[str, Any] = {}
         by_video: dict[int, list[Finding]] = {}
         if options.frames:
-            from ..pipeline.extraction.frame_check import frame_check, identify_again
+            from ..pipeline.extraction.deep_verify import frame_check, identify_again
 
             by_video = frame_check(store, options.video_roots)
             findings += [finding for of_video in by_video.values() for finding in of_video]

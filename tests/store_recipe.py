@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,12 @@ from distinit.pipeline.store.staging import (
 )
 from distinit.pipeline.store.store_options import Encoding
 from distinit.pipeline.store.writer import StoreWriter
+
+
+def read_node(path: Path) -> dict[str, Any]:
+    """Return the attributes of the node whose zarr.json is `path`."""
+    return fmt.parse_node(str(path), path.read_bytes())
+
 
 RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
 
@@ -142,9 +149,7 @@ class Recipe:
             "pts": frame * 512,
         }
         for spec in fmt.frame_specs():
-            part.files += stage_array(
-                folder, spec, shard, data[spec.path.split("/")[1]], self.shard_rows
-            )
+            part.files += stage_array(folder, spec, shard, data[spec.name], self.shard_rows)
         parts = {}
         for name, codec in self.codecs.items():
             z = np.concatenate([self.logits(v, name) for v in videos])
@@ -156,7 +161,7 @@ class Recipe:
             else:
                 stored["entropy"] = entropy(z)
             for spec in fmt.teacher_specs(name, codec.width, codec.encoding, codec.output):
-                values = stored[spec.path.split("/")[-1]]
+                values = stored[spec.name]
                 parts[name].files += stage_array(folder, spec, shard, values, self.shard_rows)
         return ShardResult(shard, part, parts, str(folder))
 

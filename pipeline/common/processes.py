@@ -94,12 +94,13 @@ def _kill_self_after(pid: int, ended: int) -> None:
         watch.poll()
     else:
         parent = os.getppid()
-        while os.getppid() == parent and _exists(pid):
+        while os.getppid() == parent and process_exists(pid):
             time.sleep(_LOOK_EVERY_S)
     _kill_self()
 
 
-def _exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Return whether a process of this machine has the number, under any account."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

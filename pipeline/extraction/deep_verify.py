@@ -1,7 +1,11 @@
-"""Verify a store against its videos and teachers: decode a sample and run the teachers again.
+"""Verify a store against its videos, and against its teachers.
 
-Frames must be the same, by index and pts; outputs are compared as in `replay`. Teachers of the
-store that are outputs of one model are computed in one forward pass, as they were.
+`deep_check` decodes a sample of videos and runs the teachers again. Frames must be the same, by
+index and pts; outputs are compared as in `replay`. Teachers of the store that are outputs of one
+model are computed in one forward pass, as they were.
+
+`frame_check` compares the frames of all videos, without a teacher: it finds those that version 0.1
+read in a different order.
 """
 
 from __future__ import annotations
@@ -15,23 +19,25 @@ import numpy as np
 import torch
 
 from ..common.devices import resolve_device
-from ..common.errors import DistInitError, UsageError, VideoError
+from ..common.errors import DistInitError, UsageError
 from ..common.processes import cores
 from ..common.progress_bar import progress_bar
 from ..store import layout as fmt
 from ..store.frame_views import check_views, output_keys
-from ..store.index import OK
 from ..store.reader import TargetStore, check_video_roots
 from ..store.verify import Finding
+from ..store.writer import StoreWriter
 from ..teachers.engines import use_engine
 from ..teachers.fingerprint import Fingerprint
 from ..teachers.probes import fingerprints
 from ..teachers.recorded import load_spec, recorded_spec
 from ..teachers.teacher import TeacherOutput
 from ..teachers.teacher_options import OUTPUTS, TeacherSpec
-from ..video.container import digest
-from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
-from .replay import Replay, Rerun
+from ..video.geometry import View
+from ..video.packets import Timeline
+from ..video.pool.decode_pool import DecodePool, Failed
+from .planner import video_columns
+from .replay import Replay, Rerun, other_file, replay_segment
 from .teacher_runner import batch_threads
 
 
@@ -75,8 +81,7 @@ def deep_check(
     order = list(store.teachers).index
     findings.sort(key=lambda finding: order(str(finding.teacher)))
     replays = sorted((x for outputs in models for x in outputs), key=lambda x: order(x.name))
-    videos = np.flatnonzero((store.video_state == OK) & (store.row_counts > 0))
-    chosen = np.sort(np.random.default_rng(seed).permutation(videos)[:count])
+    chosen = np.sort(np.random.default_rng(seed).permutation(store.usable([]))[:count])
     views = list(dict.fromkeys(replay.teacher.view for replay in replays))
     with (
         DecodePool(processes=1, views=views) as pool,
@@ -86,11 +91,14 @@ def deep_check(
         progress_bar("decoding again", len(chosen), "videos") as bar,
     ):
         reruns = [Rerun(outputs[0].teacher, outputs, runners, threads + 1) for outputs in models]
+        view_of = {rerun: views.index(rerun.teacher.view) for rerun in reruns}
         for video in chosen.tolist():
             path = store.video_path(video, video_roots)
-            findings += _check_video(
-                store, video, path, pool, {r: views.index(r.teacher.view) for r in reruns}
-            )
+            if other := other_file(store, video, path):
+                findings.append(Finding(f"{path}: {other}"))
+            for segment in () if other else store.segments(video).tolist():
+                if wrong := replay_segment(store, segment, path, pool, view_of):
+                    findings.append(Finding(f"{path}: {wrong}", int(store.index.shard[segment])))
             for rerun in reruns:
                 rerun.run()
             for replay in replays:
@@ -206,48 +214,88 @@ def _check_identity(store: TargetStore, of: TeacherOutput, name: str) -> None:
             )
 
 
-def _check_video(
-    store: TargetStore, video: int, path: str, pool: DecodePool, view_of: Mapping[Rerun, int]
+def frame_check(
+    store: TargetStore, video_roots: Mapping[str, str] | None = None
+) -> dict[int, list[Finding]]:
+    """Return findings for each video whose file lacks the frames, or the size, of the store.
+
+    video_roots: corpus → its current folder. Most files are only read, not decoded.
+
+    Raises:
+        UsageError: The store does not have a corpus.
+    """
+    check_video_roots(store, video_roots or {})
+    findings: dict[int, list[Finding]] = {}
+    readable: list[int] = []
+    for video in store.usable([]).tolist():
+        path = store.video_path(video, video_roots)
+        if other := other_file(store, video, path):
+            findings[video] = [Finding(f"{path}: {other}")]
+        else:
+            readable.append(video)
+    view = View(resize=(16, 16))  # nothing is rendered
+    with (
+        DecodePool(processes=cores(), views=[view]) as pool,
+        progress_bar("reading videos", len(readable), "videos") as bar,
+    ):
+        paths = [store.video_path(video, video_roots) for video in readable]
+        for video, path, read in zip(readable, paths, pool.timelines(paths), strict=True):
+            if isinstance(read, Failed):
+                findings[video] = [Finding(f"{path}: {read.reason}")]
+            elif off := list(_compare(store, video, path, *read)):
+                findings[video] = off
+            bar.advance(1)
+    return findings
+
+
+def _compare(
+    store: TargetStore, video: int, path: str, timeline: Timeline, size: tuple[int, int]
 ) -> Iterator[Finding]:
-    """Decode a video again; feeds the teachers."""
-    try:
-        here = digest(path)
-    except VideoError as error:
-        yield Finding(f"{path}: {error}")
+    """Return one finding per shard that holds frames which the file does not have."""
+    segments = store.segments(video).tolist()
+    stored_size = int(store.column("width")[video]), int(store.column("height")[video])
+    if size != stored_size:
+        seen = f"shown at {size[0]}x{size[1]} pixels, the teachers saw {stored_size[0]}x{stored_size[1]}"
+        yield from (Finding(f"{path}: {seen}", int(store.index.shard[s])) for s in segments)
         return
-    if here != store.digest(video):
+    record = store.video(video)
+    if record.time_base not in (None, timeline.time_base):
         yield Finding(
-            f"{path}: changed, its digest is {here}, the teachers saw {store.digest(video)}"
+            f"{path}: its clock ticks every {timeline.time_base} s, stored is {record.time_base} s"
         )
-        return
-    for s in store.segments(video).tolist():
-        shard, row, count = (
-            int(x[s]) for x in (store.index.shard, store.index.row, store.index.rows)
-        )
-        rows = np.arange(row, row + count)
-        stored = store.read_table("index", rows), store.read_table("pts", rows)
-        end = int(store.index.end[s])
-        job = DecodeJob(
-            s, path, store.sampling, int(store.index.first[s]), None if end < 0 else end
-        )
-        done, differs = 0, False
-        for event in pool.stream([job]):
-            if isinstance(event, Failed):
-                yield Finding(f"{path}: {event.reason}", shard)
-            elif isinstance(event, Done):
-                if done != count and not differs:
-                    yield Finding(f"{path}: {done} frames are sampled, {count} are stored", shard)
-            elif not differs:
-                at = slice(done, done + len(event.index))
-                differs = not (
-                    np.array_equal(stored[0][at], event.index)
-                    and np.array_equal(stored[1][at], event.pts)
-                )
-                if differs:
-                    yield Finding(
-                        f"{path}: other frames (index or pts) are sampled than are stored", shard
-                    )
-                    continue
-                done = at.stop
-                for rerun, view in view_of.items():
-                    rerun.feed(event.images[view], rows[at], s)
+    chosen = store.sampling.select(timeline.pts, timeline.key, timeline.time_base)
+    for s in segments:
+        first, end = int(store.index.first[s]), int(store.index.end[s])
+        here = chosen[(chosen >= first) & (chosen < (len(timeline) if end < 0 else end))]
+        rows = store.rows_of_segments(np.array([s]))
+        index, pts = store.read_table("index", rows), store.read_table("pts", rows)
+        # A damaged frame has no row.
+        in_file = np.isin(index, here)
+        if not in_file.all() or not np.array_equal(timeline.pts[index], pts):
+            yield Finding(
+                f"{path}: other frames (index or pts) than are stored", int(store.index.shard[s])
+            )
+        elif len(index) < len(here) and s not in store.index.note:
+            yield Finding(
+                f"{path}: {len(here)} frames are sampled, {len(index)} are stored",
+                int(store.index.shard[s]),
+            )
+
+
+def identify_again(
+    store: TargetStore,
+    writer: StoreWriter,
+    videos: list[int],
+    video_roots: Mapping[str, str] | None = None,
+) -> None:
+    """Write the identity of the files of `videos` again, if the teachers saw the same files."""
+    paths = [store.video_path(video, video_roots) for video in videos]
+    with DecodePool(processes=1, views=[View(resize=(16, 16))]) as pool:
+        probes = dict(zip(videos, pool.probe(paths), strict=True))
+    same = {
+        v: probe
+        for v, probe in probes.items()
+        if probe.error is None and probe.digest == store.digest(v)
+    }
+    if same:
+        writer.identify(list(same), video_columns(list(same.values()), store.sampling))

@@ -34,6 +34,7 @@ LONG_ROWS = 20_000
 SHORTER = "--every 8 keeps fewer frames, --part I/N shares the videos among N machines"
 PROBED = 2000  # videos
 TIMED = 8  # videos that are decoded, and batches at most, to measure a rate
+TIMED_ROWS = 200  # of each of these videos, at most
 TIMED_SECONDS = 2.0  # of batches; one that takes longer is timed once
 ROW_BYTES = 4 + 8 + 8  # video, index, pts
 ENTROPY_BYTES = 4
@@ -55,9 +56,7 @@ def dry_run(
         teachers, config.engine, {}, run_record(config.batch_size, config.precision, device)
     )
     views = list(dict.fromkeys(teacher.view for teacher in teachers))
-    chosen = np.unique(
-        np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)
-    ).tolist()
+    chosen = _spread(len(videos), PROBED)
     asked = config.sampling or Sampling()
     options = [asked, *(s for s in _others() if s != asked)]
     teacher_s = sum(_seconds_per_row(t, config.batch_size) for t in teachers)
@@ -139,13 +138,9 @@ def announce(
     if rows == 0 or (rows < LONG_ROWS and config.max_hours is None):
         return
     videos = np.unique(index.video[segments])
-    some = videos[np.unique(np.linspace(0, len(videos) - 1, min(TIMED, len(videos))).astype(int))]
-    jobs = [DecodeJob(int(v), plan.path(int(v)), plan.sampling, max_rows=200) for v in some]
-    began, decoded = time.perf_counter(), 0
-    for event in pool.stream(jobs):
-        if isinstance(event, Block):
-            decoded += len(event.index)
-    decode_s = (time.perf_counter() - began) / max(decoded, 1)
+    paths = [plan.path(int(videos[i])) for i in _spread(len(videos), TIMED)]
+    decode_s, decoded = _time_decoding(pool, plan.sampling, paths)
+    decode_s /= max(decoded, 1)
     # A worker runs one batch at once, since workers share the cores of a machine.
     on_workers = config.workers is not None or config.scheduler is not None
     at_most = 1 if on_workers else None
@@ -203,21 +198,26 @@ def _decode_seconds(pool: DecodePool, sampling: Sampling, good: list[tuple[str, 
     """Estimate seconds for all probed videos from the time of a few and their share of frames."""
     if not good:
         return 0.0
-    few = [
-        good[i] for i in np.unique(np.linspace(0, len(good) - 1, min(TIMED, len(good))).astype(int))
-    ]
+    few = [good[i] for i in _spread(len(good), TIMED)]
     frames = sum(p.frames for _, p in few)
-    began = time.perf_counter()
-    rows = 0
-    for event in pool.stream(
-        DecodeJob(i, path, sampling, max_rows=200) for i, (path, _) in enumerate(few)
-    ):
-        if isinstance(event, Block):
-            rows += len(event.index)
-    seconds = time.perf_counter() - began
-    bound = sum(min(sampling.rows_bound(p), 200) for _, p in few)
+    seconds, _ = _time_decoding(pool, sampling, [path for path, _ in few])
+    bound = sum(min(sampling.rows_bound(p), TIMED_ROWS) for _, p in few)
     share = sum(sampling.rows_bound(p) for _, p in few) / max(bound, 1)
     return seconds * share * sum(p.frames for _, p in good) / max(frames, 1)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers from 0 to `count` - 1, evenly spread."""
+    numbers: list[int] = np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
+    return numbers
+
+
+def _time_decoding(pool: DecodePool, sampling: Sampling, paths: list[str]) -> tuple[float, int]:
+    """Decode at most TIMED_ROWS frames of each video; return the seconds and the number of rows."""
+    jobs = [DecodeJob(i, path, sampling, max_rows=TIMED_ROWS) for i, path in enumerate(paths)]
+    began = time.perf_counter()
+    rows = sum(len(event.index) for event in pool.stream(jobs) if isinstance(event, Block))
+    return time.perf_counter() - began, rows
 
 
 def _gigabytes(gigabytes: float) -> str:

@@ -23,6 +23,7 @@ from ..common.run_dir import config_next_to
 from ..common.streams import counted
 from ..corpus.sources import Part, VideoList, escape_path
 from ..store.index import FAILED, OK, PENDING
+from ..store.layout import check_root
 from ..store.staging import ShardResult
 from ..store.writer import StoreWriter, with_engine
 from ..teachers.teacher import Teacher, TeacherOutput
@@ -79,7 +80,7 @@ def extract(
             else.
         DeviceError: This machine has no such device.
     """
-    record = config_next_to(config.out)
+    config_file = config_next_to(config.out)
     device = resolve_device(config.device)
     asked_config, config = config, with_precision(config, device)
     if config.dry_run:
@@ -88,6 +89,7 @@ def extract(
     sampling = _sampling(config)
     loaded = load_teachers(config, device)
     teachers = outputs_of(loaded)
+    names = list(teachers)
     _check_accepted(config, teachers)
     fingerprints = examine_teachers(loaded)
     views = list(dict.fromkeys(teacher.view for teacher in loaded))
@@ -111,23 +113,22 @@ def extract(
         else:
             run = run_record(config.batch_size, config.precision, device)
         engines = use_engines(loaded, config.engine, writer.numerics(), run)
-        asked = {
-            name: {**attributes, "run": with_engine(run, engines, name)}
+        asked: dict[str, dict[str, Any]] = {
+            name: {
+                "attributes": {**attributes, "run": with_engine(run, engines, name)},
+                "encoding": config.encoding,
+                "output": teachers[name].output,
+                "width": teachers[name].width,
+                "allow_different_numerics": config.allow_different_numerics,
+            }
             for name, attributes in _records(config, loaded).items()
         }
-        for name, attributes in asked.items():  # before videos are listed, since those stay
-            writer.check_teacher(
-                name,
-                attributes,
-                encoding=config.encoding,
-                output=teachers[name].output,
-                width=_features(teachers[name]),
-                allow_different_numerics=config.allow_different_numerics,
-            )
+        for name in names:  # before videos are listed, since those stay
+            writer.check_teacher(name, **asked[name])
         without = check_fingerprints(writer, fingerprints)
         plan = StorePlan(writer)
         videos = None if listed is None else _share(config, plan.locate(listed), console)
-        if without and _grows(config, plan, videos, list(teachers)):
+        if without and _grows(config, plan, videos, names):
             prove_teachers(
                 plan, without, teachers, fingerprints, config.accept_teachers, pool, views
             )
@@ -135,46 +136,38 @@ def extract(
             _add_videos(config, plan, videos, len(listed), pool, console)
         plan_segments(plan, pool)
         if config.retry_failed:
-            plan_retries(plan, list(teachers), pool, run)
+            plan_retries(plan, names, pool, run)
         for name, teacher in teachers.items():
-            writer.add_teacher(
-                name,
-                teacher.classes,
-                asked[name],
-                encoding=config.encoding,
-                output=teacher.output,
-                width=_features(teacher),
-                allow_different_numerics=config.allow_different_numerics,
-                fingerprint=fingerprints[name].record(),
-            )
-        copy_stored(plan, list(teachers))
-        shards = open_tasks(plan, list(teachers))
+            record = fingerprints[name].record()
+            writer.add_teacher(name, teacher.classes, **asked[name], fingerprint=record)
+        copy_stored(plan, names)
+        shards = open_tasks(plan, names)
         announce(config, plan, loaded, shards, pool, device, _workers(config, client))
         began = time.monotonic()
         if config.workers is not None:
             client = stack.enter_context(cluster(config.workers, None))
         fill = (
-            _cluster_fill(config, writer, teachers, run, engines, client)
+            _cluster_fill(config, plan, teachers, run, engines, client)
             if client is not None
-            else stack.enter_context(_local_fill(config, writer, teachers, pool, views, device))
+            else stack.enter_context(_local_fill(config, plan, teachers, pool, views, device))
         )
         done, idle = 0, True
         # With --retry-failed, videos that failed before may all fail again. Where rows are stored
         # already, the last videos of a run that was killed may all fail.
         watch = SameFailure(0 if config.retry_failed else config.max_failures)
         all_of_fewer = not (writer.index.state == OK).any()
-        while shards := open_tasks(plan, list(teachers)):
+        while shards := open_tasks(plan, names):
             idle = False
             for shard in set(shards).intersection(hashed_in_part(plan)):
                 writer.drop_hashes(shard)  # their videos are decoded anyway
             done += _run_shards(
-                plan, shards, list(teachers), fill, run, engines, watch, all_of_fewer, console
+                plan, shards, names, fill, run, engines, watch, all_of_fewer, console
             )
             plan_overflow(plan, pool)
-        write_config(record, "extract-targets", asked_config)
+        write_config(config_file, "extract-targets", asked_config)
         seconds = time.monotonic() - began
         ids = None if videos is None else ids_of(plan, videos)
-        result = _summary(plan, list(teachers), ids, done, seconds, console)
+        result = _summary(plan, names, ids, done, seconds, console)
         if idle:
             console.say("nothing to do: every video has its targets or a reason why not")
         else:
@@ -205,7 +198,7 @@ Fill = Callable[[Iterator[ShardTask], Callable[[int], Any]], Iterator[ShardResul
 @contextmanager
 def _local_fill(
     config: ExtractConfig,
-    writer: StoreWriter,
+    plan: StorePlan,
     teachers: dict[str, TeacherOutput],
     pool: DecodePool,
     views: list[View],
@@ -214,13 +207,12 @@ def _local_fill(
     """Yield a function that fills shards in this process."""
 
     def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
-        sampling = Sampling.model_validate(writer.attributes["sampling"])
         return ShardFiller(
-            writer.root,
+            plan.writer.root,
             runner,
             pool,
-            sampling=sampling,
-            shard_rows=writer.shard_rows,
+            sampling=plan.sampling,
+            shard_rows=plan.writer.shard_rows,
             advance=advance,
         ).fill(work)
 
@@ -233,7 +225,7 @@ def _local_fill(
 
 def _cluster_fill(
     config: ExtractConfig,
-    writer: StoreWriter,
+    plan: StorePlan,
     teachers: dict[str, TeacherOutput],
     run: dict[str, Any],
     engines: dict[str, str],
@@ -243,8 +235,7 @@ def _cluster_fill(
     from .cluster import WorkerSetup, run_shards
 
     def fill(work: Iterator[ShardTask], advance: Callable[[int], Any]) -> Iterator[ShardResult]:
-        sampling = Sampling.model_validate(writer.attributes["sampling"])
-        setup = WorkerSetup.of(config, writer, teachers, sampling, run, engines)
+        setup = WorkerSetup.of(config, plan.writer, teachers, plan.sampling, run, engines)
         for result in run_shards(client, setup, work, retries=config.retries):
             advance(result.rows)
             yield result
@@ -367,18 +358,11 @@ def _records(config: ExtractConfig, loaded: list[Teacher]) -> dict[str, dict[str
     }
 
 
-def _features(teacher: TeacherOutput) -> int | None:
-    """Return the number of features; None of logits, whose width is that of their classes."""
-    return teacher.width if teacher.output == "features" else None
-
-
 def _sampling(config: ExtractConfig) -> Sampling:
     """Return the sampling asked for, else that of the existing store, else every 4th frame."""
     if config.sampling is not None:
         return config.sampling
     if (config.out / "zarr.json").exists():
-        from ..store.layout import check_root
-
         return Sampling.model_validate(check_root(config.out)["sampling"])
     return Sampling()
 

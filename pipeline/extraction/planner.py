@@ -18,7 +18,7 @@ from ..common.errors import SameFailure, StoreMismatchError, VideoError
 from ..common.progress_bar import progress_bar
 from ..corpus.sources import Corpus, VideoList, escape_path, unescape_path
 from ..store.digests import read_rows
-from ..store.index import OK, OVERFLOWED
+from ..store.index import OK, OVERFLOWED, StoreIndex
 from ..store.planning import FrameRange, cut
 from ..store.reader import TargetStore
 from ..store.storage import LocalFiles
@@ -186,10 +186,10 @@ def plan_segments(plan: StorePlan, pool: DecodePool) -> None:
     todo = np.flatnonzero(~planned)
     if len(todo) == 0:
         return
-    rows = writer.set_shard_rows_for(int(plan.column("rows_bound")[todo].sum()))
+    writer.set_shard_rows_for(int(plan.column("rows_bound")[todo].sum()))
     segments: list[FrameRange] = []
-    for v in todo.tolist():
-        segments += segments_of(plan, pool, v, int(plan.column("rows_bound")[v]), rows, -1)
+    for video in todo.tolist():
+        segments += segments_of(plan, pool, video)
     writer.add_segments(segments)
 
 
@@ -203,9 +203,7 @@ def plan_overflow(plan: StorePlan, pool: DecodePool) -> None:
             segments += _exact(plan, pool, int(index.video[s]), s)
         else:  # one range of several: the others stay, so it keeps its frames and gets more rows
             bound = min(2 * int(index.overflow[s]), plan.writer.shard_rows)
-            segments.append(
-                FrameRange(int(index.video[s]), int(index.first[s]), int(index.end[s]), bound, s)
-            )
+            segments.append(replace(again(index, s), bound=bound))
     plan.writer.add_segments(segments)
 
 
@@ -263,7 +261,7 @@ def _segment(plan: StorePlan, s: int, store: TargetStore | None) -> SegmentTask:
     video = int(index.video[s])
     frames = None
     if store is not None:
-        rows = np.arange(index.row[s], index.row[s] + index.rows[s])
+        rows = store.rows_of_segments(np.array([s]))
         frames = (store.read_table("index", rows), store.read_table("pts", rows))
     end = int(index.end[s])
     return SegmentTask(
@@ -294,11 +292,20 @@ def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list
     }
 
 
+def again(index: StoreIndex, segment: int) -> FrameRange:
+    """Return the frames of a segment as another attempt at it."""
+    video, first, end, bound = (
+        int(column[segment]) for column in (index.video, index.first, index.end, index.bound)
+    )
+    return FrameRange(video, first, end, bound, segment)
+
+
 def segments_of(
-    plan: StorePlan, pool: DecodePool, video: int, bound: int, shard_rows: int, replaces: int
+    plan: StorePlan, pool: DecodePool, video: int, replaces: int = -1
 ) -> list[FrameRange]:
     """Return a video as ranges of frames that fit a shard, by the bound of its probe."""
-    if bound <= shard_rows:
+    bound = int(plan.column("rows_bound")[video])
+    if bound <= plan.writer.shard_rows:
         return [FrameRange(video, 0, -1, bound, replaces)]
     return _exact(plan, pool, video, replaces)
 
@@ -316,7 +323,7 @@ def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list
     selected = plan.sampling.select(timeline.pts, timeline.key, timeline.time_base)
     keys = np.flatnonzero(timeline.key)
     parts = cut(video, selected, keys, len(timeline.pts), plan.writer.shard_rows)
-    return [FrameRange(p.video, p.first, p.end, p.bound, replaces) for p in parts]
+    return [replace(part, replaces=replaces) for part in parts]
 
 
 def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:

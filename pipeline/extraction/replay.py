@@ -1,4 +1,4 @@
-"""Rows of a store computed again: a model run over stored frames, and each of its outputs compared.
+"""Rows of a store computed again: frames decoded, a model run over them, its outputs compared.
 
 Outputs are computed in batches of the recorded size in which each row has its original place, so
 that the same torch on the same kind of device gives the same bits; elsewhere the last bits differ,
@@ -20,10 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..store.encoding import Codec, arrays_of, cosine_error, rounding
+from ..common.errors import VideoError
+from ..store.encoding import Codec, arrays_of, cosine_error
 from ..store.reader import TargetStore
 from ..store.verify import Finding
 from ..teachers.teacher import Teacher, TeacherOutput
+from ..video.container import digest
+from ..video.pool.decode_pool import Block, DecodeJob, DecodePool, Failed
 
 # How far a row may be off in addition to its rounding: root mean square over classes, in standard
 # deviations of the row. In fp32 another batch size makes 2e-6; bf16 is up to 0.12 off fp32, the
@@ -100,7 +103,7 @@ class _Batch:
     """Images uint8 [B, h, w, 3] that wait for a forward pass, for which outputs, and their rows."""
 
     images: NDArray[np.uint8]
-    replays: tuple[Replay, ...]
+    replays: list[Replay]
     at: tuple[int, int]  # shard and batch
     places: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -135,27 +138,17 @@ class Rerun:
             if replay.has(segment):
                 by_size.setdefault(replay.batch_size(segment), []).append(replay)
         for size, replays in by_size.items():
-            self._feed(size, tuple(replays), images, rows)
-
-    def _feed(
-        self,
-        size: int,
-        replays: tuple[Replay, ...],
-        images: NDArray[np.uint8],
-        rows: NDArray[np.int64],
-    ) -> None:
-        shard_rows = replays[0].store.index.shard_rows
-        for image, row in zip(images, rows.tolist(), strict=True):
-            shard, inside = divmod(row, shard_rows)
-            at, place = (shard, inside // size), inside % size
-            batch = self._batches.get(size)
-            if batch is None or (batch.at, batch.replays) != (at, replays):
-                self._start(size)
-                empty = np.zeros((size, *self.teacher.input_shape, 3), np.uint8)
-                batch = self._batches[size] = _Batch(empty, replays, at)
-            batch.images[place] = image
-            batch.places.append(place)
-            batch.rows.append(row)
+            for image, row in zip(images, rows.tolist(), strict=True):
+                shard, inside = divmod(row, replays[0].store.index.shard_rows)
+                at, place = (shard, inside // size), inside % size
+                batch = self._batches.get(size)
+                if batch is None or (batch.at, batch.replays) != (at, replays):
+                    self._start(size)
+                    empty = np.zeros((size, *self.teacher.input_shape, 3), np.uint8)
+                    batch = self._batches[size] = _Batch(empty, replays, at)
+                batch.images[place] = image
+                batch.places.append(place)
+                batch.rows.append(row)
 
     def run(self) -> None:
         """Run the model on the images that wait, and compare with what is stored."""
@@ -186,6 +179,59 @@ class Rerun:
                 replay.compare(values[replay.of.key].numpy()[batch.places], np.array(batch.rows))
 
 
+def other_file(store: TargetStore, video: int, path: str) -> str | None:
+    """Return why a file is not that of a video that the teachers saw; None if it is."""
+    try:
+        here = digest(path)
+    except VideoError as error:
+        return str(error)
+    seen = store.digest(video)
+    return None if here == seen else f"changed, its digest is {here}, the teachers saw {seen}"
+
+
+def replay_segment(
+    store: TargetStore,
+    segment: int,
+    path: str,
+    pool: DecodePool,
+    view_of: Mapping[Rerun, int],
+    most: int | None = None,
+) -> str | None:
+    """Decode the frames of a segment again and feed the models; return why there are others.
+
+    Args:
+        store: The store.
+        segment: One that holds rows.
+        path: The file of its video.
+        pool: Decodes it.
+        view_of: The models, each with the place of its view among those of `pool`.
+        most: Rows, the first ones; default all.
+    """
+    rows = store.rows_of_segments(np.array([segment]))[:most]
+    index, pts = store.read_table("index", rows), store.read_table("pts", rows)
+    first, end = int(store.index.first[segment]), int(store.index.end[segment])
+    job = DecodeJob(
+        segment, path, store.sampling, first, None if end < 0 else end, most and len(rows)
+    )
+    done, differs = 0, False
+    for event in pool.stream([job]):
+        if isinstance(event, Failed):
+            return event.reason
+        if not isinstance(event, Block) or differs:
+            continue
+        at = slice(done, done + len(event.index))
+        differs = not (
+            np.array_equal(index[at], event.index) and np.array_equal(pts[at], event.pts)
+        )
+        if not differs:
+            done = at.stop
+            for rerun, view in view_of.items():
+                rerun.feed(event.images[view], rows[at], segment)
+    if differs:
+        return "other frames (index or pts) are sampled than are stored"
+    return None if done == len(rows) else f"{done} frames are sampled, {len(rows)} are stored"
+
+
 _Compared = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 """Of each row [n]: how far it is off, how far it may be, and the difference that is reported."""
 
@@ -195,7 +241,7 @@ def _compare_logits(
 ) -> _Compared:
     off = np.sqrt(np.square(codec.decode(stored) - logits).mean(axis=1))
     spread = logits.std(axis=1)
-    allowed = rounding(stored, codec.encoding) + TOLERANCE[precision] * spread
+    allowed = codec.rounding(stored) + TOLERANCE[precision] * spread
     return off, allowed, off / np.maximum(spread, 1e-12)
 
 

@@ -22,7 +22,7 @@ from ..store.staging import FramesPart, ShardResult, new_staging
 from ..store.subset import ShardCopy
 from ..video.pool.decode_pool import DecodePool
 from ..video.probe import Probe
-from .planner import StorePlan, segments_of, video_columns
+from .planner import StorePlan, again, segments_of, video_columns
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +69,16 @@ def plan_retries(
     ]
     segments: list[FrameRange] = []
     for s in fresh:
-        v = int(index.video[s])
         if index.first[s] == 0 and index.end[s] == -1:
-            segments += segments_of(
-                plan, pool, v, int(plan.column("rows_bound")[v]), plan.writer.shard_rows, s
-            )
+            segments += segments_of(plan, pool, int(index.video[s]), s)
         else:
-            segments.append(_again(index, s))
+            segments.append(again(index, s))
     plan.writer.add_segments(segments)
     # Segments that lack the same teachers share shards: all rows of a teacher in a shard are
     # copied, or all are computed.
     lacking = {s: _lacking(index, s, teachers) for s in ready}
     for _, group in groupby(sorted(ready, key=lambda s: (lacking[s], s)), key=lambda s: lacking[s]):
-        plan.writer.add_segments([_again(index, s) for s in group])
+        plan.writer.add_segments([again(index, s) for s in group])
     _fail(plan, [s for s in without if index.video[s] in mixed and index.reason[s] != MIXED], run)
     tried = len(fresh) + len(ready)
     log.info(f"{tried} failed segments are tried again")
@@ -135,16 +132,10 @@ def _lacking(index: StoreIndex, segment: int, teachers: Sequence[str]) -> tuple[
     )
 
 
-def _again(index: StoreIndex, s: int) -> FrameRange:
-    return FrameRange(
-        int(index.video[s]), int(index.first[s]), int(index.end[s]), int(index.bound[s]), s
-    )
-
-
 def _fail(plan: StorePlan, segments: Sequence[int], run: dict[str, Any]) -> None:
     """Append attempts that failed because their videos' files are other ones now."""
     index = plan.writer.index
-    placed = plan.writer.add_segments([_again(index, s) for s in segments])
+    placed = plan.writer.add_segments([again(index, s) for s in segments])
     for shard, group in groupby(placed, key=lambda segment: segment.shard):
         ids = [segment.id for segment in group]
         zeros = [0] * len(ids)

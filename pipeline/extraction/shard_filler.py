@@ -240,7 +240,7 @@ class ShardFiller:
             np.empty(n, np.int64),
             np.empty(n, np.int32),
             {
-                name: {a: np.empty((n, *s.row), s.dtype) for a, s in self._specs(name)}
+                name: {s.name: np.empty((n, *s.row), s.dtype) for s in self._specs(name)}
                 for name in task.teachers
             },
             {name: np.empty(n, np.float32) for name in task.teachers},
@@ -258,11 +258,9 @@ class ShardFiller:
             self._codecs[name] = fmt.read_codec(files, name, node)
         return self._codecs[name]
 
-    def _specs(self, name: str) -> list[tuple[str, fmt.ArraySpec]]:
-        """Return a teacher's arrays by name."""
+    def _specs(self, name: str) -> list[fmt.ArraySpec]:
         codec = self._codec(name)
-        specs = fmt.teacher_specs(name, codec.width, codec.encoding, codec.output)
-        return [(spec.path.split("/")[-1], spec) for spec in specs]
+        return fmt.teacher_specs(name, codec.width, codec.encoding, codec.output)
 
     def _take(self, rows: _Rows, segment: SegmentTask, block: Block, batch: Batch) -> Batch:
         """Copy a block's frames into batches and submit each full one; return the unfilled one."""
@@ -323,7 +321,7 @@ class ShardFiller:
         for name in task.teachers:
             part, codec = TeacherPart(), self._codec(name)
             full = {
-                a: np.full((place.total, *s.row), s.fill, s.dtype) for a, s in self._specs(name)
+                s.name: np.full((place.total, *s.row), s.fill, s.dtype) for s in self._specs(name)
             }
             kept = np.zeros(place.total, bool)
             errors: list[NDArray[np.float32]] = []
@@ -348,8 +346,9 @@ class ShardFiller:
                 part.sums = Sums.of(codec, {a: full[a][kept] for a in arrays})
             if task.frames_stored:
                 part.failed.update({o.task.id: o.failed for o in rows.outcomes if o.failed})
-            for array, spec in self._specs(name):
-                part.files += stage_array(folder, spec, task.shard, full[array], self.shard_rows)
+            for spec in self._specs(name):
+                values = full[spec.name]
+                part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
             teachers[name] = part
         hashes = self._stage_hashes(task, rows, place, folder) if task.hashes else None
         return ShardResult(task.shard, frames, teachers, str(folder), hashes)
@@ -409,7 +408,7 @@ class ShardFiller:
             "pts": rows.pts,
         }
         for spec in fmt.frame_specs():
-            values = columns[spec.path.split("/")[1]][keep]
+            values = columns[spec.name][keep]
             part.files += stage_array(folder, spec, task.shard, values, self.shard_rows)
         return part, place
 

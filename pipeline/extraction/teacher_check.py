@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import StoreMismatchError, VideoError
+from ..common.errors import StoreMismatchError
 from ..store.index import OK
 from ..store.layout import read_fingerprint
 from ..store.reader import TargetStore
@@ -23,11 +23,10 @@ from ..store.writer import StoreWriter
 from ..teachers.fingerprint import Fingerprint
 from ..teachers.probes import examine, says_probabilities
 from ..teachers.teacher import Teacher, TeacherOutput
-from ..video.container import digest
 from ..video.geometry import View
-from ..video.pool.decode_pool import DecodeJob, DecodePool, Done, Failed
+from ..video.pool.decode_pool import DecodePool
 from .planner import StorePlan
-from .replay import Replay, Rerun
+from .replay import Replay, Rerun, other_file, replay_segment
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +133,9 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
     rerun = Rerun(replay.teacher, [replay])
     for video in np.random.default_rng(0).permutation(list(first)).tolist():
         path = plan.path(video)
-        unusable = _replay_segment(store, first[video], path, rerun, pool, view)
+        unusable = other_file(store, video, path) or replay_segment(
+            store, first[video], path, pool, {rerun: view}, ROWS
+        )
         rerun.run()
         if wrong := replay.findings(path):
             raise StoreMismatchError(
@@ -149,41 +150,3 @@ def _replay_sample(plan: StorePlan, replay: Replay, pool: DecodePool, view: int)
         if used == VIDEOS:
             break
     return used, why
-
-
-def _replay_segment(
-    store: TargetStore, segment: int, path: str, rerun: Rerun, pool: DecodePool, view: int
-) -> str | None:
-    """Feed the teacher the first rows of a segment; returns why there are none."""
-    try:
-        if digest(path) != store.digest(int(store.index.video[segment])):
-            return "it is another file now"
-    except VideoError as error:
-        return str(error)
-    rows = np.arange(
-        store.index.row[segment], store.index.row[segment] + min(store.index.rows[segment], ROWS)
-    )
-    stored = store.read_table("index", rows), store.read_table("pts", rows)
-    end = int(store.index.end[segment])
-    job = DecodeJob(
-        segment,
-        path,
-        store.sampling,
-        int(store.index.first[segment]),
-        None if end < 0 else end,
-        len(rows),
-    )
-    done, differs = 0, False
-    for event in pool.stream([job]):
-        if isinstance(event, Failed):
-            return event.reason
-        if isinstance(event, Done) or differs:
-            continue
-        at = slice(done, done + len(event.index))
-        differs = not (
-            np.array_equal(stored[0][at], event.index) and np.array_equal(stored[1][at], event.pts)
-        )
-        if not differs:
-            rerun.feed(event.images[view], rows[at], segment)
-            done = at.stop
-    return "other frames are read from it than are stored" if differs or done < len(rows) else None

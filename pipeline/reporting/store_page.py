@@ -23,9 +23,8 @@ from ..common.tables import Table, columns
 from ..prepared.copies import read_copy
 from ..prepared.folders import PreparedCorpus, prepared_corpora
 from ..store.index import OK, STATUS
-from ..store.reader import TargetStore, check_file
+from ..store.reader import TargetStore
 from ..store.stats import Failure, TeacherStats, failures, teacher_stats
-from ..video.container import digest
 from ..video.frames import read_frames
 from ..video.geometry import View
 from .charts import Line, entropy_curves, entropy_histogram
@@ -126,8 +125,8 @@ class FrameReader:
         copies = self.prepared.get(corpus)
         if copies is None:
             path = store.video_path(video, self.video_roots)
-            check_file(store, video, path, digest(path))
-            found = read_frames(path, index, view, expect=(index, pts))
+            digest = store.digest(video)
+            found = read_frames(path, index, view, expect=(index, pts), digest=digest)
         elif copies.kind == "flow":
             raise VideoError(f"{copies.root} holds optical flow, no pictures")
         else:
@@ -154,7 +153,7 @@ def summarize_store(
     """
     reader = FrameReader(store, video_roots or {})
     state = store.video_state
-    usable = np.flatnonzero((state == OK) & (store.row_counts > 0))
+    usable = store.usable([])
     chosen = np.sort(np.random.default_rng(seed).permutation(usable)[:count])
     return StoreSummary(
         store=store,

@@ -27,8 +27,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..common.errors import StoreError
+from .validation import is_digest
 
-DIGEST = re.compile(r"[0-9a-f]{32}")
 NAME = re.compile(r"(?!\.+(/|$))[A-Za-z0-9._-]+(/(?!\.+(/|$))[A-Za-z0-9._-]+)*")
 PIECE = 1 << 20
 
@@ -54,7 +54,7 @@ def require_name(path: str, store: str) -> str:
 
 def require_digest(text: object, store: str) -> str:
     """Return a digest or a store's id; StoreError if it is not 32 hexadecimal digits."""
-    if not isinstance(text, str) or not DIGEST.fullmatch(text):
+    if not is_digest(text):
         raise StoreError(
             f"{store}: {str(text)[:200]!r} is not a digest, which has 32 hexadecimal digits"
         )

@@ -129,6 +129,11 @@ def split_ranges(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
     return list(pairwise(borders)) if stop > start else []
 
 
+def num_planned(plans: Iterable[Mapping[str, Any]], key: str) -> int:
+    """Return how many `videos`, `segments` or `shards` the plans speak of."""
+    return max((int(plan.get(key, 0)) for plan in plans), default=0)
+
+
 def ranges_of(plans: Iterable[Mapping[str, Any]]) -> Ranges:
     """Collect the digests that plans give to rows of tables.
 
@@ -150,16 +155,13 @@ def read_rows(files: StoreFiles, path: str, start: int, stop: int, ranges: Range
         StoreError: The column or its file does not exist, is too short, cannot be decoded or
             differs.
     """
+    where, known = f"{files.name}/{path}", ranges.get(path, {})
     try:
-        return checked_rows(
-            f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {})
-        )
+        return checked_rows(where, files.table(path), start, stop, known)
     except StoreError:
         if not files.forget(path):
             raise
-        return checked_rows(
-            f"{files.name}/{path}", files.table(path), start, stop, ranges.get(path, {})
-        )
+        return checked_rows(where, files.table(path), start, stop, known)
 
 
 def checked_rows(

@@ -11,7 +11,6 @@ Shapes: n rows, K values of a row (classes or features), D coefficients of pca:D
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from ..common.errors import StoreError
 from ..common.numerics import softmax
 from ..video.region import Region
-from .store_options import Encoding, Output, PlainEncoding
+from .store_options import Encoding, Output, PlainEncoding, pca_components
 from .validation import OUTPUTS
 
 ENCODINGS: tuple[str, ...] = get_args(PlainEncoding)
@@ -53,12 +52,6 @@ def check_encoding(name: object, where: str, output: Output = "logits") -> Encod
     raise StoreError(f"{where}: encoding {name!r}, this distinit reads {', '.join(known)}")
 
 
-def pca_components(encoding: object) -> int:
-    """Return the D of the encoding `pca:D`, 0 of any other."""
-    match = re.fullmatch(r"pca:([1-9][0-9]{0,5})", encoding) if isinstance(encoding, str) else None
-    return int(match[1]) if match else 0
-
-
 def value_type(encoding: Encoding) -> str:
     """Return the type of the array that holds a teacher's values."""
     return "float16" if encoding == "float16" else "int8"
@@ -85,20 +78,6 @@ def storable(values: NDArray[np.float32]) -> NDArray[np.bool_]:
         return np.asarray((np.abs(values) <= LARGEST).all(axis=-1))  # False for nan
 
 
-def encode(
-    values: NDArray[np.float32], encoding: Encoding, output: Output = "logits"
-) -> dict[str, NDArray[Any]]:
-    """Encode `values` [n, K] as the arrays of `arrays_of(encoding, output)`.
-
-    Rows that cannot be stored become fill.
-    """
-    good = storable(values)
-    z = values if good.all() else np.where(good[:, None], values, np.float32(np.nan))
-    if encoding == "float16":
-        return {output: z.astype(np.float16)}
-    return _int8(z, good, output)
-
-
 def _int8(
     z: NDArray[np.float32], good: NDArray[np.bool_], output: Output
 ) -> dict[str, NDArray[Any]]:
@@ -118,17 +97,6 @@ def _int8(
     return {output: np.clip(steps, -128, 127).astype(np.int8), "scale": scale, "offset": offset}
 
 
-def decode(
-    arrays: Mapping[str, NDArray[Any]], encoding: Encoding, output: Output = "logits"
-) -> NDArray[np.float32]:
-    """Values [n, K] in float32, of pca:D the coefficients; NaN in fill."""
-    values = arrays[output].astype(np.float32)
-    if encoding != "float16":
-        values *= arrays["scale"][:, None]
-        values += arrays["offset"][:, None]
-    return values
-
-
 @dataclass(frozen=True)
 class Codec:
     """How the rows of one teacher are stored, and how wide they are.
@@ -143,20 +111,28 @@ class Codec:
     mean: NDArray[np.float32] | None = field(default=None, compare=False)
 
     def encode(self, values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        """Encode `values` [n, K]; rows that cannot be stored become fill."""
-        if self.basis is None or self.mean is None:
-            return encode(values, self.encoding, self.output)
+        """Encode `values` [n, K] as the arrays of `arrays_of(encoding, output)`.
+
+        Rows that cannot be stored become fill.
+        """
         good = storable(values)
-        centred = np.where(good[:, None], values, np.nan) - self.mean
-        # In float64, so that what is left of the order of summation, which depends on the number of
-        # rows and of threads, is rounded away: a row has the same coefficients in any batch.
+        z = values if good.all() else np.where(good[:, None], values, np.float32(np.nan))
+        if self.encoding == "float16":
+            return {self.output: z.astype(np.float16)}
         with np.errstate(invalid="ignore"):
-            coefficients = (centred @ self.basis.T.astype(np.float64)).astype(np.float32)
-            return _int8(coefficients, good, self.output)
+            if self.basis is not None and self.mean is not None:
+                # In float64, so that what is left of the order of summation, which depends on the
+                # number of rows and of threads, is rounded away: a row has the same coefficients in
+                # any batch.
+                z = ((z - self.mean) @ self.basis.T.astype(np.float64)).astype(np.float32)
+            return _int8(z, good, self.output)
 
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Values [n, K] in float32, in the teacher's own space; NaN in fill."""
-        values = decode(arrays, self.encoding, self.output)
+        """Return values [n, K] in float32, in the teacher's own space; NaN in fill."""
+        values = arrays[self.output].astype(np.float32)
+        if self.encoding != "float16":
+            values *= arrays["scale"][:, None]
+            values += arrays["offset"][:, None]
         if self.basis is None or self.mean is None:
             return values
         return np.asarray(values @ self.basis + self.mean, np.float32)
@@ -169,12 +145,12 @@ class Codec:
         """Return the error of the encoding in each row [n]: KL of logits, cosine of features."""
         return (divergence if self.output == "logits" else cosine_error)(values, kept)
 
-
-def rounding(arrays: Mapping[str, NDArray[Any]], encoding: Encoding) -> NDArray[np.float32]:
-    """Return the largest error of a stored logit in each row [n]."""
-    half = np.abs(decode(arrays, encoding)).max(axis=1, initial=0) * 2**-11
-    # An export in int8 was float16 before.
-    return np.asarray(half if encoding == "float16" else arrays["scale"] / 2 + half, np.float32)
+    def rounding(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Return the largest error of a stored logit in each row [n]."""
+        error = np.abs(self.decode(arrays)).max(axis=1, initial=0) * 2**-11
+        if self.encoding != "float16":  # an export in int8 was float16 before
+            error = arrays["scale"] / 2 + error
+        return np.asarray(error, np.float32)
 
 
 def divergence(logits: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -285,13 +261,10 @@ class Sums:
 
 def mean_and_scale(sums: list[Sums], width: int) -> tuple[NDArray[np.float32], float]:
     """Return the mean [K] over all rows, and sqrt of the mean of (x − mean)² over rows and K."""
-    rows = sum(s.rows for s in sums)
-    total, square = np.zeros(width), 0.0
-    for s in sums:
-        total += s.total
-        square += s.square
-    mean = total / max(rows, 1)
-    variance = square / max(rows * width, 1) - float((mean * mean).mean()) if width else 0.0
+    whole = sum(sums, Sums(0, np.zeros(width), 0.0))
+    mean = whole.total / max(whole.rows, 1)
+    spread = whole.square / max(whole.rows * width, 1)
+    variance = spread - float((mean * mean).mean()) if width else 0.0
     return mean.astype(np.float32), float(np.sqrt(max(variance, 0.0)))
 
 

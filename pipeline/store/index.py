@@ -6,6 +6,7 @@ Shapes: S segments, V videos.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -16,11 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..common.errors import StoreError
 from . import layout as fmt
-from .digests import Ranges, ranges_of, read_rows
+from .digests import Ranges, num_planned, ranges_of, read_rows
 from .encoding import DEFAULT, ERROR_KEYS, check_encoding, check_output, row_arrays
 from .storage import LocalFiles, StoreFiles, store_files
 from .store_options import Encoding, Output
-from .validation import known_files
+from .validation import SEGMENT_LISTS, known_files
 
 PENDING, OK, FAILED, OVERFLOWED = 0, 1, 2, 3
 MANY_LOST = 100
@@ -56,7 +57,7 @@ class StoreIndex:
     state: NDArray[np.int8]
     row: NDArray[np.int64]  # absolute first row
     rows: NDArray[np.int64]
-    frames: NDArray[np.int64]  # frames in the file, −1 where a stretch did not reach its end
+    frames: NDArray[np.int64]  # frames in the file, −1 where a segment does not reach its end
     reason: dict[int, str]
     note: dict[int, str]
     overflow: dict[int, int]
@@ -150,6 +151,16 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
     attributes = fmt.check_root(files)
     broken: list[tuple[str, int | None, str | None]] = []
 
+    @contextmanager
+    def noting(shard: int | None, teacher: str | None = None) -> Iterator[None]:
+        """Enter a StoreError of the block in `broken`, if `damaged`."""
+        try:
+            yield
+        except StoreError as error:
+            if not damaged:
+                raise
+            broken.append((str(error), shard, teacher))
+
     def read(
         group: str, names: Iterable[str], teacher: str | None = None
     ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -177,22 +188,14 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
     if len(lost) >= MANY_LOST:  # no numbers of plans without data are made into arrays
         plans = []
     files.pin(attributes["store_id"], plans)
-    n_videos = max((p.get("videos", 0) for p in plans), default=0)
+    n_videos, planned = num_planned(plans, "videos"), num_planned(plans, "shards")
     corpora: list[dict[str, str]] = max((p.get("corpora", []) for p in plans), key=len, default=[])
     teachers: list[str] = max((p.get("teachers", []) for p in plans), key=len, default=[])
-    n_shards = max((p.get("shards", 0) for p in plans), default=0)
     ranges = ranges_of(plans)
-    try:
-        table = _segments(files, plans, n_videos, n_shards, ranges)
-    except StoreError as error:
-        if not damaged:
-            raise
-        # Without its segments nothing is known of any shard.
-        broken.append((str(error), None, None))
-        n_shards, table = (
-            0,
-            {spec.path.split("/")[1]: np.zeros(0, np.int64) for spec in fmt.segment_specs()},
-        )
+    # Without its segments nothing is known of any shard.
+    n_shards, table = 0, {spec.name: np.zeros(0, np.int64) for spec in fmt.segment_specs()}
+    with noting(None):
+        n_shards, table = planned, _segments(files, plans, n_videos, planned, ranges)
     zeros = np.zeros(len(table["video"]), np.int64)
     index = StoreIndex(
         n_videos=n_videos, n_shards=n_shards, shard_rows=int(attributes.get("shard_rows") or 0),
@@ -203,19 +206,11 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
     )  # fmt: skip
     shards = [f"{i:06d}" for i in range(n_shards)]
     for name, node in read("commits/frames", shards):
-        try:
+        with noting(int(name)):
             add_frame_commit(index, int(name), node, f"{files.name}/")
-        except StoreError as error:
-            if not damaged:
-                raise
-            broken.append((str(error), int(name), None))
     for name, node in read("commits/hashes", shards if index.version >= 2 else [], fmt.HASHES):
-        try:
+        with noting(int(name), fmt.HASHES):
             add_hash_commit(index, int(name), node, f"{files.name}/")
-        except StoreError as error:
-            if not damaged:
-                raise
-            broken.append((str(error), int(name), fmt.HASHES))
     nodes = dict(read("teachers", teachers))
     for name in teachers:
         if name not in nodes:
@@ -235,12 +230,8 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
             )
         index.teachers[name] = TeacherCommits(encoding, output)
         for shard, node in read(f"commits/teachers/{name}", shards, name):
-            try:
+            with noting(int(shard), name):
                 add_teacher_commit(index, name, int(shard), node, f"{files.name}/")
-            except StoreError as error:
-                if not damaged:
-                    raise
-                broken.append((str(error), int(shard), name))
     return index
 
 
@@ -248,15 +239,13 @@ def _segments(
     files: StoreFiles, plans: Sequence[dict[str, Any]], n_videos: int, n_shards: int, ranges: Ranges
 ) -> dict[str, NDArray[np.int64]]:
     """Return the segment table [S] as the plans speak of it."""
-    n_segments = max((p.get("segments", 0) for p in plans), default=0)
+    n_segments = num_planned(plans, "segments")
     if n_shards > n_segments:
         raise StoreError(
             f"{files.name}/plans: speak of {n_shards} shards, but of only {n_segments} segments"
         )
     table = {
-        spec.path.split("/")[1]: read_rows(files, spec.path, 0, n_segments, ranges).astype(
-            np.int64, copy=False
-        )
+        spec.name: read_rows(files, spec.path, 0, n_segments, ranges).astype(np.int64, copy=False)
         for spec in fmt.segment_specs()
     }
     for kind, count in (("video", n_videos), ("shard", n_shards), ("replaces", n_segments)):
@@ -288,7 +277,7 @@ def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
     ):
         # No video and no segment has fill here.
         array = files.table(column)
-        chunks = range(-(-max((p.get(count, 0) for p in plans), default=0) // array.chunks[0]))
+        chunks = range(-(-num_planned(plans, count) // array.chunks[0]))
         keys = (array.metadata.encode_chunk_key((chunk,)) for chunk in chunks)
         missing = (key for key in keys if not (files.root / column / key).exists())
         yield from (f"{column}/{key} is missing" for key in islice(missing, MANY_LOST))
@@ -302,14 +291,7 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
     """
     where = f"{root}commits/frames/{shard:06d}/zarr.json"
     # As arrays: of a million videos the lists would take 200 MB.
-    if not isinstance(node["segment"], np.ndarray):
-        node = {
-            **node,
-            **{
-                key: np.asarray(node[key], np.int64)
-                for key in ("segment", "first_row", "rows", "frames")
-            },
-        }
+    node = {**node, **{key: np.asarray(node[key], np.int64) for key in SEGMENT_LISTS}}
     node = _with_known_files(index, where, node, fmt.FRAME_TABLES, shard, "frames")
     ids = node["segment"]
     _check_planned(index, where, shard, ids)
@@ -321,21 +303,18 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
     texts = {
         key: {int(s): v for s, v in node[key].items()} for key in ("failed", "notes", "overflow")
     }
-    if more := [*texts["failed"], *texts["notes"], *texts["overflow"], *node["counted"]]:
-        _check_planned(index, where, shard, more)
+    _check_planned(
+        index, where, shard, [s for of in (*texts.values(), node["counted"]) for s in of]
+    )
     index.row[ids] = node["first_row"] + shard * index.shard_rows
     index.rows[ids] = node["rows"]
     index.frames[ids] = node["frames"]
     index.state[ids] = OK
-    for target, key in (
-        (index.reason, "failed"),
-        (index.note, "notes"),
-        (index.overflow, "overflow"),
-    ):
-        target.update(texts[key])
-    for key, state in (("failed", FAILED), ("overflow", OVERFLOWED)):
-        if texts[key]:
-            index.state[list(texts[key])] = state
+    index.reason.update(texts["failed"])
+    index.note.update(texts["notes"])
+    index.overflow.update(texts["overflow"])
+    index.state[[*texts["failed"]]] = FAILED
+    index.state[[*texts["overflow"]]] = OVERFLOWED
     index.counted.update(node["counted"])
     index.frame_commits[shard] = node
 
@@ -344,13 +323,7 @@ def add_hash_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: s
     """Enter one commit of hashes of frames; StoreError as `add_frame_commit`."""
     where = f"{root}commits/hashes/{shard:06d}/zarr.json"
     node = _with_known_files(index, where, node, fmt.HASH_TABLES, shard, "frames")
-    if node["rows"] > index.shard_rows:
-        raise StoreError(
-            f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}"
-        )
-    failed = {int(s): reason for s, reason in node["failed"].items()}
-    _check_planned(index, where, shard, list(failed))
-    index.unhashed.update(failed)
+    index.unhashed.update(_failed(index, where, shard, node))
     index.hashes[shard] = node
 
 
@@ -367,16 +340,20 @@ def add_teacher_commit(
             f"{where}: error: expected {' and '.join(ERROR_KEYS[teacher.output])} of "
             f"{teacher.output}, got {', '.join(node['error']) or 'nothing'}"
         )
+    teacher.failed.update(_failed(index, where, shard, node))
+    teacher.shards.add(shard)
+    teacher.commits[shard] = node
+
+
+def _failed(index: StoreIndex, where: str, shard: int, node: dict[str, Any]) -> dict[int, str]:
+    """Return why segments of a commit of rows or hashes failed; StoreError as above."""
     if node["rows"] > index.shard_rows:
         raise StoreError(
             f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}"
         )
     failed = {int(s): reason for s, reason in node["failed"].items()}
-    if failed:
-        _check_planned(index, where, shard, list(failed))
-    teacher.shards.add(shard)
-    teacher.failed.update(failed)
-    teacher.commits[shard] = node
+    _check_planned(index, where, shard, list(failed))
+    return failed
 
 
 def _with_known_files(

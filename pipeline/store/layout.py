@@ -28,12 +28,11 @@ from .encoding import (
     Codec,
     check_encoding,
     check_output,
-    pca_components,
     row_arrays,
     value_type,
 )
 from .storage import LocalFiles, StoreFiles, inside, open_table, store_files
-from .store_options import Encoding, Output, PlainEncoding
+from .store_options import Encoding, Output, PlainEncoding, pca_components
 from .validation import MAX_BASIS, check_basis, check_node, check_requires, check_width, load_json
 from .validation import check_root as check_root_form
 
@@ -78,6 +77,11 @@ class ArraySpec:
     row: tuple[int, ...] = ()
     chunk: int = VIDEO_CHUNK
     sharded: bool = False
+
+    @property
+    def name(self) -> str:
+        """The array's own name, without its groups."""
+        return self.path.rpartition("/")[2]
 
 
 def video_specs() -> list[ArraySpec]:
@@ -178,13 +182,6 @@ def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> Non
     seal_array(root / spec.path)
 
 
-def create_classes(group: Path, classes: Sequence[str]) -> None:
-    """Create the array of a teacher's class names in its group, as one chunk."""
-    spec = ArraySpec("class", "str", "", ("class",), (), max(len(classes), 1))
-    create_array(group, spec, len(classes), 0)
-    zarr.open_array(group / spec.path, mode="r+")[:] = np.asarray(classes, dtype=object)
-
-
 def codec_attributes(codec: Codec) -> dict[str, Any]:
     """Return what the node of a teacher records of how its rows are stored."""
     if codec.output == "logits":
@@ -198,16 +195,18 @@ def codec_attributes(codec: Codec) -> dict[str, Any]:
     }
 
 
-def create_basis(group: Path, codec: Codec) -> None:
-    """Create the tables of a teacher in pca:D in its group; nothing in any other encoding."""
-    if codec.basis is None or codec.mean is None:
-        return
-    for spec, values in zip(
-        basis_specs("", codec.width, len(codec.basis)), (codec.basis, codec.mean), strict=True
-    ):
-        leaf = replace(spec, path=spec.path.rpartition("/")[2])
-        create_array(group, leaf, len(values), 0)
-        zarr.open_array(group / leaf.path, mode="r+")[:] = values
+def create_tables(group: Path, codec: Codec, classes: Sequence[str]) -> None:
+    """Create the tables of a teacher in its group: names of classes, or the basis of pca:D."""
+    tables: dict[ArraySpec, Any] = {}
+    if codec.output == "logits":
+        spec = ArraySpec("class", "str", "", ("class",), (), max(len(classes), 1))
+        tables[spec] = np.asarray(classes, dtype=object)
+    elif codec.basis is not None:
+        specs = basis_specs("", codec.width, len(codec.basis))
+        tables = dict(zip(specs, (codec.basis, codec.mean), strict=True))
+    for spec, values in tables.items():
+        create_array(group, replace(spec, path=spec.name), len(values), 0)
+        zarr.open_array(group / spec.name, mode="r+")[:] = values
 
 
 def seal_array(folder: Path, **changes: Any) -> None:
@@ -258,16 +257,6 @@ def make_group(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _group(record: Mapping[str, Any]) -> bytes:
     return seal({"zarr_format": 3, "node_type": "group", "attributes": {KEY: dict(record)}})
-
-
-def read_node(path: Path) -> dict[str, Any]:
-    """Return the attributes of the node whose zarr.json is `path`; StoreError if it is not ours."""
-    try:
-        return parse_node(str(path), path.read_bytes())
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path}: not a readable node of a target store ({error})") from error
 
 
 def parse_node(where: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
@@ -352,8 +341,7 @@ def read_codec(files: StoreFiles, teacher: str, node: Mapping[str, Any]) -> Code
                 f"{files.name}/{spec.path}/zarr.json: has the shape {files.table(spec.path).shape}, "
                 f"expected {shape}"
             )
-        name = spec.path.rpartition("/")[2]
-        ranges = {spec.path: {(0, shape[0]): {found[name]}}}
+        ranges = {spec.path: {(0, shape[0]): {found[spec.name]}}}
         tables.append(read_rows(files, spec.path, 0, shape[0], ranges))
     if not all(np.isfinite(table).all() for table in tables):
         raise StoreError(f"{files.name}/teachers/{teacher}/basis: is not finite")
@@ -383,15 +371,14 @@ def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> li
             return plans
         if count == ask:
             ask *= 2
-        elif count:  # the missing number is asked for again, with some behind it: a server may have failed once
+        elif count:
+            # The missing number is asked for again, with some behind it: a server may have failed
+            # once.
             continue
-        elif broken is not None or isinstance(
-            files, LocalFiles
-        ):  # what a folder has lost, `index.losses` finds
+        elif broken is not None or isinstance(files, LocalFiles):
+            # What a folder has lost, `index.losses` finds.
             return plans + [
-                nodes.get(name, {})
-                for name, is_known in zip(names, exists, strict=True)
-                if is_known
+                nodes.get(n, {}) for n, known in zip(names, exists, strict=True) if known
             ]
         elif not read_nodes(files, "plans", names[:1]):  # a writer may have added it since
             raise StoreError(f"{files.name}/plans/{names[0]}: is missing, but {max(nodes)} exists")
@@ -421,12 +408,6 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
         raise StoreError(
             f"{files.name}: is a file, expected a target store, which is a folder"
         ) from None
-    except StoreError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"{files.name}/zarr.json: cannot be read ({error.strerror or error})"
-        ) from error
     attributes = parse_root(f"{files.name}/zarr.json", text)
     files.sealed = bool(attributes.get("node_digests"))
     check_root_form(f"{files.name}/zarr.json", attributes)

@@ -9,7 +9,6 @@ merge is a store with pending videos, and the same command copies what is missin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from ..common.locks import locked
 from ..corpus.sources import unescape_path
 from . import layout as fmt
 from .digests import digest_bytes
-from .index import PENDING
 from .reader import TargetStore
 from .staging import (
     FramesPart,
@@ -138,14 +136,13 @@ def plan_merge(
     if not writer.index.n_videos:
         columns: dict[str, Any] = {}
         for spec in fmt.video_specs():
-            name = spec.path.split("/")[1]
             parts = [
-                p.corpus[p.store.column(name)]
-                if name == "corpus" and len(p.corpus)
-                else p.store.column(name)
+                p.corpus[p.store.column("corpus")]
+                if spec.name == "corpus" and len(p.corpus)
+                else p.store.column(spec.name)
                 for p in placed
             ]
-            columns[name] = np.concatenate(parts)
+            columns[spec.name] = np.concatenate(parts)
         if len(columns["path"]):
             writer.add_videos(columns, corpora)
     if not len(writer.index.video):
@@ -269,19 +266,11 @@ def _moved(values: dict[str, Any], by: int) -> dict[int, Any]:
 
 
 def _same(a: TargetStore, b: TargetStore, what: str, first: Any, other: Any) -> None:
-    same_attributes(
-        "the parts do not fit", what, _plain(first), other, f"in {a.name}", f"in {b.name}"
-    )
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
+    same_attributes("the parts do not fit", what, first, other, f"in {a.name}", f"in {b.name}")
 
 
 def _check_finished(store: TargetStore) -> None:
-    pending = store.video_state == PENDING
-    for name in store.teachers:
-        pending |= store.index.teacher_state(name) == PENDING
+    pending = store.pending(list(store.teachers))
     if pending.any():
         raise StoreError(
             f"{store.name}: {int(pending.sum())} of {len(pending)} videos are pending; finish it first"

@@ -34,11 +34,11 @@ class FrameRange:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch that has its place: `id` counts all segments of the store."""
+    """A range that has its place: `id` counts all segments of the store."""
 
     id: int
     shard: int
-    stretch: FrameRange
+    frames: FrameRange
 
 
 def auto_shard_rows(total: int) -> int:
@@ -62,36 +62,36 @@ def cut(
     Cuts are at key frames (`keys`, ascending indices) if a range has one after its first frame, so
     that it is decoded without the frames before it; else at the frame after the last that fits.
     """
-    stretches: list[FrameRange] = []
+    ranges: list[FrameRange] = []
     first, row = 0, 0
     while True:
         left = len(wanted) - row
         if left <= shard_rows:
-            stretches.append(FrameRange(video, first, -1, left))
-            return stretches
+            ranges.append(FrameRange(video, first, -1, left))
+            return ranges
         limit = int(wanted[row + shard_rows])
         at = int(np.searchsorted(keys, limit, side="right")) - 1
         end = int(keys[at]) if at >= 0 and keys[at] > first else limit
         rows = int(np.searchsorted(wanted, end, side="left")) - row
         if rows == 0:
             end, rows = limit, shard_rows
-        stretches.append(FrameRange(video, first, min(end, frames), rows))
+        ranges.append(FrameRange(video, first, min(end, frames), rows))
         first, row = end, row + rows
 
 
 def assign(
-    stretches: Iterable[FrameRange], *, first_id: int, first_shard: int, shard_rows: int
+    ranges: Iterable[FrameRange], *, first_id: int, first_shard: int, shard_rows: int
 ) -> list[Segment]:
-    """Fill shards greedily in the given order; a stretch that does not fit opens the next shard."""
+    """Fill shards greedily in the given order; one that does not fit opens the next shard."""
     segments: list[Segment] = []
     shard, used, count = first_shard, 0, 0
-    for stretch in stretches:
-        if stretch.bound > shard_rows:
+    for frames in ranges:
+        if frames.bound > shard_rows:
             raise ValueError(
-                f"a stretch of {stretch.bound} rows does not fit a shard of {shard_rows}"
+                f"a segment of {frames.bound} rows does not fit a shard of {shard_rows}"
             )
-        if used + stretch.bound > shard_rows or count >= MAX_SHARD_SEGMENTS:
+        if used + frames.bound > shard_rows or count >= MAX_SHARD_SEGMENTS:
             shard, used, count = shard + 1, 0, 0
-        segments.append(Segment(first_id + len(segments), shard, stretch))
-        used, count = used + stretch.bound, count + 1
+        segments.append(Segment(first_id + len(segments), shard, frames))
+        used, count = used + frames.bound, count + 1
     return segments

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..common.errors import StoreError, StoreMismatchError, UsageError
+from ..common.errors import StoreError, UsageError
 from ..corpus.sources import unescape_path
 from ..video.sampling import Sampling
 from . import layout as fmt
@@ -30,14 +30,13 @@ from .encoding import (
     Sums,
     arrays_of,
     mean_and_scale,
-    pca_components,
     total_error,
     value_type,
 )
-from .index import OK, STATUS, StoreIndex, load_index
+from .index import OK, PENDING, STATUS, StoreIndex, load_index
 from .shards import ShardedRows
 from .storage import LocalFiles, StoreFiles, store_files
-from .store_options import Encoding, Output
+from .store_options import Encoding, Output, pca_components
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,7 @@ class TargetStore:
         self.teachers: dict[str, TeacherRecord] = {}
         for name, node in fmt.read_nodes(files, "teachers", self.index.teachers).items():
             try:
-                codec = fmt.read_codec(files, name, node)
-                where = f"{files.name}/teachers/{name}/zarr.json"
-                fmt.check_view(where, name, node, self.index.teachers)
-                classes = read_classes(files, name) if codec.output == "logits" else ()
+                codec, classes = read_teacher(files, name, node, self.index.teachers)
             except StoreError:
                 if damaged:  # which `verify` reports
                     continue
@@ -138,7 +134,8 @@ class TargetStore:
                 node["run"],
                 codec,
                 node.get("mirror_of"),
-                **{"grid": grid["cells"], "plain_mean": grid["plain_mean"]},
+                grid["cells"],
+                grid["plain_mean"],
             )
         self._columns: dict[str, NDArray[Any]] = {}
         self._rows: dict[str, ShardedRows] = {}
@@ -292,14 +289,19 @@ class TargetStore:
     def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
         """Return ids of the videos with at least one row under every one of the teachers.
 
-        By default all teachers count. Where the store has a teacher's mirrored frames, they count
-        as well.
+        By default all teachers count, and of none rows alone. Where the store has a teacher's
+        mirrored frames, they count as well.
         """
         good = (self.video_state == OK) & (self.row_counts > 0)
         names = list(self.teachers) if teachers is None else list(teachers)
         for name in self.with_mirrors([self.teacher(name).name for name in names]):
             good &= self.index.teacher_state(name) == OK
         return np.flatnonzero(good)
+
+    def pending(self, teachers: Sequence[str]) -> NDArray[np.bool_]:
+        """Return whether each video [V] has no status yet, or none under one of the teachers."""
+        states = [self.video_state, *map(self.index.teacher_state, teachers)]
+        return np.any([state == PENDING for state in states], axis=0)
 
     def video(self, i: int) -> VideoRecord:
         """Everything the store knows of video `i`."""
@@ -417,8 +419,7 @@ class TargetStore:
         """
         segments, start = self._by_video
         counts = start[videos + 1] - start[videos]
-        ordered = segments[_runs(start[videos], counts)]
-        return _runs(self.index.row[ordered], self.index.rows[ordered])
+        return self.rows_of_segments(segments[runs(start[videos], counts)])
 
     def read_table(self, name: str, rows: ArrayLike) -> NDArray[np.int64]:
         """Return a frame table's values (`video`, `index` or `pts`) of rows, [n]."""
@@ -539,11 +540,12 @@ class TargetStore:
     def _rows_in(self, shards: Collection[int], failed: Collection[int]) -> NDArray[np.int64]:
         """Return the rows that exist in these shards, without those of failed segments."""
         segments, _ = self._by_video
-        keep = [
-            s for s in segments.tolist() if int(self.index.shard[s]) in shards and s not in failed
-        ]
-        parts = [np.arange(self.index.row[s], self.index.row[s] + self.index.rows[s]) for s in keep]
-        return np.sort(np.concatenate(parts)).astype(np.int64) if parts else np.empty(0, np.int64)
+        kept = np.isin(self.index.shard[segments], list(shards)) & ~np.isin(segments, list(failed))
+        return np.sort(self.rows_of_segments(segments[kept]))
+
+    def rows_of_segments(self, segments: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows [N] of segments that hold rows, one segment after the other."""
+        return runs(self.index.row[segments], self.index.rows[segments])
 
     def _table(self, name: str) -> ShardedRows:
         return self._array(f"frames/{name}")
@@ -576,10 +578,20 @@ def check_values(where: str, codec: Codec, rows: ShardedRows) -> None:
         )
 
 
-def read_classes(files: StoreFiles, teacher: str) -> tuple[str, ...]:
-    """Return the names of a teacher's classes [K]."""
-    path = f"teachers/{teacher}/class"
-    return tuple(str(name) for name in read_rows(files, path, 0, files.table(path).shape[0], {}))
+def read_teacher(
+    files: StoreFiles, name: str, node: Mapping[str, Any], teachers: Container[str]
+) -> tuple[Codec, tuple[str, ...]]:
+    """Return how a teacher's rows are stored and the names of its classes [K], none of features.
+
+    StoreError if that, or the view of its rows, is not valid in a store of these `teachers`.
+    """
+    codec = fmt.read_codec(files, name, node)
+    fmt.check_view(f"{files.name}/teachers/{name}/zarr.json", name, node, teachers)
+    if codec.output != "logits":
+        return codec, ()
+    path = f"teachers/{name}/class"
+    names = read_rows(files, path, 0, files.table(path).shape[0], {})
+    return codec, tuple(map(str, names))
 
 
 def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | None:
@@ -590,7 +602,7 @@ def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | 
     return "the class names differ from those of the teacher's identity (classes_sha256)"
 
 
-def _runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+def runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return `first[i]` … `first[i] + count[i] - 1` of every i, one run after the other."""
     return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
@@ -611,11 +623,3 @@ def check_video_roots(store: TargetStore, video_roots: Mapping[str, str]) -> Non
             )
         if not os.path.isdir(folder):
             raise UsageError(f"--videos {name}={folder}: no such folder")
-
-
-def check_file(store: TargetStore, i: int, path: str, digest: str) -> None:
-    """StoreMismatchError if the file at `path` is not the video `i` that the teachers saw."""
-    if digest != store.digest(i):
-        raise StoreMismatchError(
-            f"{path}: digest {digest}, but the teachers saw a file with digest {store.digest(i)}"
-        )

@@ -9,6 +9,7 @@ Shapes: n rows, K features, D components.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import UsageError
-from .encoding import ENCODINGS, Codec, pca_components
+from .encoding import ENCODINGS, Codec
 from .reader import TargetStore
-from .store_options import Encoding
+from .store_options import Encoding, pca_components
 
 ROWS_PER_COMPONENT = 20
 MIN_ROWS_PER_COMPONENT = 2
@@ -134,14 +135,8 @@ def sample_rows(
 
 def _rows_per_video(counts: NDArray[np.int64], wanted: int) -> int:
     """Return the least m of which Σ min(counts, m) ≥ wanted, or the largest count."""
-    low, high = 1, int(np.max(counts, initial=1))
-    while low < high:
-        middle = (low + high) // 2
-        if int(np.minimum(counts, middle).sum()) >= wanted:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    fewer = range(1, int(np.max(counts, initial=1)))
+    return 1 + bisect_left(fewer, wanted, key=lambda m: int(np.minimum(counts, m).sum()))
 
 
 def _key(store: TargetStore, video: int) -> tuple[bytes, tuple[str, str]]:

@@ -27,7 +27,15 @@ import zarr
 from ..common.errors import StoreError, first_line, in_one_line
 from ..common.urls import canonical_url, check_url, hide_secrets, public_url
 from .cache import StoreCache, digest_file, has_holes, require_digest, require_name
-from .digests import Ranges, check_document, checked_rows, digest_bytes, ranges_of, split_ranges
+from .digests import (
+    Ranges,
+    check_document,
+    checked_rows,
+    digest_bytes,
+    num_planned,
+    ranges_of,
+    split_ranges,
+)
 from .shards import ShardedRows, chunk_crcs_hold
 from .storage import Record, StoreFiles, array_metadata, open_table
 from .validation import largest_chunk
@@ -83,10 +91,7 @@ class RemoteFiles(StoreFiles):
             self._root, digest_bytes(place.encode()), require_digest(store_id, self.name)
         )
         self._state = digest_bytes(json.dumps(plans, sort_keys=True).encode())
-        self._planned = {
-            key: max((int(p.get(key, 0)) for p in plans), default=0)
-            for key in ("videos", "segments")
-        }
+        self._planned = {key: num_planned(plans, key) for key in ("videos", "segments")}
         self._ranges = ranges_of(plans)
 
     @property
@@ -317,7 +322,12 @@ class _CachedRows(ShardedRows):
         high = min(size, -(-(start + length) // BLOCK) * BLOCK)
         if size <= WHOLE:
             low, high = 0, size
-        at, data = self._range(self._name(shard), low, high, size)
+        try:
+            at, data = self._files.range(self._name(shard), low, high, size)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{self._files.name}/{self._name(shard)}: a committed shard is missing"
+            ) from error
         if len(data) == size and digest_bytes(data) != digest:
             raise self._differs(shard)
         self._files.cache.write(fd, data, at)
@@ -342,12 +352,6 @@ class _CachedRows(ShardedRows):
 
     def _differs(self, shard: int) -> StoreError:
         return StoreError(f"{self._file(shard)}: differs from what was committed (digest)")
-
-    def _range(self, name: str, start: int, stop: int, size: int) -> tuple[int, bytes]:
-        try:
-            return self._files.range(name, start, stop, size)
-        except FileNotFoundError as error:
-            raise StoreError(f"{self._files.name}/{name}: a committed shard is missing") from error
 
     def _committed(self, shard: int) -> tuple[int, str]:
         """Return size and digest of a shard's file; StoreError if no shard can have such a size."""

@@ -125,10 +125,16 @@ class MergeConfig(Options):
     )
 
 
+def pca_components(encoding: object) -> int:
+    """Return the D of the encoding `pca:D`, 0 of any other."""
+    match = re.fullmatch(r"pca:([1-9][0-9]{0,5})", encoding) if isinstance(encoding, str) else None
+    return int(match[1]) if match else 0
+
+
 def _check_encoding(value: str | None) -> str | None:
     """Raise UsageError for an encoding that no store has."""
     plain = get_args(PlainEncoding)
-    if value is None or value in plain or re.fullmatch(r"pca:[1-9][0-9]{0,5}", value):
+    if value is None or value in plain or pca_components(value):
         return value
     raise UsageError(f"--encoding {value}: expected {', '.join(plain)} or pca:D (D components)")
 

@@ -18,8 +18,16 @@ from . import layout as fmt
 from .encoding import Codec, Sums, arrays_of, error_record, row_arrays, total_error
 from .index import OK
 from .planning import FrameRange, auto_shard_rows
-from .reader import TargetStore
-from .staging import FramesPart, HashPart, ShardResult, TeacherPart, new_staging, stage_array
+from .reader import TargetStore, runs
+from .staging import (
+    FramesPart,
+    HashPart,
+    ShardResult,
+    StagedFile,
+    TeacherPart,
+    new_staging,
+    stage_array,
+)
 from .writer import StoreWriter
 
 BLOCK = 1024  # rows encoded at a time
@@ -56,7 +64,7 @@ def write_subset(
     )
     owner = np.repeat(np.arange(len(videos)), end - begin)
     bounds = np.where(index.state[old] == OK, index.rows[old], 0)
-    stretches = [
+    ranges = [
         FrameRange(int(v), int(index.first[s]), int(index.end[s]), int(n))
         for v, s, n in zip(owner, old, bounds, strict=True)
     ]
@@ -67,7 +75,7 @@ def write_subset(
         origin={"exported_from": source.attributes["store_id"]},
     ) as writer:
         _list_videos(source, writer, videos)
-        segments = writer.add_segments(stretches)
+        segments = writer.add_segments(ranges)
         nodes = fmt.read_nodes(source.files, "teachers", teachers)
         wanted = {name: source.teacher(name).codec for name in teachers} | dict(codecs or {})
         for name in teachers:
@@ -85,7 +93,7 @@ def write_subset(
             copy = ShardCopy(
                 source, writer, shard, [new.id for new, _ in members], [s for _, s in members]
             )
-            copy.frames(np.array([new.stretch.video for new, _ in members]))
+            copy.frames(np.array([new.frames.video for new, _ in members]))
             copy.hashes()
             for name in teachers:
                 copy.teacher(name, wanted[name])
@@ -102,10 +110,7 @@ class ShardCopy:
         self.source, self.writer, self.shard, self.new, self.old = source, writer, shard, new, old
         index = source.index
         self.counts = np.where(index.state[old] == OK, index.rows[old], 0)
-        parts = [
-            np.arange(index.row[s], index.row[s] + n) for s, n in zip(old, self.counts, strict=True)
-        ]
-        self.rows = np.concatenate(parts).astype(np.int64)
+        self.rows = runs(index.row[old], self.counts)
 
     def frames(self, video: NDArray[np.int64]) -> None:
         """Stage and commit the frame tables; `video`: new numbers of the segments' videos."""
@@ -125,15 +130,11 @@ class ShardCopy:
             "index": self.source.read_table("index", self.rows),
             "pts": self.source.read_table("pts", self.rows),
         }
-        folder = new_staging(self.writer.root, self.shard)
-        for spec in fmt.frame_specs():
-            part.files += stage_array(
-                folder, spec, self.shard, values[spec.path.split("/")[1]], self.writer.shard_rows
-            )
+        folder, part.files = self._stage(fmt.frame_specs(), values)
         run = _common(
             [index.frame_commits[int(s)]["run"] for s in np.unique(index.shard[self.old])]
         )
-        self.writer.commit(ShardResult(self.shard, part, {}, str(folder)), run)
+        self.writer.commit(ShardResult(self.shard, part, {}, folder), run)
 
     def hashes(self) -> None:
         """Stage and commit the hashes of frames, unless those of a segment are missing."""
@@ -143,49 +144,46 @@ class ShardCopy:
             return
         good = np.array([s not in index.unhashed for s in self.old], bool)
         kept = np.repeat(good, self.counts)
-        part = HashPart(int(kept.sum()), self._of(index.unhashed))
-        folder = new_staging(self.writer.root, self.shard)
-        columns = self.source.hashes(self.rows[kept]) if kept.any() else None
-        for i, spec in enumerate(fmt.hash_specs()):
-            values = np.full(len(self.rows), spec.fill, spec.dtype)
-            if columns is not None:
-                values[kept] = columns[i]
-            part.files += stage_array(folder, spec, self.shard, values, self.writer.shard_rows)
-        self.writer.commit(ShardResult(self.shard, None, {}, str(folder), part), {})
+        values: dict[str, NDArray[Any]] = {}
+        if kept.any():
+            values.update(zip(fmt.HASH_TABLES, self.source.hashes(self.rows[kept]), strict=True))
+        folder, files = self._stage(fmt.hash_specs(), values, kept)
+        part = HashPart(int(kept.sum()), self._of(index.unhashed), files)
+        self.writer.commit(ShardResult(self.shard, None, {}, folder, part), {})
 
     def teacher(self, name: str, codec: Codec | None = None) -> None:
         """Stage and commit a teacher's rows, as they are stored or in another form."""
         index, record = self.source.index, self.source.teacher(name)
         of = index.teachers[name]
-        good = [
-            n if s not in of.failed else 0
-            for s, n in zip(self.old, self.counts.tolist(), strict=True)
-        ]
+        good = np.where(np.isin(self.old, list(of.failed)), 0, self.counts).tolist()
         shards = index.shard[self.old].tolist()
-        part = TeacherPart(
-            rows=sum(good),
-            error=total_error(
-                [(n, of.commits[shard]["error"]) for n, shard in zip(good, shards, strict=True)],
-                record.output,
-            ),
-            failed=self._of(of.failed),
-        )
-        folder = new_staging(self.writer.root, self.shard)
+        errors = [(n, of.commits[shard]["error"]) for n, shard in zip(good, shards, strict=True)]
+        part = TeacherPart(sum(good), total_error(errors, record.output), self._of(of.failed))
         codec = record.codec if codec is None else codec
+        # A shard of which every segment failed may have no file.
+        kept = np.repeat(np.array(good) > 0, self.counts)
+        stored, row_errors = self._rows(name, record.codec, codec, self.rows[kept])
+        if row_errors is not None:
+            part.error = error_record(row_errors, codec.output)
         specs = fmt.teacher_specs(name, codec.width, codec.encoding, codec.output)
-        kept = np.repeat(
-            np.array(good) > 0, self.counts
-        )  # a shard of which every segment failed may have no file
-        stored, errors = self._rows(name, record.codec, codec, self.rows[kept])
-        if errors is not None:
-            part.error = error_record(errors, codec.output)
-        for array, spec in zip(row_arrays(codec.encoding, codec.output), specs, strict=True):
-            values = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
-            values[kept] = stored[array]
-            part.files += stage_array(folder, spec, self.shard, values, self.writer.shard_rows)
+        folder, part.files = self._stage(specs, stored, kept)
         part.sums = Sums.of(codec, stored) if codec.output == "features" else None
         run = _common([of.commits[shard]["run"] for shard in sorted(set(shards))])
-        self.writer.commit(ShardResult(self.shard, None, {name: part}, str(folder)), run)
+        self.writer.commit(ShardResult(self.shard, None, {name: part}, folder), run)
+
+    def _stage(
+        self,
+        specs: Sequence[fmt.ArraySpec],
+        values: Mapping[str, NDArray[Any]],
+        kept: NDArray[np.bool_] | slice = slice(None),
+    ) -> tuple[str, list[StagedFile]]:
+        """Stage the `kept` rows of arrays by name, the others as fill; return folder and files."""
+        folder, files = new_staging(self.writer.root, self.shard), list[StagedFile]()
+        for spec in specs:
+            full = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
+            full[kept] = values.get(spec.name, spec.fill)
+            files += stage_array(folder, spec, self.shard, full, self.writer.shard_rows)
+        return str(folder), files
 
     def _rows(
         self, name: str, old: Codec, new: Codec, rows: NDArray[np.int64]
@@ -221,7 +219,7 @@ def _shard_rows(source: TargetStore, bounds: NDArray[np.int64], asked: int | Non
     longest = int(np.max(bounds, initial=0))
     if asked is not None:
         if asked < longest:
-            raise UsageError(f"--shard-rows {asked}: a stretch of a video has {longest} rows, the store {source.name} "
+            raise UsageError(f"--shard-rows {asked}: a segment has {longest} rows, the store {source.name} "
                              f"has shards of {source.index.shard_rows}")  # fmt: skip
         return asked
     rows = auto_shard_rows(int(bounds.sum()))
@@ -231,10 +229,7 @@ def _shard_rows(source: TargetStore, bounds: NDArray[np.int64], asked: int | Non
 
 
 def _list_videos(source: TargetStore, writer: StoreWriter, videos: NDArray[np.int64]) -> None:
-    columns: dict[str, Any] = {
-        name: source.column(name)[videos]
-        for name in (s.path.split("/")[1] for s in fmt.video_specs())
-    }
+    columns: dict[str, Any] = {s.name: source.column(s.name)[videos] for s in fmt.video_specs()}
     used = np.unique(columns["corpus"])
     columns["corpus"] = np.searchsorted(used, columns["corpus"])
     writer.add_videos(columns, [source.index.corpora[int(c)] for c in used])

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeGuard, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,9 +79,8 @@ def _parse(text: bytes) -> Any:
     try:
         return from_json(text)  # takes half the time of the standard library
     except ValueError:
-        return json.loads(
-            text
-        )  # takes half a surrogate pair as well: a byte of a path that is not UTF-8
+        # It reads half a surrogate pair as well: a byte of a path that is not UTF-8.
+        return json.loads(text)
 
 
 def _check_depth(value: Any, left: int) -> None:
@@ -129,7 +128,8 @@ def _is_corpus(value: Any) -> bool:
     return isinstance(value, dict) and _is_name(value.get("name")) and _is_text(value.get("root"))
 
 
-def _is_digest(value: Any) -> bool:
+def is_digest(value: Any) -> TypeGuard[str]:
+    """Return whether a value is a digest or an id: 32 hexadecimal digits."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
@@ -168,7 +168,7 @@ def _is_error(value: Any) -> bool:
 
 
 def _is_pca(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_digest(value.get(k)) for k in ("basis", "mean"))
+    return isinstance(value, dict) and all(is_digest(value.get(k)) for k in ("basis", "mean"))
 
 
 def _is_part(value: Any) -> bool:
@@ -186,7 +186,7 @@ def _is_tables(value: Any) -> bool:
             and len(e) == 3
             and _is_int(e[0])
             and _is_int(e[1], e[0])
-            and _is_digest(e[2])
+            and is_digest(e[2])
             for e in entries
         )
         for entries in value.values()
@@ -233,12 +233,12 @@ _GRID: Form = (
         and isinstance(v.get("plain_mean"), bool)
     ),
 )
-_SEGMENT_LISTS = ("segment", "first_row", "rows", "frames")
+SEGMENT_LISTS = ("segment", "first_row", "rows", "frames")
 
 # Of each kind of node the keys that are used: the form of each, and whether it is required.
 _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
     "root": {
-        "store_id": (("32 hexadecimal digits", _is_digest), True),
+        "store_id": (("32 hexadecimal digits", is_digest), True),
         "shard_rows": (_SHARD_ROWS, False),
         "sampling": (_OBJECT, True),
         "created": (_TEXT, True),
@@ -343,7 +343,7 @@ def check_node(where: str, group: str, record: dict[str, Any]) -> dict[str, Any]
     _check(where, kind, record)
     if kind != "frames":
         return record
-    return {**record, **dict(zip(_SEGMENT_LISTS, _segment_table(where, record), strict=True))}
+    return {**record, **dict(zip(SEGMENT_LISTS, _segment_table(where, record), strict=True))}
 
 
 def check_root(where: str, record: dict[str, Any]) -> None:
@@ -383,17 +383,16 @@ def _check_value(where: str, key: str, value: Any, form: Form) -> None:
 
 
 def _check(where: str, kind: str, record: Mapping[str, Any]) -> None:
-    for key, ((allowed, holds), required) in _NODES[kind].items():
-        if key not in record:
-            if required:
-                raise StoreError(f"{where}: {key} is missing, expected {allowed}")
-        elif not holds(record[key]):
-            raise StoreError(f"{where}: {key}: expected {allowed}, got {short(record[key])}")
+    for key, (form, required) in _NODES[kind].items():
+        if key in record:
+            _check_value(where, key, record[key], form)
+        elif required:
+            raise StoreError(f"{where}: {key} is missing, expected {form[0]}")
 
 
 def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
     """Return the lists of a commit of frames as one array [4, segments]."""
-    lists: list[Any] = [record.get(key) for key in _SEGMENT_LISTS]
+    lists: list[Any] = [record.get(key) for key in SEGMENT_LISTS]
     table: Any = np.zeros((len(lists), 0), np.int64)
     good = (
         all(isinstance(values, list) for values in lists)
@@ -415,7 +414,7 @@ def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
             good = False
     if not good:
         raise StoreError(
-            f"{where}: {', '.join(_SEGMENT_LISTS)}: expected lists of equal length of whole numbers "
+            f"{where}: {', '.join(SEGMENT_LISTS)}: expected lists of equal length of whole numbers "
             f"from 0 to {MAX_COUNT} (frames: from -1), got {short(lists)}"
         )
     checked: NDArray[np.int64] = table
@@ -445,7 +444,7 @@ def known_files(
         good = (
             isinstance(record, dict)
             and _is_int(record.get("size"), 0, MAX_SHARD_BYTES)
-            and _is_digest(record.get("blake2b"))
+            and is_digest(record.get("blake2b"))
         )
         if name in allowed and good:
             known[name] = record

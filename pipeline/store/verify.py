@@ -20,9 +20,9 @@ from ..common.numerics import entropy, log_softmax, softmax
 from ..teachers.fingerprint import Fingerprint
 from . import layout as fmt
 from .digests import check_document, digest_bytes, is_sealed, read_rows
-from .encoding import Sums, rounding, row_arrays
+from .encoding import Sums, row_arrays
 from .index import OK, StoreIndex
-from .reader import check_values, other_classes, read_classes
+from .reader import check_values, other_classes, read_teacher, runs
 from .storage import LocalFiles, StoreFiles, inside
 
 ENTROPY_TOLERANCE = 1e-3
@@ -197,8 +197,8 @@ def _videos(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
         except StoreError as error:
             yield Finding(str(error))
             continue
-        if spec.path.split("/")[1] in ("corpus", "path", "size", "digest"):
-            columns[spec.path.split("/")[1]] = values
+        if spec.name in ("corpus", "path", "size", "digest"):
+            columns[spec.name] = values
     if len(columns) < 4:
         return
     corpus, path, size, digest = (columns[name] for name in ("corpus", "path", "size", "digest"))
@@ -241,9 +241,7 @@ def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
     for name, of in index.teachers.items():
         try:
             node = fmt.read_nodes(files, "teachers", [name])[name]
-            width = fmt.read_codec(files, name, node).width
-            fmt.check_view(f"teachers/{name}/zarr.json", name, node, index.teachers)
-            classes = read_classes(files, name) if of.output == "logits" else ()
+            codec, classes = read_teacher(files, name, node, index.teachers)
             if of.output == "logits" and (wrong := other_classes(classes, node["identity"])):
                 yield Finding(f"teachers/{name}/class: {wrong}", None, name)
             fingerprint = fmt.read_fingerprint(files, name)
@@ -255,8 +253,8 @@ def _teachers(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
         except StoreError as error:
             yield Finding(str(error), None, name)
             continue
-        if count != width:
-            yield Finding(f"its fingerprint is of {count} values, it has {width}", None, name)
+        if count != codec.width:
+            yield Finding(f"its fingerprint is of {count} values, it has {codec.width}", None, name)
 
 
 def _frames(files: LocalFiles, index: StoreIndex, shard: int) -> Iterator[Finding]:
@@ -317,15 +315,11 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
     if bad or shard not in index.frame_commits:
         return
     commit = index.frame_commits[shard]
-    good = [(f, n) for s, f, n in zip(*(commit[k].tolist() for k in ("segment", "first_row", "rows")), strict=True)
-            if index.state[s] == OK and s not in teacher.failed]  # fmt: skip
-    if sum(n for _, n in good) != teacher.commits[shard]["rows"]:
-        yield Finding(f"holds rows of {sum(n for _, n in good)} frames, its commit says "
-                      f"{teacher.commits[shard]['rows']}", shard, name)  # fmt: skip
-    base = shard * index.shard_rows
-    rows = np.concatenate(
-        [np.arange(base + f, base + f + n) for f, n in good] or [np.empty(0, np.int64)]
-    )
+    segments = commit["segment"]
+    good = (index.state[segments] == OK) & ~np.isin(segments, list(teacher.failed))
+    rows = runs(shard * index.shard_rows + commit["first_row"][good], commit["rows"][good])
+    if len(rows) != (said := teacher.commits[shard]["rows"]):
+        yield Finding(f"holds rows of {len(rows)} frames, its commit says {said}", shard, name)
     try:
         codec = fmt.read_codec(files, name, fmt.read_nodes(files, "teachers", [name])[name])
         arrays = row_arrays(codec.encoding, codec.output)
@@ -345,11 +339,7 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
                 continue
             h = some["entropy"]
             off = np.abs(entropy(z) - h)
-            if (
-                bad_rows := np.flatnonzero(
-                    off > entropy_tolerance(z, rounding(some, teacher.encoding))
-                )
-            ).size:
+            if (bad_rows := np.flatnonzero(off > entropy_tolerance(z, codec.rounding(some)))).size:
                 yield Finding(
                     f"an entropy is {off[bad_rows].max():.3f} nats off its logits", shard, name
                 )

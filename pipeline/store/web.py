@@ -21,19 +21,13 @@ if TYPE_CHECKING:
 
 REDIRECTS = 5
 STALL_S = 20.0  # without a byte, or without a connection
-SLOW_S, SLOW_RATE = (
-    30.0,
-    32 << 10,
-)  # after so long, an answer has so many bytes per second, or it is given up
+# After so long, an answer has so many bytes per second, or it is given up.
+SLOW_S, SLOW_RATE = 30.0, 32 << 10
 TOTAL_S = 600.0  # a request, with its redirects
 REDIRECT_STATUSES = (301, 302, 303, 307, 308)
 TRY_AGAIN = (408, 425, 429)
-OWN = (
-    "proxy",
-    "proxy_auth",
-    "proxy_headers",
-    "timeout",
-)  # settings that are about this machine, not about a server
+# Settings that are about this machine, not about a server.
+OWN = ("proxy", "proxy_auth", "proxy_headers", "timeout")
 
 
 class AnswerError(Exception):
@@ -132,10 +126,8 @@ class WebReader:
 
 
 async def _body(answer: aiohttp.ClientResponse, span: tuple[int, int] | None, limit: int) -> bytes:
-    status, encoding = (
-        answer.status,
-        answer.headers.get("Content-Encoding", "identity").lower().strip(),
-    )
+    status = answer.status
+    encoding = answer.headers.get("Content-Encoding", "identity").lower().strip()
     if status == 404:
         raise FileNotFoundError
     if status == 416:
@@ -208,9 +200,8 @@ def _same_host(url: URL, following: URL) -> bool:
 
 
 def _close(process: int, filesystem: Any, session: aiohttp.ClientSession) -> None:
-    if (
-        os.getpid() == process
-    ):  # a forked process has the session, but not the thread that it works in
+    # A forked process has the session, but not the thread that it works in.
+    if os.getpid() == process:
         filesystem.close_session(filesystem.loop, session)
 
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from ..common.errors import StoreError, StoreMismatchError
 from ..common.files import fsync_path, sweep_store
 from ..common.locks import locked
+from ..common.processes import process_exists
 from ..common.urls import check_local
 from . import layout as fmt
 from .digests import digest_rows, read_rows, split_ranges
@@ -124,9 +126,7 @@ class StoreWriter:
         """
         start = self.index.n_videos
         stop = start + len(columns["path"])
-        tables = self._append(
-            fmt.video_specs(), {f"videos/{k}": v for k, v in columns.items()}, start, stop
-        )
+        tables = self._append(fmt.video_specs(), columns, start, stop)
         self.index.n_videos, self.index.corpora = stop, corpora
         self._plan_node("videos", tables)
 
@@ -140,10 +140,10 @@ class StoreWriter:
         blocks: list[tuple[zarr.Array, int, NDArray[Any]]] = []
         tables: Tables = {}
         for spec in fmt.video_specs():
-            if (name := spec.path.split("/")[1]) not in columns:
+            if spec.name not in columns:
                 continue
             folder = inside(self.root, spec.path, below=True)
-            new, array = fmt.as_numpy(spec, columns[name]), zarr.open_array(folder, mode="r+")
+            new, array = fmt.as_numpy(spec, columns[spec.name]), zarr.open_array(folder, mode="r+")
             ranges = self.index.ranges.get(spec.path, {})
             for start, stop in split_ranges(0, self.index.n_videos, spec.chunk):
                 chosen = (ids >= start) & (ids < stop)
@@ -162,37 +162,30 @@ class StoreWriter:
             array[start : start + len(values)] = values
         _sync_tree(self.root / "videos")
 
-    def add_segments(self, stretches: Iterable[FrameRange]) -> list[Segment]:
-        """Give stretches their shards and append them to the segment table, in one act."""
-        stretches = list(stretches)
-        if not stretches:
+    def add_segments(self, ranges: Sequence[FrameRange]) -> list[Segment]:
+        """Give ranges their shards and append them to the segment table, in one act."""
+        if not ranges:
             return []
-        if not self.shard_rows:
-            self._set_shard_rows(auto_shard_rows(sum(s.bound for s in stretches)))
+        self.set_shard_rows_for(sum(frames.bound for frames in ranges))
         placed = assign(
-            stretches,
+            ranges,
             first_id=len(self.index.video),
             first_shard=self.index.n_shards,
             shard_rows=self.shard_rows,
         )
         columns = {
-            "video": [s.stretch.video for s in placed],
-            "shard": [s.shard for s in placed],
-            "first": [s.stretch.first for s in placed],
-            "end": [s.stretch.end for s in placed],
-            "bound": [s.stretch.bound for s in placed],
-            "replaces": [s.stretch.replaces for s in placed],
+            name: [getattr(frames, name) for frames in ranges]
+            for name in ("video", "first", "end", "bound", "replaces")
         }
-        self.add_placed(columns, placed[-1].shard + 1)
+        shards = [segment.shard for segment in placed]
+        self.add_placed({**columns, "shard": shards}, shards[-1] + 1)
         return placed
 
     def add_placed(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], shards: int) -> None:
         """Append segments that have their shards: `columns` by name of `layout.segment_specs`."""
         start = len(self.index.video)
         stop = start + len(columns["video"])
-        tables = self._append(
-            fmt.segment_specs(), {f"segments/{k}": v for k, v in columns.items()}, start, stop
-        )
+        tables = self._append(fmt.segment_specs(), columns, start, stop)
         self._plan_node("segments", tables, segments=stop, shards=shards)
         self.index = load_index(self.root)
         self._grow()
@@ -200,7 +193,7 @@ class StoreWriter:
     def set_shard_rows_for(self, rows: int) -> int:
         """Fix the shard size for about `rows` rows if it is still open; returns it."""
         if not self.shard_rows:
-            self._set_shard_rows(auto_shard_rows(rows))
+            self._set_root(shard_rows=auto_shard_rows(rows))
         return self.shard_rows
 
     def numerics(self) -> dict[str, dict[str, Any]]:
@@ -223,7 +216,7 @@ class StoreWriter:
         `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch,
         device kind: what makes equal rows equal bits). `allow_different_numerics` lets another
         `run` continue the store; every commit records its own. `encoding` None is that of the
-        store, of a new teacher the default. `width`: the number of features, None of logits.
+        store, of a new teacher the default. `width`: the number of features; of logits no matter.
         """
         if name not in self.index.teachers:
             return
@@ -261,14 +254,13 @@ class StoreWriter:
             attributes: As in `check_teacher`.
             encoding: As in `check_teacher`.
             output: What its rows hold.
-            width: The number of features, None of logits.
+            width: The number of features; of logits it is that of the classes.
             codec: With the basis of pca:D; takes the place of encoding, output and width.
             allow_different_numerics: As in `check_teacher`.
             fingerprint: The content of the teacher's node of that name.
         """
         if codec is not None:
-            encoding, output = codec.encoding, codec.output
-            width = codec.width if output == "features" else None
+            encoding, output, width = codec.encoding, codec.output, codec.width
         self.check_teacher(
             name, attributes, encoding=encoding, output=output, width=width,
             allow_different_numerics=allow_different_numerics,
@@ -280,7 +272,8 @@ class StoreWriter:
         node = inside(self.root, f"teachers/{name}")
         encoding = check_encoding(encoding or DEFAULT, f"{self.root}: teacher {name!r}", output)
         if codec is None:
-            codec = Codec(output, encoding, len(classes) if width is None else width)
+            num_features = len(classes) if width is None else width
+            codec = Codec(output, encoding, num_features)
         self._require(fmt.requirements(output, encoding, attributes))
         staged = self.root / fmt.STAGING / f"teacher-{uuid.uuid4().hex[:8]}"
         fmt.make_group(staged, {**attributes, **fmt.codec_attributes(codec)})
@@ -288,19 +281,15 @@ class StoreWriter:
             fmt.make_group(staged / fmt.FINGERPRINT, fingerprint)
         rows = max(self.index.n_shards, 1) * self.shard_rows
         for spec in fmt.teacher_specs(name, codec.width, encoding, output):
-            leaf = fmt.ArraySpec(spec.path.split("/")[-1], *_rest(spec))
-            fmt.create_array(staged, leaf, rows, self.shard_rows)
-        if output == "logits":
-            fmt.create_classes(staged, classes)
-        fmt.create_basis(staged, codec)
+            fmt.create_array(staged, replace(spec, path=spec.name), rows, self.shard_rows)
+        fmt.create_tables(staged, codec, classes)
         _sync_tree(staged)
         if (self.root / "commits/teachers" / name).exists():
             raise StoreError(
                 f"{self.root}: holds commits of teacher {name!r}, but no plan names it"
             )
-        shutil.rmtree(
-            node, ignore_errors=True
-        )  # of a run that was killed before the plan that names it
+        # Of a run that was killed before the plan that names it.
+        shutil.rmtree(node, ignore_errors=True)
         os.rename(staged, node)
         fsync_path(node.parent)
         self._plan_node("teachers", {}, teachers=[*self.index.teachers, name])
@@ -433,7 +422,7 @@ class StoreWriter:
             array = zarr.open_array(self.root / spec.path, mode="r+")
             # Rows that no plan node names may be left here by a run that was killed: written
             # over.
-            values = fmt.as_numpy(spec, columns[spec.path])
+            values = fmt.as_numpy(spec, columns[spec.name])
             array[start:stop] = values
             _sync_tree(self.root / spec.path)
             tables[spec.path] = [
@@ -457,9 +446,6 @@ class StoreWriter:
             ranges = self.index.ranges.setdefault(path, {})
             for first, end, digest in entries:
                 ranges.setdefault((first, end), set()).add(digest)
-
-    def _set_shard_rows(self, rows: int) -> None:
-        self._set_root(shard_rows=rows)
 
     def _grow(self) -> None:
         """Bring every row array to the planned size.
@@ -487,11 +473,10 @@ def _create(
     if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):
         raise StoreError(f"--shard-rows must be a multiple of {fmt.TABLE_CHUNK}, got {shard_rows}")
     root.parent.mkdir(parents=True, exist_ok=True)
-    for left in root.parent.glob(
-        f".{glob.escape(root.name)}.new-*"
-    ):  # of a process that was killed while it made one
+    # Of processes that were killed while they made one.
+    for left in root.parent.glob(f".{glob.escape(root.name)}.new-*"):
         maker = left.name.rpartition("-")[2]
-        if maker.isdigit() and not _alive(int(maker)) and fmt.is_ours(left):
+        if maker.isdigit() and not process_exists(int(maker)) and fmt.is_ours(left):
             shutil.rmtree(left, ignore_errors=True)
     # A name of its own: threads of zarr may write on where one has failed, after the folder was
     # removed.
@@ -527,16 +512,6 @@ def _create(
     fsync_path(root.parent)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
 def with_engine(
     run: Mapping[str, Any], engines: Mapping[str, str] | None, name: str
 ) -> dict[str, Any]:
@@ -557,7 +532,7 @@ def same_attributes(
 
     The message has the values of both sides.
     """
-    given = json.loads(json.dumps(given))
+    stored, given = (json.loads(json.dumps(value)) for value in (stored, given))
     if stored == given:
         return
     if isinstance(stored, dict) and isinstance(given, dict):
@@ -574,10 +549,6 @@ def same_attributes(
 def _short(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _rest(spec: fmt.ArraySpec) -> tuple[Any, ...]:
-    return (spec.dtype, spec.fill, spec.dims, spec.row, spec.chunk, spec.sharded)
 
 
 def _keys(values: Mapping[int, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.index import load_index
-from distinit.pipeline.store.layout import read_node, write_node
+from distinit.pipeline.store.layout import write_node
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import (
     ExportConfig,
@@ -33,6 +33,7 @@ from distinit.stages.targets_info import targets_info
 from distinit.stages.targets_merge import targets_merge
 from distinit.stages.targets_verify import targets_verify
 from distinit.tests.conftest import TinyStore
+from distinit.tests.store_recipe import read_node
 
 QUIET = Console(quiet=True)
 

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import DistInitError, StoreError
 from distinit.pipeline.store.digests import check_document, is_sealed, seal, split_ranges
-from distinit.pipeline.store.layout import read_node, video_specs, write_node
+from distinit.pipeline.store.layout import video_specs, write_node
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import VerifyConfig
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_verify import targets_verify
 from distinit.tests.flips import flips
 from distinit.tests.old_stores import without_digests
+from distinit.tests.store_recipe import read_node
 from distinit.tests.thorough import is_thorough
 
 JSON = st.recursive(

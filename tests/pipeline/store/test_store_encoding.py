@@ -17,22 +17,16 @@ from hypothesis import strategies as st
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreError, StoreMismatchError
 from distinit.pipeline.store import encoding as enc
-from distinit.pipeline.store.encoding import (
-    decode,
-    divergence,
-    encode,
-    rounding,
-    storable,
-    total_error,
-)
+from distinit.pipeline.store.encoding import Codec, divergence, storable, total_error
 from distinit.pipeline.store.index import load_index
-from distinit.pipeline.store.layout import read_node, write_node
+from distinit.pipeline.store.layout import write_node
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import ExportConfig, InfoConfig, PlainEncoding
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_info import targets_info
+from distinit.tests.store_recipe import read_node
 
 
 def kl(z: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -58,10 +52,11 @@ def test_no_logit_is_further_off_than_the_rounding_says(
         np.float32
     )
     z[0] = z[0, 0]  # all alike
-    stored = encode(z, name)
-    kept = decode(stored, name)
+    codec = Codec("logits", name, k)
+    stored = codec.encode(z)
+    kept = codec.decode(stored)
     scale = np.abs(z).max(1)
-    assert (np.abs(kept - z).max(1) <= rounding(stored, name) * 1.001 + 4e-7 * scale + 1e-7).all()
+    assert (np.abs(kept - z).max(1) <= codec.rounding(stored) * 1.001 + 4e-7 * scale + 1e-7).all()
     if name == "int8":
         assert (kept.argmax(1) == z.argmax(1)).all() or (
             np.abs(kept.max(1) - z.max(1)) <= 1e-5 * scale + 1e-6
@@ -83,7 +78,10 @@ def test_the_offset_is_worth_its_bytes_and_int8_its_promise() -> None:
     z = np.random.default_rng(0).gumbel(0, 2, (500, 1000)).astype(np.float32)
     scale = np.abs(z).max(1, keepdims=True) / 127
     symmetric = divergence(z, np.rint(z / scale) * scale).mean()
-    half, full = (divergence(z, decode(encode(z, name), name)) for name in ("float16", "int8"))
+    half, full = (
+        divergence(z, codec.decode(codec.encode(z)))
+        for codec in (Codec("logits", name, 1000) for name in ("float16", "int8"))
+    )
     assert full.mean() < 0.8 * symmetric
     assert full.mean() < 5e-4
     assert half.mean() < 5e-6
@@ -100,12 +98,13 @@ def test_rows_that_cannot_be_kept_become_fill(name: PlainEncoding) -> None:
     z = np.random.default_rng(0).normal(0, 3, (6, 8)).astype(np.float32)
     z[1, 2], z[2, 0], z[3, 1], z[4, 4] = np.nan, np.inf, -np.inf, 7e4
     assert storable(z).tolist() == [True, False, False, False, False, True]
-    kept = decode(encode(z, name), name)
+    codec = Codec("logits", name, 8)
+    kept = codec.decode(codec.encode(z))
     assert np.isnan(kept[1:5]).all()
     assert np.isfinite(kept[[0, 5]]).all()
     huge = np.array([[65504, -65504, 0]], np.float32)
-    assert np.isfinite(decode(encode(huge, name), name)).all()
-    assert len(decode(encode(z[:0], name), name)) == 0
+    assert np.isfinite(codec.decode(codec.encode(huge))).all()
+    assert len(codec.decode(codec.encode(z[:0]))) == 0
 
 
 @pytest.mark.slow
@@ -195,7 +194,7 @@ def test_verify_finds_rows_of_another_frame_under_either_encoding(
         node = read_node(node_path / "zarr.json")
         with StoreWriter(root, sampling=recipe.sampling) as writer:
             z = np.concatenate([recipe.logits(v, "t") for v in range(4)])
-            rolled = encode(np.roll(z, 1, axis=0), name)["logits"]
+            rolled = Codec("logits", name, 10).encode(np.roll(z, 1, axis=0))["logits"]
             zarr.open_array(root / "teachers/t/logits", mode="r+")[: len(z)] = rolled
             file = "teachers/t/logits/c/0/0"
             data = (root / file).read_bytes()

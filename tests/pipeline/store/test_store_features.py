@@ -17,11 +17,11 @@ from distinit.pipeline.common.errors import StoreError, StoreMismatchError, Usag
 from distinit.pipeline.store.digests import digest_bytes
 from distinit.pipeline.store.encoding import Codec, cosine_error
 from distinit.pipeline.store.index import load_index
-from distinit.pipeline.store.layout import read_node, write_node
+from distinit.pipeline.store.layout import write_node
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.verify import verify
 from distinit.pipeline.store.writer import StoreWriter
-from distinit.tests.store_recipe import Recipe
+from distinit.tests.store_recipe import Recipe, read_node
 
 ARTIFACTS = Path(__file__).parents[2] / "data" / "v01.zip"
 WIDTH = 24

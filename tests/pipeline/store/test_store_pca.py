@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import StoreMismatchError, UsageError
 from distinit.pipeline.store.index import load_index
-from distinit.pipeline.store.layout import read_node
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.reencode import fit_pca, sample_rows
 from distinit.pipeline.store.store_options import (
@@ -31,7 +30,7 @@ from distinit.stages.targets_browse import targets_browse
 from distinit.stages.targets_export import targets_export
 from distinit.stages.targets_info import targets_info
 from distinit.stages.targets_merge import targets_merge
-from distinit.tests.store_recipe import Recipe
+from distinit.tests.store_recipe import Recipe, read_node
 
 QUIET = Console(quiet=True)
 WIDTH = 24

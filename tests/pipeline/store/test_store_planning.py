@@ -1,4 +1,4 @@
-"""Planning: what fits where, and that long videos are cut into whole, ordered stretches."""
+"""Planning: what fits where, and that long videos are cut into whole, ordered ranges."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from distinit.pipeline.store.planning import FrameRange, assign, auto_shard_rows
 
 @given(st.lists(st.integers(0, 512), max_size=60))
 def test_shards_hold_whole_segments_in_order(bounds: list[int]) -> None:
-    stretches = [FrameRange(i, 0, -1, b) for i, b in enumerate(bounds)]
-    placed = assign(stretches, first_id=7, first_shard=3, shard_rows=512)
+    ranges = [FrameRange(i, 0, -1, b) for i, b in enumerate(bounds)]
+    placed = assign(ranges, first_id=7, first_shard=3, shard_rows=512)
     assert [s.id for s in placed] == list(range(7, 7 + len(bounds)))
     shards = [s.shard for s in placed]
     assert shards == sorted(shards)
     for shard in set(shards):
-        assert sum(s.stretch.bound for s in placed if s.shard == shard) <= 512
+        assert sum(s.frames.bound for s in placed if s.shard == shard) <= 512
     for a, b in itertools.pairwise(placed):
         if b.shard != a.shard:  # greedy: a new shard only where the next segment did not fit
-            used = sum(s.stretch.bound for s in placed if s.shard == a.shard)
+            used = sum(s.frames.bound for s in placed if s.shard == a.shard)
             assert b.shard == a.shard + 1
-            assert used + b.stretch.bound > 512
+            assert used + b.frames.bound > 512
 
 
 @given(st.integers(1, 4000), st.integers(1, 9), st.integers(1, 700), st.integers(0, 99))
@@ -42,7 +42,7 @@ def test_cuts_cover_every_wanted_frame_once(frames: int, every: int, gop: int, s
     assert rows == [p.bound for p in parts]
     assert sum(rows) == len(wanted)
     assert max(rows) <= 256
-    if gop * 2 <= 256 * every:  # a stretch always holds a key frame to cut at
+    if gop * 2 <= 256 * every:  # a range always holds a key frame to cut at
         assert all(p.first == 0 or p.first in keys for p in parts)
 
 

@@ -92,7 +92,7 @@ def stage(writer: StoreWriter, shard: int, teacher: str = "t") -> ShardResult:
         first += n
     data = {"video": np.array(video), "index": np.array(frame), "pts": np.array(frame) * 512}
     for spec in fmt.frame_specs():
-        part.files += stage_array(folder, spec, shard, data[spec.path.split("/")[1]], R)
+        part.files += stage_array(folder, spec, shard, data[spec.name], R)
     values = np.concatenate(z)
     teacher_part.rows = len(values)
     for spec, x in zip(
