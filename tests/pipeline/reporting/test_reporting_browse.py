@@ -111,7 +111,7 @@ def test_a_missing_and_a_changed_video_are_shown_as_missing(own_store: Any, tmp_
     )
     assert len(result["videos"]) == len(paths)
     assert "no such file" in result["missing"][paths[0].name]
-    assert "the teachers saw a file with digest" in result["missing"][paths[1].name]
+    assert "the file has changed: its digest is" in result["missing"][paths[1].name]
     assert len(result["missing"]) == 2
     page = (tmp_path / "out" / "browse.html").read_text(encoding="utf-8")
     assert page.count("missing here: ") == 2
