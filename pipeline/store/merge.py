@@ -177,8 +177,14 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
     index, target = part.store.index, part.shard + shard
     new = target not in writer.index.frame_commits
     if new:
-        folder = new_staging(writer.root, target)
-        node = index.frame_commits[shard]
+        folder, node = new_staging(writer.root, target), index.frame_commits[shard]
+        files = _copy_files(folder, part, node, shard, target)
+        if part.video:  # videos have other numbers there
+            rows = shard * index.shard_rows + np.arange(node["rows"].sum())
+            video = part.store.read_table("video", rows) + part.video
+            spec = fmt.frame_specs()[0]
+            files = [file for file in files if not file.final.startswith(spec.path)]
+            files = stage_array(folder, spec, target, video, index.shard_rows) + files
         frames = FramesPart(
             segment=(node["segment"] + part.segment).tolist(),
             first_row=node["first_row"].tolist(),
@@ -188,44 +194,40 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
             notes=_moved(node["notes"], part.segment),
             overflow=_moved(node["overflow"], part.segment),
             counted=[s + part.segment for s in node["counted"]],
+            files=files,
         )
-        for name, record in node["files"].items():
-            data = _checked(part.store, name, record)
-            if part.video and name.startswith("frames/video/"):
-                rows = shard * index.shard_rows + np.arange(node["rows"].sum())
-                video = part.store.read_table("video", rows) + part.video
-                frames.files += stage_array(
-                    folder, fmt.frame_specs()[0], target, video, index.shard_rows
-                )
-            else:
-                frames.files.append(_staged(folder, name, shard, target, data))
         writer.commit(ShardResult(target, frames, {}, str(folder)), node["run"])
     if shard in index.hashes and target not in writer.index.hashes:
-        folder = new_staging(writer.root, target)
-        node = index.hashes[shard]
-        part_of = HashPart(node["rows"], _moved(node["failed"], part.segment))
-        part_of.files = [
-            _staged(folder, name, shard, target, _checked(part.store, name, record))
-            for name, record in node["files"].items()
-        ]
-        writer.commit(ShardResult(target, None, {}, str(folder), part_of), {})
+        folder, node = new_staging(writer.root, target), index.hashes[shard]
+        files = _copy_files(folder, part, node, shard, target)
+        hashes = HashPart(node["rows"], _moved(node["failed"], part.segment), files)
+        writer.commit(ShardResult(target, None, {}, str(folder), hashes), {})
     for teacher, of in index.teachers.items():
         if target in writer.index.teachers[teacher].shards:
             continue
         new = True
-        folder = new_staging(writer.root, target)
-        node = of.commits[shard]
-        rows_of = TeacherPart(
-            rows=node["rows"], error=node["error"], failed=_moved(node["failed"], part.segment)
-        )
+        folder, node = new_staging(writer.root, target), of.commits[shard]
+        files = _copy_files(folder, part, node, shard, target)
+        failed = _moved(node["failed"], part.segment)
+        rows_of = TeacherPart(node["rows"], node["error"], failed, files)
         if of.output == "features":
             (rows_of.sums,) = part.store.sums(teacher, [shard])
-        for name, record in node["files"].items():
-            rows_of.files.append(
-                _staged(folder, name, shard, target, _checked(part.store, name, record))
-            )
         writer.commit(ShardResult(target, None, {teacher: rows_of}, str(folder)), node["run"])
     return new
+
+
+def _copy_files(
+    folder: Path, part: Placed, node: Mapping[str, Any], shard: int, target: int
+) -> list[StagedFile]:
+    """Stage the files of a commit of a part, to become those of the shard `target`."""
+    files = []
+    for name, record in node["files"].items():
+        data, (array, _, rest) = _checked(part.store, name, record), name.partition(f"/c/{shard}")
+        file = folder / name.replace("/", "-")
+        write_whole(file, data, StoreError)
+        final = f"{array}/c/{target}{rest}"
+        files.append(StagedFile(str(file), final, record["size"], record["blake2b"]))
+    return files
 
 
 def _segments(part: Placed) -> dict[str, np.ndarray]:
@@ -251,14 +253,6 @@ def _checked(store: TargetStore, name: str, record: dict[str, Any]) -> bytes:
             f"{store.name}/{name}: differs from what was committed; see `distinit targets verify {store.name}`"
         )
     return data
-
-
-def _staged(folder: Path, name: str, shard: int, target: int, data: bytes) -> StagedFile:
-    """Write a copied file into staging, synced, to become that of the shard `target`."""
-    array, _, rest = name.partition(f"/c/{shard}")
-    file = folder / name.replace("/", "-")
-    write_whole(file, data, StoreError)
-    return StagedFile(str(file), f"{array}/c/{target}{rest}", len(data), digest_bytes(data))
 
 
 def _moved(values: dict[str, Any], by: int) -> dict[int, Any]:

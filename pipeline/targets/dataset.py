@@ -302,7 +302,7 @@ def student_clips(
         seed=seed,
         epoch_clips=epoch_clips or max(1, len(videos)),
         view=view,
-        max_entropy=max_entropy,
+        max_entropy=max_entropy or {},
         filter_mode=filter_mode,
         ahead=pictures_needed(0, channels),
         heads=read_heads(

@@ -6,7 +6,7 @@ Shapes: T frames of a clip, N cached frames of a video, n picks, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -89,6 +89,7 @@ class _Clip:
     flip: float
 
 
+@dataclass(eq=False, repr=False)
 class TargetSampler:
     """Draw clips and targets from a store as a pure function of (seed, epoch, sample, attempt).
 
@@ -127,50 +128,41 @@ class TargetSampler:
         clip_frames=8, videos=store.usable(), seed=0, epoch_clips=1000).draw(0, 5)`
     """
 
-    def __init__(
+    store: TargetStore
+    _: KW_ONLY
+    teachers: Sequence[str]
+    picks: PickRule
+    clip_frames: int
+    videos: NDArray[np.int64]
+    seed: int
+    epoch_clips: int
+    flip: float = 0.5
+    view: ClipView | None = None
+    max_entropy: Mapping[str, float] = field(default_factory=dict)
+    filter_mode: Literal["skip", "zero-weight"] = "skip"
+    fixed: bool = False
+    ahead: int = 0
+    teacher_dropping: float = 0.0
+    heads: InitVar[Mapping[str, ClassHead] | None] = None
+    shares: InitVar[tuple[Sequence[NDArray[np.int64]], Sequence[float]] | None] = None
+    _known: dict[int, _Video] = field(init=False, default_factory=dict)
+
+    def __post_init__(
         self,
-        store: TargetStore,
-        *,
-        teachers: Sequence[str],
-        picks: PickRule,
-        clip_frames: int,
-        videos: NDArray[np.int64],
-        seed: int,
-        epoch_clips: int,
-        flip: float = 0.5,
-        view: ClipView | None = None,
-        max_entropy: Mapping[str, float] | None = None,
-        filter_mode: Literal["skip", "zero-weight"] = "skip",
-        fixed: bool = False,
-        ahead: int = 0,
-        teacher_dropping: float = 0.0,
-        heads: Mapping[str, ClassHead] | None = None,
-        shares: tuple[Sequence[NDArray[np.int64]], Sequence[float]] | None = None,
+        heads: Mapping[str, ClassHead] | None,
+        shares: tuple[Sequence[NDArray[np.int64]], Sequence[float]] | None,
     ) -> None:
-        if len(videos) == 0:
+        if len(self.videos) == 0:
             raise UsageError(
-                f"{store.name} holds no video with targets of {', '.join(teachers)} to draw from"
+                f"{self.store.name} holds no video with targets of {', '.join(self.teachers)} to "
+                "draw from"
             )
-        self.store = store
-        self.teachers = tuple(teachers)
-        self.picks = picks
-        self.clip_frames = clip_frames
-        self.videos = videos
-        self.seed = seed
-        self.epoch_clips = epoch_clips
-        self.flip = flip
-        self.view = view
-        self.max_entropy = dict(max_entropy or {})
-        self.filter_mode = filter_mode
-        self.fixed = fixed
-        self.ahead = ahead
-        self.teacher_dropping = teacher_dropping
         self.targets = {
-            name: TeacherTargets(store, name, (heads or {}).get(name)) for name in self.teachers
+            name: TeacherTargets(self.store, name, (heads or {}).get(name))
+            for name in self.teachers
         }
-        groups, weights = shares or ((videos,), (1.0,))
-        self.mixture = Mixture(groups, weights, seed=seed, epoch_clips=epoch_clips)
-        self._known: dict[int, _Video] = {}
+        groups, weights = shares or ((self.videos,), (1.0,))
+        self.mixture = Mixture(groups, weights, seed=self.seed, epoch_clips=self.epoch_clips)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the tables of videos: a worker fills its own."""
