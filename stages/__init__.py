@@ -314,4 +314,3 @@ STAGES = {
     name: (command.model, "stages.{0}:{0}".format(name.replace("-", "_")))
     for name, command in COMMANDS.items()
 }
-FUNCTIONS = {name.replace("-", "_"): name for name in STAGES if not name.startswith("targets-")}

@@ -158,6 +158,7 @@ def _train_locked(
     console: Console,
     ranks: Ranks,
 ) -> dict[str, Any]:
+    """Train, export and summarise, in a folder that is locked."""
     run_dir = Path(config.out)
     saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
     assemble = partial(_assemble, store=store, teachers=teachers, saved=saved, console=console)

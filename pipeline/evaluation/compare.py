@@ -11,7 +11,7 @@ from ..common.documents import is_regular_file
 from ..common.errors import UsageError
 from ..common.locks import folder_lock
 from ..common.run_dir import PREDICTIONS
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from .ensemble import Comparison, compare_predictions, fuse_predictions
 from .metrics import MEASURES, signed, signed_brackets
 from .predictions import Predictions, metrics_from_file, read_finished
@@ -125,11 +125,10 @@ def _read_run(run: str) -> Predictions:
 
 
 def _show_measures(comparison: Comparison, part: Predictions, a: str, b: str) -> None:
-    columns = [
-        Column("accuracy, %"),
-        *(Column(name, True) for name in ("A", "B", "A − B", "95 % interval", "p")),
-    ]
-    table = Table(f"A = {a}, B = {b}: {len(part.videos)} test videos", columns)
+    table = Table(
+        f"A = {a}, B = {b}: {len(part.videos)} test videos",
+        columns("accuracy, %", ">A", ">B", ">A − B", ">95 % interval", ">p"),
+    )
     for name, shown in MEASURES.items():
         if name in comparison.measures:
             g = comparison.measures[name]
@@ -146,11 +145,9 @@ def _show_measures(comparison: Comparison, part: Predictions, a: str, b: str) ->
 
 
 def _show_classes(comparison: Comparison) -> None:
-    columns = [
-        Column("class"),
-        *(Column(name, True) for name in ("videos", "A", "B", "A − B", "p")),
-    ]
-    classes = Table("top 1 of each class, %", columns)
+    classes = Table(
+        "top 1 of each class, %", columns("class", ">videos", ">A", ">B", ">A − B", ">p")
+    )
     names = list(comparison.classes)
     if len(names) > 2 * SHOWN:
         classes.notes.append(

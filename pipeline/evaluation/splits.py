@@ -12,7 +12,7 @@ import numpy as np
 
 from ..common.errors import UsageError
 from ..common.run_dir import CONFIG, recorded_sections
-from ..common.tables import Column, Table
+from ..common.tables import Table, columns
 from .labels import ALL
 from .metrics import MEASURES
 from .protocol import write_result
@@ -61,10 +61,9 @@ def summarise_splits(
         The content of result.json.
     """
     means = mean_over_splits([result["metrics"] for result in results.values()])
-    columns = [Column("accuracy, %"), *(Column(f"split {split}", True) for split in results)]
+    splits = (f">split {split}" for split in results)
     table = Table(
-        f"{title}, {len(results)} splits",
-        [*columns, Column("mean", True), Column("deviation", True)],
+        f"{title}, {len(results)} splits", columns("accuracy, %", *splits, ">mean", ">deviation")
     )
     for name, shown in MEASURES.items():
         if name not in means:
