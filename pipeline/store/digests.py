@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from ..common.errors import StoreError, in_one_line
-from .validation import largest_chunk, load_json, unpacked_bytes
+from ..common.errors import StoreError
+from .validation import load_json
 
 if TYPE_CHECKING:
+    from .columns import Column
     from .storage import StoreFiles
 
 KEY = "distinit"
@@ -155,27 +153,23 @@ def read_rows(files: StoreFiles, path: str, start: int, stop: int, ranges: Range
         StoreError: The column or its file does not exist, is too short, cannot be decoded or
             differs.
     """
-    where, known = f"{files.name}/{path}", ranges.get(path, {})
+    known = ranges.get(path, {})
     try:
-        return checked_rows(where, files.table(path), start, stop, known)
+        return checked_rows(files.table(path), start, stop, known)
     except StoreError:
         if not files.forget(path):
             raise
-        return checked_rows(where, files.table(path), start, stop, known)
+        return checked_rows(files.table(path), start, stop, known)
 
 
 def checked_rows(
-    where: str, array: zarr.Array, start: int, stop: int, ranges: Mapping[tuple[int, int], set[str]]
+    column: Column, start: int, stop: int, ranges: Mapping[tuple[int, int], set[str]]
 ) -> NDArray[Any]:
-    """Read rows of an open column as `read_rows` does; `where` is what messages call it."""
-    if array.shape[0] < stop:
-        raise StoreError(f"{where}: has {array.shape[0]} rows, the plans speak of {stop}")
-    _check_sizes(where, array, start, stop)
-    try:
-        values = np.asarray(array[start:stop])
-    except Exception as error:  # Every codec has errors of its own.
-        file = _unreadable_chunk(array, start, stop)
-        raise StoreError(f"{where}/{file}: cannot be decoded ({in_one_line(error)})") from error
+    """Read rows of an open column as `read_rows` does."""
+    where = column.where
+    if column.shape[0] < stop:
+        raise StoreError(f"{where}: has {column.shape[0]} rows, the plans speak of {stop}")
+    values = column.read(start, stop)
     for (first, end), digests in ranges.items():
         if (
             start <= first
@@ -186,45 +180,3 @@ def checked_rows(
                 f"{where}: rows {first} to {end} differ from what was written (digest)"
             )
     return values
-
-
-def _check_sizes(where: str, array: zarr.Array, start: int, stop: int) -> None:
-    """Raise StoreError if a chunk of rows [start, stop) would unpack to more than its rows."""
-    meta: dict[str, Any] = array.metadata.to_dict()
-    folder: Any = array.store  # of a folder
-    most = largest_chunk(meta)
-    packed = any(codec["name"] == "zstd" for codec in meta["codecs"])
-    for key in _chunk_keys(array, start, stop):
-        try:
-            with open(Path(folder.root, array.path, key), "rb") as file:
-                size, head = os.fstat(file.fileno()).st_size, file.read(18) if packed else b""
-        except OSError:  # a chunk of fill, or one for which zarr will raise
-            continue
-        unpacked = unpacked_bytes(head) if packed else size
-        if unpacked is None or max(size, unpacked) > most:
-            actual = (
-                "does not say how much it holds"
-                if unpacked is None
-                else f"holds {max(size, unpacked)} bytes"
-            )
-            raise StoreError(
-                f"{where}/{key}: cannot be decoded ({actual}, at most {most} are allowed)"
-            )
-
-
-def _chunk_keys(array: zarr.Array, start: int, stop: int) -> list[str]:
-    rows, rest = array.chunks[0], [0] * (len(array.shape) - 1)
-    return [
-        array.metadata.encode_chunk_key((chunk, *rest))
-        for chunk in range(start // rows, -(-stop // rows))
-    ]
-
-
-def _unreadable_chunk(array: zarr.Array, start: int, stop: int) -> str:
-    rows = array.chunks[0]
-    for chunk, key in enumerate(_chunk_keys(array, start, stop), start // rows):
-        try:
-            array[chunk * rows : min((chunk + 1) * rows, stop)]
-        except Exception:
-            return key
-    return ""

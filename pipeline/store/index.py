@@ -278,7 +278,7 @@ def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
         # No video and no segment has fill here.
         array = files.table(column)
         chunks = range(-(-num_planned(plans, count) // array.chunks[0]))
-        keys = (array.metadata.encode_chunk_key((chunk,)) for chunk in chunks)
+        keys = map(array.key, chunks)
         missing = (key for key in keys if not (files.root / column / key).exists())
         yield from (f"{column}/{key} is missing" for key in islice(missing, MANY_LOST))
 

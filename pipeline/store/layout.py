@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ..common.errors import StoreError
 from ..common.files import fsync_path, write_whole
@@ -31,7 +29,7 @@ from .encoding import (
     row_arrays,
     value_type,
 )
-from .storage import LocalFiles, StoreFiles, inside, open_table, store_files
+from .storage import LocalFiles, StoreFiles, inside, store_files
 from .store_options import Encoding, Output, PlainEncoding, pca_components
 from .validation import MAX_BASIS, check_basis, check_node, check_requires, check_width, load_json
 from .validation import check_root as check_root_form
@@ -162,6 +160,9 @@ def basis_specs(name: str, width: int, components: int) -> list[ArraySpec]:
 
 def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> None:
     """Create the array under `root`; sharded arrays of `rows` (a multiple of `shard_rows`) rows."""
+    import zarr  # takes 0.3 s, which readers do without
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
     inside(root, spec.path)
     group = zarr.open_group(root, mode="a")
     # Tables are compressed; the crc behind that finds a flipped bit wherever a chunk is read.
@@ -197,6 +198,8 @@ def codec_attributes(codec: Codec) -> dict[str, Any]:
 
 def create_tables(group: Path, codec: Codec, classes: Sequence[str]) -> None:
     """Create the tables of a teacher in its group: names of classes, or the basis of pca:D."""
+    import zarr
+
     tables: dict[ArraySpec, Any] = {}
     if codec.output == "logits":
         spec = ArraySpec("class", "str", "", ("class",), (), max(len(classes), 1))
@@ -218,8 +221,7 @@ def seal_array(folder: Path, **changes: Any) -> None:
 
 def resize_array(root: Path, spec: ArraySpec, rows: int) -> None:
     """Grow an array to `rows` rows; never shrinks it."""
-    LocalFiles(root).metadata(spec.path)
-    shape = open_table(root / spec.path).shape
+    shape = LocalFiles(root).metadata(spec.path)["shape"]
     if shape[0] < rows:
         seal_array(root / spec.path, shape=[rows, *shape[1:]])
 

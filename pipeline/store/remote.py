@@ -22,11 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import zarr
-
 from ..common.errors import StoreError, first_line, in_one_line
 from ..common.urls import canonical_url, check_url, hide_secrets, public_url
 from .cache import StoreCache, digest_file, has_holes, require_digest, require_name
+from .columns import Column
 from .digests import (
     Ranges,
     check_document,
@@ -37,7 +36,7 @@ from .digests import (
     split_ranges,
 )
 from .shards import ShardedRows, chunk_crcs_hold
-from .storage import Record, StoreFiles, array_metadata, open_table
+from .storage import Record, StoreFiles, array_metadata
 from .validation import largest_chunk
 from .web import STALL_S, TOTAL_S, AnswerError, WebReader
 
@@ -128,7 +127,7 @@ class RemoteFiles(StoreFiles):
                 answers = list(pool.map(get, paths))
         return {p: data for p, data in zip(paths, answers, strict=True) if data is not None}
 
-    def table(self, path: str) -> zarr.Array:
+    def table(self, path: str) -> Column:
         """Return a column of a table, fetched whole on first use."""
         folder = self.cache.table(self._state, require_name(path, self.name))
         if (
@@ -137,12 +136,10 @@ class RemoteFiles(StoreFiles):
             or self._may_have_grown(path, folder)
         ):
             self._fetch_table(path, folder)
-        check_document(
-            f"{self.name}/{path}/zarr.json",
-            (folder / "zarr.json").read_bytes(),
-            required=self.sealed,
-        )
-        return open_table(folder)
+        where = f"{self.name}/{path}"
+        text = (folder / "zarr.json").read_bytes()
+        meta = array_metadata(f"{where}/zarr.json", path, text, sealed=self.sealed)
+        return Column(folder, where, meta)
 
     def forget(self, path: str) -> bool:
         """Remove a column from the cache, in which it may be damaged."""
@@ -291,14 +288,12 @@ class RemoteFiles(StoreFiles):
         }
         fresh = self.cache.keep_table(folder, files)
         try:  # what cannot be read is not kept: the server may be right again tomorrow
-            array = open_table(fresh)
-            stop = min(array.shape[0], self._planned.get(path.split("/")[0], array.shape[0]))
-            for start, end in split_ranges(0, stop, array.chunks[0]):
-                checked_rows(f"{self.name}/{path}", array, start, end, self._ranges.get(path, {}))
-        except BaseException as error:
+            column = Column(fresh, f"{self.name}/{path}", meta)
+            stop = min(column.shape[0], self._planned.get(path.split("/")[0], column.shape[0]))
+            for start, end in split_ranges(0, stop, column.chunks[0]):
+                checked_rows(column, start, end, self._ranges.get(path, {}))
+        except BaseException:
             self.cache.remove(fresh)
-            if isinstance(error, StoreError) and str(fresh) in str(error):
-                raise StoreError(str(error).replace(str(fresh), f"{self.name}/{path}")) from None
             raise
         self.cache.publish(fresh, self._state, path, files)
 

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import zarr
-
 from ..common.errors import StoreError, in_one_line
 from ..common.urls import is_url, local_path
+from .columns import Column
 from .digests import check_document
 from .shards import ShardedRows
 from .validation import check_array
@@ -59,7 +58,7 @@ class StoreFiles(ABC):
         return
 
     @abstractmethod
-    def table(self, path: str) -> zarr.Array:
+    def table(self, path: str) -> Column:
         """Open an unsharded array for reading; StoreError if that fails."""
 
     def forget(self, path: str) -> bool:
@@ -146,9 +145,9 @@ class LocalFiles(StoreFiles):
             raise StoreError(f"{self.name}/{path}/zarr.json: missing") from error
         return array_metadata(f"{self.name}/{path}/zarr.json", path, text, sealed=self.sealed)
 
-    def table(self, path: str) -> zarr.Array:
+    def table(self, path: str) -> Column:
         """Open an unsharded array for reading."""
-        self.metadata(path)
+        meta = self.metadata(path)
         if path not in self._tables:
             inside(
                 self.root,
@@ -157,7 +156,7 @@ class LocalFiles(StoreFiles):
                 or path.endswith(("/class", "/basis", "/mean")),
             )
             self._tables.add(path)
-        return open_table(self.root / path)
+        return Column(self.root / path, f"{self.name}/{path}", meta)
 
     def rows(self, path: str, record: Record) -> ShardedRows:
         """Return a sharded array, read by `pread` from its files."""
@@ -260,11 +259,3 @@ def store_files(
 def absolute(where: str) -> str:
     """Return a store's address that holds in any working folder."""
     return where if is_url(where) else os.path.abspath(local_path(where))
-
-
-def open_table(folder: Path) -> zarr.Array:
-    """Open the array in a local folder, whose metadata were checked; StoreError if that fails."""
-    try:
-        return zarr.open_array(folder, mode="r")
-    except Exception as error:  # Metadata that is no array's raises anything in zarr.
-        raise StoreError(f"{folder}: unreadable ({in_one_line(error)})") from error

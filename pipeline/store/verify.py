@@ -175,15 +175,13 @@ def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
         specs += [(s, rows, name) for s in fmt.teacher_specs(name, 1, of.encoding, of.output)]
     for spec, length, teacher in specs:
         try:
-            array = files.table(spec.path)
+            meta = files.metadata(spec.path)
         except StoreError as error:
             yield Finding(f"array {spec.path} cannot be opened ({error})", None, teacher)
             continue
-        if array.shape[0] < length:
-            yield Finding(
-                f"array {spec.path} has {array.shape[0]} rows, {length} are planned", None, teacher
-            )
-        dimensions: Any = array.metadata.to_dict().get("dimension_names")
+        if (rows := meta["shape"][0]) < length:
+            yield Finding(f"array {spec.path} has {rows} rows, {length} are planned", None, teacher)
+        dimensions: Any = meta.get("dimension_names")
         if tuple(dimensions or ()) != spec.dims:
             yield Finding(f"array {spec.path} has dimensions {dimensions}", None, teacher)
 

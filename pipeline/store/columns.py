@@ -1,0 +1,105 @@
+"""Read columns of tables straight from their chunk files, as `shards.py` reads rows.
+
+A store has forty columns. To open one takes zarr-python 1.5 ms of a core and to read it as much
+(docs/benchmarks.md), and a command that only looks into a store need not load zarr at all. The
+files stay plain Zarr v3: `check_array` has seen that a column's codecs are `bytes` or `vlen-utf8`,
+then `zstd`, `crc32c`, both or neither.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.vlen import VLenUTF8
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+
+from ..common.errors import StoreError, in_one_line
+from .digests import split_ranges
+from .validation import largest_chunk, unpacked_bytes
+
+# Sixteen bytes per short text in place of a Python object; NumPy 1 has no such type.
+TEXT: Any = np.dtypes.StringDType() if hasattr(np.dtypes, "StringDType") else np.dtype(object)
+ZSTD_HEADER = 18  # bytes, at most
+
+
+class Column:
+    """One array of a table in a local folder.
+
+    Args:
+        folder: Of the array.
+        where: What messages call it.
+        meta: Its zarr.json, as `check_array` allows it.
+    """
+
+    def __init__(self, folder: Path, where: str, meta: Mapping[str, Any]) -> None:
+        self.folder, self.where = folder, where
+        self.shape: tuple[int, ...] = tuple(meta["shape"])
+        self.chunks: tuple[int, ...] = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+        first, *self._packing = meta["codecs"]
+        self._text = first["name"] == "vlen-utf8"
+        self.dtype = TEXT if self._text else np.dtype(meta["data_type"])
+        big = first.get("configuration", {}).get("endian") == "big"
+        self._stored = self.dtype if self._text else self.dtype.newbyteorder(">" if big else "<")
+        self._fill: Any = np.nan if meta["fill_value"] == "NaN" else meta["fill_value"]
+        self._most = largest_chunk(meta)
+
+    def key(self, chunk: int) -> str:
+        """Return the name of a chunk's file below the folder."""
+        return "/".join(("c", str(chunk), *("0" for _ in self.shape[1:])))
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return rows [start, stop); rows of a chunk without a file are fill.
+
+        Raises:
+            StoreError: A chunk cannot be read or decoded, or is larger than its rows.
+        """
+        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for first, end in split_ranges(start, stop, self.chunks[0]):
+            chunk, at = divmod(first, self.chunks[0])
+            try:
+                rows[first - start : end - start] = self._chunk(chunk)[at : at + end - first]
+            except Exception as error:  # every codec has errors of its own
+                raise StoreError(
+                    f"{self.where}/{self.key(chunk)}: cannot be decoded ({in_one_line(error)})"
+                ) from error
+        return rows
+
+    def _chunk(self, chunk: int) -> NDArray[Any]:
+        try:
+            data = self._packed(f"{self.folder}/{self.key(chunk)}")
+        except (FileNotFoundError, NotADirectoryError):
+            return np.full(self.chunks, self._fill, self.dtype)
+        for codec in reversed(self._packing):
+            data = Zstd().decode(data) if codec["name"] == "zstd" else _without_crc(data)
+        if self._text:
+            return np.asarray(VLenUTF8().decode(data)).reshape(self.chunks)
+        return np.frombuffer(data, self._stored).reshape(self.chunks)
+
+    def _packed(self, file: str) -> bytes:
+        """Return a chunk's file; ValueError if it would unpack to more than the chunk's rows."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with open(os.open(file, flags), "rb") as opened:
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("not a regular file")
+            head = opened.read(ZSTD_HEADER)
+            packed = any(codec["name"] == "zstd" for codec in self._packing)
+            unpacked = unpacked_bytes(head) if packed else 0
+            if unpacked is None:
+                raise ValueError("does not say how much it holds")
+            if (size := max(status.st_size, unpacked)) > self._most:
+                raise ValueError(f"holds {size} bytes, at most {self._most} are allowed")
+            return head + opened.read()
+
+
+def _without_crc(data: bytes) -> bytes:
+    if int(google_crc32c.value(data[:-4])).to_bytes(4, "little") != data[-4:]:
+        raise ValueError("fails its crc32c")
+    return data[:-4]
