@@ -71,7 +71,7 @@ class Step:
             "targets": {"t": torch.randn(batch, CLASSES)},
             "weight": {"t": torch.ones(batch)},
             "rejected": torch.zeros(batch, dtype=torch.int64),
-            "broken": [],
+            "unreadable": [],
         }
         self.steps, self.size = args.steps, batch
 

@@ -409,7 +409,7 @@ def _train(
         stop=stop,
         ranks=ranks,
     )
-    if result.broken and ranks.is_main:
+    if result.unreadable and ranks.is_main:
         console.warn(result.describe_unreadable())
     return result
 
@@ -709,7 +709,7 @@ def _summary(
         "steps": result.steps,
         "batch_size": config.loop.step_clips,
         "loss": result.train_loss,
-        "unreadable": result.broken,
+        "unreadable": result.unreadable,
         "already_finished": result.already_finished,
         "resumed_from_step": result.resumed_from,
         "seconds": result.seconds,

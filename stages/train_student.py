@@ -218,7 +218,7 @@ def _train_locked(
     )
 
     def finish() -> dict[str, Any]:
-        if result.broken:
+        if result.unreadable:
             console.warn(result.describe_unreadable())
         exported = _export(config, parts, student, objective)
         summary = _summary(config, parts, result, exported)
@@ -671,7 +671,7 @@ def _summary(
         "max_entropy": parts.filter.thresholds,
         "kept_share": parts.filter.kept,
         "kept_share_by_teacher": parts.filter.kept_by,
-        "unreadable": result.broken,
+        "unreadable": result.unreadable,
         "already_finished": result.already_finished,
         "resumed_from_step": result.resumed_from,
         "seconds": result.seconds,

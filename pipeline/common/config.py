@@ -70,6 +70,7 @@ RENAMED_KEYS = {
     "targets.filter": "targets.filter_mode",
     "loop.gpu_batch_size": "loop.micro_batch_size",
     "loop.lr_batch_size": "loop.lr_base_batch_size",
+    "loop.max_broken": "loop.max_unreadable",
     "moved": "video_roots",
     "videos": "copies",
     "leave_out": "exclude",

@@ -28,7 +28,7 @@ from .labels import Labelled, Labels
 
 log = logging.getLogger(__name__)
 
-MAX_BROKEN_IN_A_ROW = 20
+MAX_UNREADABLE_IN_A_ROW = 20
 SAMPLE = 20  # videos whose frames are counted if no counts are stored
 
 
@@ -41,11 +41,11 @@ class LabelledClips:
 
     An item has "clip": uint8 [3, T, H, W], or with channels=2 optical flow, float32 [2, T, H, W];
     "label": int; "video": index into `labels.train`; "name": path of the video; "start": first
-    frame; "broken": [(path, reason)] of unreadable videos that were drawn for this sample before.
+    frame; "unreadable": [(path, reason)] of videos that were drawn for this sample before.
 
     Raises:
         UsageError: A folder of prepared flow does not fit the clips.
-        TrainingError: MAX_BROKEN_IN_A_ROW videos drawn for one sample are unreadable.
+        TrainingError: MAX_UNREADABLE_IN_A_ROW videos drawn for one sample are unreadable.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class LabelledClips:
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, sample = key
-        broken: list[tuple[str, str]] = []
-        for attempt in range(MAX_BROKEN_IN_A_ROW):
+        unreadable: list[tuple[str, str]] = []
+        for attempt in range(MAX_UNREADABLE_IN_A_ROW):
             draw = rng(self.seed, epoch, sample, attempt)
             video = self._video(epoch, sample, attempt, draw)
             try:
                 clip, start = self._read(video, draw)
             except VideoError as error:
                 self._failed[video] = str(error)
-                broken.append((self.name(video), str(error)))
+                unreadable.append((self.name(video), str(error)))
                 continue
             return {
                 "clip": clip,
@@ -89,10 +89,10 @@ class LabelledClips:
                 "video": video,
                 "name": self.name(video),
                 "start": start,
-                "broken": broken,
+                "unreadable": unreadable,
             }
         raise TrainingError(
-            f"{len(broken)} training videos in a row are unreadable, the last: {broken[-1][0]}: {broken[-1][1]}"
+            f"{len(unreadable)} training videos in a row are unreadable, the last: {': '.join(unreadable[-1])}"
         )
 
     def name(self, video: int) -> str:

@@ -107,7 +107,8 @@ def _onnx(graph: Graph, clips: Tensor) -> bytes:
         output_names=output_names(graph.student),
         verbose=False,
     )
-    assert program is not None
+    if program is None:
+        raise CheckpointError("it gives no graph")
     content: bytes = program.model_proto.SerializeToString()
     return content
 

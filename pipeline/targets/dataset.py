@@ -40,7 +40,7 @@ class StudentClips(Dataset[Any]):
     - "weight": teacher → float32 scalar, 1 or 0
     - "dropped": teacher → bool, of a sampler that drops teachers
     - "video": id in the store; "name": its path; "start": first frame
-    - "rejected": draws that the filter rejected; "broken": [(path, reason)] of unreadable files
+    - "rejected": draws that the filter rejected; "unreadable": [(path, reason)] of unreadable files
 
     A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller
     counts them. A held-out one (a `fixed` sampler) is None instead.
@@ -118,18 +118,23 @@ class StudentClips(Dataset[Any]):
 
     def _get(self, key: Key, plan: _Plan) -> dict[str, Any] | None:
         rejected = plan.draw.rejected
-        broken: list[tuple[str, str]] = []
+        unreadable: list[tuple[str, str]] = []
         while True:
             clip = self._read(plan)
             if isinstance(clip, torch.Tensor):
-                return {"clip": clip, **plan.example, "rejected": rejected, "broken": broken}
-            broken.append((plan.example["name"], clip))
+                return {
+                    "clip": clip,
+                    **plan.example,
+                    "rejected": rejected,
+                    "unreadable": unreadable,
+                }
+            unreadable.append((plan.example["name"], clip))
             if self.sampler.fixed:
                 return None
-            if len(broken) >= MAX_UNREADABLE_IN_A_ROW:
+            if len(unreadable) >= MAX_UNREADABLE_IN_A_ROW:
                 raise TrainingError(
-                    f"{len(broken)} videos in a row could not be read, the last: "
-                    f"{broken[-1][0]}: {broken[-1][1]}; --videos CORPUS=DIR says where a corpus is located now"
+                    f"{len(unreadable)} videos in a row could not be read, the last: "
+                    f"{unreadable[-1][0]}: {unreadable[-1][1]}; --videos CORPUS=DIR says where a corpus is located now"
                 )
             plan = self._plan(key, plan.draw.attempt + 1)
             rejected += plan.draw.rejected

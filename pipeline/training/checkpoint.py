@@ -107,7 +107,7 @@ class Checkpoints:
         *,
         average: WeightAverage | None = None,
         resume: Resume,
-        max_broken: int,
+        max_unreadable: int,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> TrainState:
         """Return a fresh state, or that of last.pt, with everything else restored from it.
@@ -121,7 +121,7 @@ class Checkpoints:
             optimizer: takes its state.
             average: takes the moving average.
             resume: see `Resume`.
-            max_broken: unreadable videos that the state allows.
+            max_unreadable: unreadable videos that the state allows.
             ranks: the processes that train together.
 
         Raises:
@@ -130,7 +130,7 @@ class Checkpoints:
         """
         path = self.folder / "last.pt"
         if not path.exists():
-            return TrainState(max_broken=max_broken)
+            return TrainState(max_unreadable=max_unreadable)
         if not resume:
             raise UsageError(
                 f"{self.folder.parent} already holds a run (checkpoints/last.pt); add --resume to continue it"
@@ -145,7 +145,7 @@ class Checkpoints:
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit the model: {first_line(error)}") from error
         state = TrainState.from_dict(saved["state"])
-        state.max_broken = max_broken
+        state.max_unreadable = max_unreadable
         if len(saved["rng"]) == ranks.world:
             own = saved["rng"][ranks.rank]
             torch.set_rng_state(own["cpu"])

@@ -107,7 +107,7 @@ def save_first_batch(
     count = min(options.step_clips, MOST_CLIPS)
     keys = EpochBatchSampler(batch_size=count, steps_per_epoch=1, epochs=1)
     batch = next(read_batches(clips, keys, workers=0, device=torch.device("cpu")))
-    for unreadable in batch["broken"]:
+    for unreadable in batch["unreadable"]:
         for name, reason in unreadable:
             log.warning("%s: %s", name, reason)
     path = Path(run_dir) / PICTURE

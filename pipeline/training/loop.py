@@ -74,7 +74,7 @@ class FitResult:
         best_epoch: its epoch, counted from 1.
         validation: what `validate` measured after the last epoch.
         best_validation: what it measured after the best one.
-        broken: name → reason of the videos that could not be read.
+        unreadable: name → reason of the videos that could not be read.
         resumed_from: the step that this process began with.
         already_finished: whether there was nothing to do.
         seconds: of training in this process.
@@ -88,7 +88,7 @@ class FitResult:
     best_epoch: int
     validation: dict[str, float]
     best_validation: dict[str, float]
-    broken: dict[str, str]
+    unreadable: dict[str, str]
     resumed_from: int
     already_finished: bool
     seconds: float
@@ -96,10 +96,10 @@ class FitResult:
 
     def describe_unreadable(self) -> str:
         """Return a sentence about the unreadable videos: how many, and why the first three."""
-        some = list(self.broken.items())[:3]
+        some = list(self.unreadable.items())[:3]
         named = "; ".join(f"{name}: {reason}" for name, reason in some)
-        more = "; …" if len(self.broken) > len(some) else ""
-        return f"{counted(len(self.broken), 'unreadable video')}, replaced by other draws: {named}{more}"
+        more = "; …" if len(self.unreadable) > len(some) else ""
+        return f"{counted(len(self.unreadable), 'unreadable video')}, replaced by other draws: {named}{more}"
 
 
 def fit(
@@ -124,7 +124,7 @@ def fit(
         dataset: dataset[(epoch, sample)], sample < options.clips_per_epoch, is one example, a dict
             of tensors, numbers and dicts of them. Three keys mean something to the loop, all
             optional: "name" (str) is named in the error of a loss that is not finite; "rejected"
-            (int) counts the draws that a filter turned down for this sample; "broken" (list of
+            (int) counts the draws that a filter turned down for this sample; "unreadable" (list of
             (name, reason)) the videos that could not be read.
         objective: what is learned.
         options: see `LoopOptions`; `epoch_clips` is set.
@@ -171,7 +171,7 @@ def fit(
             best_epoch=state.best_epoch,
             validation=dict(state.validation),
             best_validation=dict(state.best_validation),
-            broken=dict(state.broken),
+            unreadable=dict(state.unreadable),
             resumed_from=run.meter.first_step,
             already_finished=already_finished,
             seconds=run.meter.seconds,
@@ -245,7 +245,7 @@ def _begin(
             optimizer,
             average=average,
             resume=resume,
-            max_broken=options.max_broken,
+            max_unreadable=options.max_unreadable,
             ranks=ranks,
         )
     )

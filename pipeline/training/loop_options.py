@@ -38,7 +38,15 @@ FREE_ON_RESUME = frozenset(
         "threads",
         "weights",
     }
-    | {"log_every", "checkpoint_every", "max_broken", "budget", "minutes", "max_hours", "loggers"}
+    | {
+        "log_every",
+        "checkpoint_every",
+        "max_unreadable",
+        "budget",
+        "minutes",
+        "max_hours",
+        "loggers",
+    }
 )
 
 DEFAULT_BATCH_SIZE = 32
@@ -260,7 +268,9 @@ class LoopOptions(Options):
         ge=1,
         description="steps between checkpoints; the end of an epoch always is one",
     )
-    max_broken: int = Field(default=100, ge=0, description="unreadable videos before the run stops")
+    max_unreadable: int = Field(
+        default=100, ge=0, description="unreadable videos before the run stops"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -85,7 +85,7 @@ class Meter:
             "data_share": min(1.0, self._waited / elapsed),
             "memory_gb": memory_gb(self._device),
             "filtered": (draws - kept) / draws if draws else 0.0,
-            "broken": len(self._state.broken),
+            "unreadable": len(self._state.unreadable),
             "eta_s": left * self.seconds / done,
         }
         since.clear()
@@ -109,8 +109,8 @@ class Meter:
             words.append(f"{record['memory_gb']:.1f} GB")
         if record["filtered"]:
             words.append(f"filtered {record['filtered']:.0%}")
-        if record["broken"]:
-            words.append(f"unreadable videos {record['broken']}")
+        if record["unreadable"]:
+            words.append(f"unreadable videos {record['unreadable']}")
         line = "  ".join([*words, f"ETA {clock(record['eta_s'])}"])
         parts = [
             f"{name.removeprefix('loss/')} {value:.4f}"

@@ -76,7 +76,7 @@ class StepReport:
         clips: the number of all clips.
         rejected: draws that the filter turned down.
         parts: means over the clips that count, by name.
-        broken: (video, reason) of those that could not be read.
+        unreadable: (video, reason) of those that could not be read.
     """
 
     loss: float
@@ -84,7 +84,7 @@ class StepReport:
     clips: int
     rejected: int
     parts: dict[str, float]
-    broken: list[tuple[str, str]]
+    unreadable: list[tuple[str, str]]
 
 
 def take_step(
@@ -113,18 +113,18 @@ def take_step(
         TrainingError: on all ranks, when the loss or the gradient is not finite; nothing is
             updated.
     """
-    broken = [item for items in batch.get("broken", ()) for item in items]
+    unreadable = [item for items in batch.get("unreadable", ()) for item in items]
     numbers = torch.tensor(
         [
             batch_size_of(batch),
             int(batch["rejected"].sum()) if "rejected" in batch else 0,
-            len(broken),
+            len(unreadable),
         ]
     )
     sums = ranks.sum(torch.cat([numbers, objective.counts(batch)]))
-    (clips, rejected, unreadable), counts = sums[:3].tolist(), sums[3:]
-    if unreadable and ranks.world > 1:
-        broken = [item for items in ranks.gather(broken) for item in items]
+    (clips, rejected, num_unreadable), counts = sums[:3].tolist(), sums[3:]
+    if num_unreadable and ranks.world > 1:
+        unreadable = [item for items in ranks.gather(unreadable) for item in items]
 
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -147,7 +147,7 @@ def take_step(
         raise _not_finite(total, rate, losses, pieces, ranks)
     optimizer.step()
     return StepReport(
-        total, int(counts[0]), clips, rejected, dict(zip(names, parts, strict=True)), broken
+        total, int(counts[0]), clips, rejected, dict(zip(names, parts, strict=True)), unreadable
     )
 
 

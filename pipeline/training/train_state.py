@@ -27,8 +27,8 @@ class TrainState:
         best_epoch: its number, counted from 1.
         validation: what was measured after the last epoch.
         best_validation: what was measured after the best epoch.
-        broken: name → reason of the videos that could not be read.
-        max_broken: how many of them are allowed.
+        unreadable: name → reason of the videos that could not be read.
+        max_unreadable: how many of them are allowed.
     """
 
     step: int = 0
@@ -42,25 +42,25 @@ class TrainState:
     best_epoch: int = 0
     validation: dict[str, float] = field(default_factory=dict)
     best_validation: dict[str, float] = field(default_factory=dict)
-    broken: dict[str, str] = field(default_factory=dict)
-    max_broken: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+    max_unreadable: int = 0
 
     def add(self, report: StepReport) -> None:
         """Count one finished step.
 
         Raises:
-            TrainingError: more than `max_broken` videos are unreadable.
+            TrainingError: more than `max_unreadable` videos are unreadable.
         """
         self.step += 1
         self.last_loss = report.loss
         self.loss_sum += report.loss * report.kept
         self.kept_sum += report.kept
-        for name, reason in report.broken:
-            self.broken[name] = reason
-            if len(self.broken) > self.max_broken:
+        for name, reason in report.unreadable:
+            self.unreadable[name] = reason
+            if len(self.unreadable) > self.max_unreadable:
                 raise TrainingError(
-                    f"{len(self.broken)} videos could not be read, loop.max_broken allows "
-                    f"{self.max_broken}; the last: {name}: {reason}"
+                    f"{len(self.unreadable)} videos could not be read, loop.max_unreadable allows "
+                    f"{self.max_unreadable}; the last: {name}: {reason}"
                 )
 
     def end_epoch(self, validation: Mapping[str, float]) -> bool:
@@ -100,5 +100,6 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
         """Restore counters; unknown keys, maybe of a later version, are ignored."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        # Version 0.1 wrote `unreadable` under another name.
+        values = {"unreadable": values.get("broken", {}), **values}
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

@@ -160,8 +160,8 @@ def test_training_clips_are_pure_and_lie_inside_their_video(dataset: str) -> Non
     for key in reversed(keys):
         row = second[key]
         assert torch.equal(row["clip"], forward[key]["clip"])
-        assert (row["video"], row["start"], row["broken"]) == tuple(
-            forward[key][k] for k in ("video", "start", "broken")
+        assert (row["video"], row["start"], row["unreadable"]) == tuple(
+            forward[key][k] for k in ("video", "start", "unreadable")
         )
         assert tuple(row["clip"].shape) == (3, 4, 32, 32)
         name, number = row["name"].removesuffix(".mp4").split()
@@ -169,7 +169,7 @@ def test_training_clips_are_pure_and_lie_inside_their_video(dataset: str) -> Non
         assert labels.classes[row["label"]] == name
         seen.add(row["name"])
     assert len(seen) == 6, "every readable training video is drawn in 24 clips of 7 videos"
-    assert {name for row in forward.values() for name, _ in row["broken"]} == {"broken too.mp4"}
+    assert {name for row in forward.values() for name, _ in row["unreadable"]} == {"broken too.mp4"}
 
 
 def test_scores_do_not_depend_on_the_batch_size_or_the_workers(

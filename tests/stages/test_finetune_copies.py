@@ -74,7 +74,7 @@ def test_copies_give_the_clips_of_the_originals(folder: tuple[Path, Path]) -> No
     for sample in range(6):
         x, y = a[1, sample], b[1, sample]
         assert (x["video"], x["start"], x["label"]) == (y["video"], y["start"], y["label"])
-        assert y["broken"] == []
+        assert y["unreadable"] == []
         assert (
             0 < (x["clip"].int() - y["clip"].int()).abs().float().mean() < 6
         )  # other pixels, the same picture

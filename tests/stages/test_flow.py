@@ -136,7 +136,7 @@ def test_a_student_of_flow_reads_flow_that_was_prepared(tiny_store, tmp_path: Pa
     clips = StudentClips(sampler, view, {"videos": os.fspath(out)}, channels=2)
     for sample in range(12):
         draw, example = sampler.draw(0, sample), clips[0, sample]
-        assert (example["video"], example["broken"]) == (draw.video, [])
+        assert (example["video"], example["unreadable"]) == (draw.video, [])
         np.testing.assert_array_equal(example["targets"]["sure"], draw.targets["sure"])
         frames = read_frames(store.video_path(draw.video), draw.indices, view.frame_view())
         picked = np.searchsorted(draw.indices, draw.picked)

@@ -68,7 +68,7 @@ def test_training_on_copies_sees_the_same_clips_with_the_same_targets(
     read = []
     for sample in range(12):
         a, b = originals[2, sample], moved[2, sample]
-        assert (a["video"], a["start"], a["broken"], a["rejected"]) == (
+        assert (a["video"], a["start"], a["unreadable"], a["rejected"]) == (
             b["video"],
             b["start"],
             [],

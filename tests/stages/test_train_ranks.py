@@ -76,7 +76,7 @@ class Clips:
             "weight": {"a": torch.tensor(float(key[1] != 4)), "b": torch.tensor(float(key[1] not in (0, 1, 2, 4)))},
             "name": f"{key[0]}/{key[1]}",
             "rejected": 1,
-            "broken": [(f"v{key[1]}.mp4", "no video stream")] if key[1] == 5 else [],
+            "unreadable": [(f"v{key[1]}.mp4", "no video stream")] if key[1] == 5 else [],
         }
 
 
@@ -121,7 +121,8 @@ def job(config, screen, ranks):
             continue
         every = ranks.gather({key: tensor.clone() for key, tensor in student.state_dict().items()})
         alike = all(torch.equal(tensor, other[key]) for other in every for key, tensor in every[0].items())
-        results[name] = {"alike": alike, "weights": every[0], "loss": result.train_loss, "broken": result.broken,
+        results[name] = {"alike": alike, "weights": every[0], "loss": result.train_loss,
+                         "unreadable": result.unreadable,
                          "held_out": result.validation, "clips": result.steps * options.batch_size,
                          "from": result.resumed_from}
     return results
@@ -218,7 +219,7 @@ def test_two_processes_train_the_student_of_one_and_so_does_accumulation(
     started = work.build_student(work.StudentOptions(width=0.1), {"a": 5, "b": 3}).state_dict()
     for name in runs:
         assert both[name]["alike"]
-        assert both[name]["broken"] == one[name]["broken"] == {"v5.mp4": "no video stream"}
+        assert both[name]["unreadable"] == one[name]["unreadable"] == {"v5.mp4": "no video stream"}
         assert both[name]["held_out"] == pytest.approx(one[name]["held_out"], rel=1e-4)
         assert both[name]["loss"] == pytest.approx(one[name]["loss"], rel=1e-5)
         for key, tensor in one[name]["weights"].items():

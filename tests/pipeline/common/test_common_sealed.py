@@ -133,7 +133,7 @@ def resume(path: Path) -> object:
     run = path.parent.parent
     return (
         Checkpoints(run, read_identity(run) or {})
-        .start(model, optimizer, resume=True, max_broken=1)
+        .start(model, optimizer, resume=True, max_unreadable=1)
         .step
     )
 

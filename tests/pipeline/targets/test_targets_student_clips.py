@@ -267,7 +267,7 @@ def test_clips_are_the_same_for_any_number_of_workers_and_any_way_to_start_them(
         batches = list(read_batches(clips, keys, workers=workers, device=torch.device("cpu")))
         # A read that failed on its own account would be drawn again: then say so, not that batches
         # differ.
-        assert [each for batch in batches for each in batch["broken"] if each] == []
+        assert [each for batch in batches for each in batch["unreadable"] if each] == []
         return [(b["video"].tolist(), b["start"].tolist(), digest(b["clip"])) for b in batches]
 
     def digest(clip: torch.Tensor) -> str:
@@ -320,7 +320,9 @@ def test_a_video_that_ends_a_worker_is_named_and_another_is_drawn_once_it_is_ref
         timeout_s = 3.0 if how == "hang" else 100.0
         read = read_batches(clips, keys, workers=workers, device=device, timeout_s=timeout_s)
         batches = list(read)
-        broken = {name: why for batch in batches for each in batch["broken"] for name, why in each}
+        broken = {
+            name: why for batch in batches for each in batch["unreadable"] for name, why in each
+        }
         return [
             (b["video"].tolist(), b["start"].tolist(), int(b["clip"].long().sum())) for b in batches
         ], broken
@@ -346,13 +348,13 @@ def test_broken_and_exchanged_videos_are_drawn_again_and_named(store, own_store)
     broken: dict[str, str] = {}
     for sample in range(24):
         before, after = whole[0, sample], harmed[0, sample]
-        assert before["broken"] == []
-        broken.update(after["broken"])
+        assert before["unreadable"] == []
+        broken.update(after["unreadable"])
         if before["video"] in (0, 1, 3):
-            assert after["broken"][0][0] == str(names[before["video"]])
+            assert after["unreadable"][0][0] == str(names[before["video"]])
             assert after["video"] not in (0, 1, 3)
         else:
-            assert after["broken"] == []
+            assert after["unreadable"] == []
             assert torch.equal(before["clip"], after["clip"])
     assert set(broken) == {str(names[i]) for i in (0, 1, 3)}
     assert "digest" in broken[str(names[1])]
@@ -375,5 +377,5 @@ def test_a_clip_that_counts_for_no_head_costs_no_decode(store, tmp_path):
     sampler = make(store, max_entropy=nothing, filter_mode="zero-weight")
     example = StudentClips(sampler, VIEW, {"videos": str(Path(tmp_path) / "not there")})[0, 0]
     assert example["weight"] == {"sure": 0.0, "unsure": 0.0}
-    assert example["broken"] == []
+    assert example["unreadable"] == []
     assert example["clip"].shape == (3, T, 32, 32)

@@ -42,13 +42,13 @@ except CheckpointError as error:
 def start(run: Path, *, resume: bool = True) -> TrainState:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Checkpoints(run, {"store": "a"}).start(model, optimizer, resume=resume, max_broken=5)
+    return Checkpoints(run, {"store": "a"}).start(model, optimizer, resume=resume, max_unreadable=5)
 
 
 def save(run: Path, step: int) -> nn.Module:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    state = TrainState(step=step, broken={"a\udcff": "x"})
+    state = TrainState(step=step, unreadable={"a\udcff": "x"})
     Checkpoints(run, {"store": "a"}).save("last", model, optimizer, state, [random_states()])
     return model
 
@@ -61,7 +61,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     assert "last.pt: File too large; the one before is untouched" in done.stdout
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
     assert start(tmp_path).step == 4
-    assert start(tmp_path).broken == {"a\udcff": "x"}
+    assert start(tmp_path).unreadable == {"a\udcff": "x"}
+
+
+def test_the_unreadable_videos_of_version_0_1_have_another_key():
+    state = TrainState.from_dict({"step": 3, "broken": {"a": "x"}, "later": 1})
+    assert (state.step, state.unreadable) == (3, {"a": "x"})
 
 
 def test_weights_come_back_and_another_model_is_refused(tmp_path):

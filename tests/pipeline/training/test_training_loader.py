@@ -370,7 +370,7 @@ def test_a_video_that_ends_a_run_twice_is_excluded_by_the_resume(
         def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
             example = super().__getitem__(key)
             unreadable = example["name"] != str(key[1])
-            return example | {"broken": [("v4.mp4", example["name"])] if unreadable else []}
+            return example | {"unreadable": [("v4.mp4", example["name"])] if unreadable else []}
 
     def die() -> None:
         die_by(signal_)
@@ -381,8 +381,8 @@ def test_a_video_that_ends_a_run_twice_is_excluded_by_the_resume(
         disturb(tmp_path / "run", die, monkeypatch)
     result, weights = train(tmp_path / "run", Reported(die), resume=True)
     assert torch.equal(weights, expected)
-    assert list(result.broken) == ["v4.mp4"]
-    assert why in result.broken["v4.mp4"]
+    assert list(result.unreadable) == ["v4.mp4"]
+    assert why in result.unreadable["v4.mp4"]
 
 
 def test_memory_that_runs_out_twice_excludes_nothing(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ class Points:
         if key == self.bad:
             raise TrainingError("v9.mp4: gone")
         return {
-            "x": x, "y": x[:2].sum() * 2, "name": f"{key[0]}/{key[1]}", "rejected": 1, "broken": reasons,
+            "x": x, "y": x[:2].sum() * 2, "name": f"{key[0]}/{key[1]}", "rejected": 1, "unreadable": reasons,
             "deep": {"t": x[:3]},
         }  # fmt: skip
 
@@ -323,16 +323,16 @@ def test_a_loss_that_is_not_finite_stops_before_it_harms_and_names_the_videos(tm
 
 def test_too_many_broken_videos_end_the_run_with_path_and_reason(tmp_path):
     done = train(tmp_path / "few", Regression(), network(), dataset=Points(broken=3))
-    assert done.broken == {f"v{i}.mp4": "no video stream" for i in range(3)}
+    assert done.unreadable == {f"v{i}.mp4": "no video stream" for i in range(3)}
     with pytest.raises(
-        TrainingError, match=r"loop\.max_broken allows 2; the last: v2\.mp4: no video stream"
+        TrainingError, match=r"loop\.max_unreadable allows 2; the last: v2\.mp4: no video stream"
     ):
         train(
             tmp_path / "many",
             Regression(),
             network(),
             dataset=Points(broken=3),
-            options={"max_broken": 2},
+            options={"max_unreadable": 2},
         )
 
 
