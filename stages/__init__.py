@@ -262,7 +262,7 @@ feature per clip. Exits with 1 where a video cannot be read; its row is NaN and 
         ),
     ),
     "export": Command(
-        "pipeline.students.graph_options:GraphConfig",
+        "pipeline.students.student_options:GraphConfig",
         short="A student as ONNX, torch.export, TorchScript, or for the hub.",
         help="""A student for use elsewhere: as ONNX, torch.export or TorchScript, which take uint8 clips and
 need no distinit, or as a folder for the Hugging Face hub with a model card.

@@ -17,7 +17,6 @@ from ..pipeline.evaluation.own_videos import claim_file
 from ..pipeline.reporting.model_card import model_card
 from ..pipeline.reporting.run_folders import read_run
 from ..pipeline.reporting.runs import KINDS, Run
-from ..pipeline.students.graph_options import ENDINGS, GraphConfig
 from ..pipeline.students.graphs import (
     CLIPS,
     PROBES,
@@ -31,6 +30,7 @@ from ..pipeline.students.graphs import (
 )
 from ..pipeline.students.student import Student
 from ..pipeline.students.student_files import load_student, save_student
+from ..pipeline.students.student_options import ENDINGS, GraphConfig
 
 FORMAT, FORMAT_VERSION = "distinit-export", 1
 CONFIG_JSON, CARD = "config.json", "README.md"

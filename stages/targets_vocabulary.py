@@ -12,8 +12,8 @@ from ..pipeline.common.documents import read_text
 from ..pipeline.common.errors import UsageError
 from ..pipeline.store.store_options import VocabularyConfig
 from ..pipeline.targets.class_head import ClassHead, class_names
+from ..pipeline.teachers.open_clip_models import text_embeddings
 from ..pipeline.teachers.teacher_options import TeacherSpec
-from ..pipeline.teachers.text_embeddings import text_embeddings
 
 
 def targets_vocabulary(options: VocabularyConfig, console: Console) -> dict[str, Any]:

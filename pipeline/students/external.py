@@ -1,28 +1,43 @@
 """Backbones that are not built here: torchvision's, timm's, transformers', and anybody's factory.
 
-What a factory must return is described in docs/students.md.
+What a factory must return is described in docs/students.md. Torchvision's video models come without
+their classifiers and at any clip size; timm's image models are applied to each frame, and their
+features averaged over time. For those of transformers see `transformers_video`.
 
 Shape letters: B clips, C channels, T frames of a clip, H W pixels, D features.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model
+from torchvision.models.video import S3D, MViT
+from torchvision.models.video.mvit import MSBlockConfig
 
 from ..common.errors import UsageError, third_party
-from ..common.plugins import call_factory
+from ..common.plugins import call_factory, import_extra
 from .student_options import StudentOptions
-from .timm_frames import timm_backbone
-from .torchvision_video import torchvision_backbone
 from .transformers_video import transformers_backbone
 
 CLIP = (8, 112)  # T and H = W that a backbone is tried on where nothing else is given
 # Keys of what a wrapper's `forward_features` may return.
 _FEATURES = ("pooled_features", "features")
+# What torchvision calls its classifiers.
+_CLASSIFIERS = ("fc", "head", "classifier")
+# The tables of torchvision's `mvit_v1_b` and `mvit_v2_s`, which are fixed to clips of 16 × 224².
+_HEADS = [1, 2, 2, *[4] * 11, 8, 8]
+_STRIDES_KV = [8, 4, 4, *[2] * 11, 1, 1]
+_WIDTHS = [96, 192, 192, *[384] * 11, 768, 768]
+# Arguments of timm that read files, fetch weights, or change what the model returns.
+_RESERVED = re.compile(
+    r"pretrained.*|checkpoint_path|cache_dir|features_only|feature_cfg|out_indices|num_classes|"
+    r"in_chans|model_cfg|scriptable|exportable|no_jit"
+)
 
 
 class WrappedBackbone(nn.Module):
@@ -122,3 +137,166 @@ def _features_of(module: nn.Module, options: StudentOptions, clip: tuple[int, in
             f"student {options.architecture!r}: feature_dim is {stated}, its features have {width}"
         )
     return width
+
+
+def torchvision_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
+    """Build a torchvision video model with fresh weights and no classifier.
+
+    Args:
+        options: names the model; their `options` are the arguments of its builder.
+        clip: (T, side) of the clips, which MViT's positional embeddings are made for.
+
+    Raises:
+        UsageError: the builder fails, or nothing can take the number of channels.
+    """
+    name = options.architecture
+    if "weights" in options.options:
+        raise UsageError(f"student.options.weights: {name} begins with fresh weights")
+    build = {"mvit_v1_b": _mvit_v1_b, "mvit_v2_s": _mvit_v2_s}.get(name)
+    # The builders check little themselves.
+    with third_party(f"student {name!r}", UsageError):
+        if build is not None:
+            model: nn.Module = build(clip, options.options)
+        else:
+            model = get_model(name, weights=None, **options.options)
+    classifier = next(part for part in _CLASSIFIERS if hasattr(model, part))
+    setattr(model, classifier, nn.Identity())
+    if isinstance(model, S3D):
+        # Made for 224 pixels; the mean over time and space follows anyway.
+        model.avgpool = nn.Identity()
+    if options.channels != 3:
+        _take_channels(model, options)
+    return model
+
+
+def _mvit_v1_b(clip: tuple[int, int], given: dict[str, Any]) -> MViT:
+    return _mvit(
+        clip,
+        inputs=_WIDTHS,
+        outputs=[*_WIDTHS[1:], 768],
+        kernels_q=[[3, 3, 3] if block in (1, 3, 14) else [] for block in range(16)],
+        strides_q=[[1, 2, 2] if block in (1, 3, 14) else [] for block in range(16)],
+        given={"residual_pool": False, "residual_with_cls_embed": False, **given},
+    )
+
+
+def _mvit_v2_s(clip: tuple[int, int], given: dict[str, Any]) -> MViT:
+    fixed = {
+        "residual_pool": True,
+        "residual_with_cls_embed": False,
+        "rel_pos_embed": True,
+        "proj_after_attn": True,
+    }
+    return _mvit(
+        clip,
+        inputs=[96, *_WIDTHS[:-1]],
+        outputs=[96, *_WIDTHS[1:]],
+        kernels_q=[[3, 3, 3]] * 16,
+        strides_q=[[1, 2, 2] if block in (1, 3, 14) else [1, 1, 1] for block in range(16)],
+        given={**fixed, **given},
+    )
+
+
+def _mvit(
+    clip: tuple[int, int],
+    *,
+    inputs: list[int],
+    outputs: list[int],
+    kernels_q: list[list[int]],
+    strides_q: list[list[int]],
+    given: dict[str, Any],
+) -> MViT:
+    frames, side = clip
+    blocks = [
+        MSBlockConfig(
+            num_heads=_HEADS[block],
+            input_channels=inputs[block],
+            output_channels=outputs[block],
+            kernel_q=kernels_q[block],
+            kernel_kv=[3, 3, 3],
+            stride_q=strides_q[block],
+            stride_kv=[1, _STRIDES_KV[block], _STRIDES_KV[block]],
+        )
+        for block in range(16)
+    ]
+    return MViT(
+        spatial_size=(side, side),
+        temporal_size=frames,
+        block_setting=blocks,
+        **{"rel_pos_embed": False, "proj_after_attn": False, "stochastic_depth_prob": 0.2, **given},
+    )
+
+
+def _take_channels(model: nn.Module, options: StudentOptions) -> None:
+    """Replace the first convolution by one of `options.channels` channels.
+
+    It has the first slices of the replaced kernels.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv3d) and module.in_channels == 3 and module.groups == 1:
+            first = nn.Conv3d(
+                options.channels,
+                module.out_channels,
+                module.kernel_size,  # type: ignore[arg-type]
+                module.stride,  # type: ignore[arg-type]
+                module.padding,  # type: ignore[arg-type]
+                module.dilation,  # type: ignore[arg-type]
+                bias=module.bias is not None,
+            )
+            with torch.no_grad():
+                first.weight.copy_(module.weight[:, : options.channels])
+                if module.bias is not None and first.bias is not None:
+                    first.bias.copy_(module.bias)
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, first)
+            return
+    raise UsageError(
+        f"student {options.architecture!r} has no first convolution that could take {options.channels} channels"
+    )
+
+
+class FrameBackbone(nn.Module):
+    """An image backbone on every frame: clips [B, C, T, H, W] to features [B, D]."""
+
+    def __init__(self, image_model: nn.Module) -> None:
+        super().__init__()
+        self.image_model = image_model
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Return the mean over time of the features of each frame."""
+        batch, _, frames = clip.shape[:3]
+        features: Tensor = self.image_model(clip.transpose(1, 2).flatten(0, 1))
+        return features.unflatten(0, (batch, frames)).mean(1)
+
+
+def timm_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
+    """Build a timm image model without its classifier, with fresh weights.
+
+    Args:
+        options: `timm:NAME`, and the arguments of timm's builder.
+        clip: (T, side) of the clips; models of a fixed input size are made for that side.
+
+    Raises:
+        UsageError: timm is not installed, has no such model, or its builder fails.
+    """
+    who = f"student {options.architecture!r}"
+    timm = import_extra("timm", "timm", who)
+    name = options.architecture.removeprefix("timm:")
+    # Other names of timm lead to files and downloads (`hf-hub:…`, `local-dir:…`).
+    if ":" in name or "/" in name or not timm.is_model(name):
+        near = timm.list_models(f"*{re.sub('[^a-z0-9]+', '*', name.lower())[:12]}*")[:5]
+        hint = f"near: {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise UsageError(f"{who}: timm has no such model; {hint}")
+    reserved = next((key for key in options.options if _RESERVED.fullmatch(key)), None)
+    if reserved is not None:
+        raise UsageError(
+            f"student.options.{reserved}: not allowed, {options.architecture} begins with fresh "
+            "weights and gives its pooled features"
+        )
+    sized = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    given = {"img_size": clip[1], **options.options} if sized else options.options
+    with third_party(who, UsageError):
+        model = timm.create_model(
+            name, pretrained=False, num_classes=0, in_chans=options.channels, **given
+        )
+    return FrameBackbone(model)

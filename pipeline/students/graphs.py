@@ -108,7 +108,8 @@ def _onnx(graph: Graph, clips: Tensor) -> bytes:
         verbose=False,
     )
     if program is None:
-        raise CheckpointError("it gives no graph")
+        who = graph.student.options.describe()
+        raise CheckpointError(f"--to onnx: {who}: the exporter gave no graph")
     content: bytes = program.model_proto.SerializeToString()
     return content
 

@@ -8,13 +8,13 @@ from ..common.errors import TeacherError
 from ..common.weights import load_into, load_weights
 from ..store.store_options import Output
 from ..video.geometry import View
-from .forwards import tapped
 from .loaded_model import (
     LoadedModel,
     apply_view_options,
     imagenet_classes,
     preprocessing,
     refuse_builder_options,
+    tapped,
 )
 from .teacher_options import TeacherSpec
 

@@ -2,22 +2,49 @@
 
 An engine changes the last bits of the outputs, not what is computed, so that it belongs to the
 numerics of a store and not to the identity of the teacher.
+
+ONNX Runtime is the engine on a CPU. Rows do not depend on the size of their batch there, nor on the
+other images in it: that is checked to the bit on the probe images, whose outputs also have to agree
+with torch's. An exported file is kept in the user's cache under a digest of what determines it, and
+so is the reason why a teacher is left to torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import json
 import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from ..common.errors import TeacherError, third_party
-from . import onnx_engine
+from ..common.errors import DistInitError, TeacherError, in_one_line, third_party
+from ..common.files import write_whole
+from ..store.cache import cache_folder
+from .fingerprint import ALIKE, COUNT, Difference
+from .loaded_model import MAP
+from .probes import probe_images
 from .teacher import Engine, Teacher
 from .teacher_options import EngineName
 
 TORCH = "torch"
 COMPILED = "torch.compile"
+ONNX = "onnxruntime"
+FORM = 1
+"""Of the exported files: another way of export has another number."""
+CHEAP_S = 0.004
+"""Seconds of a core per image below which decoding costs more than the teacher."""
+GAIN = 1.1
+"""Least ratio of the rates of ONNX Runtime and torch for which a new store takes it."""
+ROUNDS = 3
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +75,7 @@ def use_engine(
             teacher.compute(np.zeros((batch_size, *teacher.input_shape, 3), np.uint8))
     elif chosen == "onnx" or (chosen == "auto" and teacher.device.type == "cpu"):
         try:
-            teacher.engine = onnx_engine.onnx_engine(teacher, if_faster=chosen == "auto")
+            teacher.engine = onnx_engine(teacher, if_faster=chosen == "auto")
             log.info(f"{who}: runs in {teacher.engine.name}")
         except TeacherError as error:
             if asked == "onnx":
@@ -59,7 +86,7 @@ def use_engine(
 
 
 def _by_name(teacher: Teacher, recorded: str) -> EngineName:
-    known: dict[str, EngineName] = {TORCH: "torch", COMPILED: "compile", onnx_engine.NAME: "onnx"}
+    known: dict[str, EngineName] = {TORCH: "torch", COMPILED: "compile", ONNX: "onnx"}
     engine = known.get(recorded.partition(" ")[0])
     if engine is None:
         raise TeacherError(
@@ -67,3 +94,214 @@ def _by_name(teacher: Teacher, recorded: str) -> EngineName:
             f"version does not have; allowed: {', '.join(known)}, or --engine with --allow-different-numerics"
         )
     return engine
+
+
+def onnx_version() -> str:
+    """Return the engine's name as numerics record it, with its version.
+
+    Raises:
+        TeacherError: It is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TeacherError(f"{error.name or error} is not installed") from error
+    return f"{ONNX} {onnxruntime.__version__}"
+
+
+def onnx_engine(teacher: Teacher, *, if_faster: bool) -> Engine:
+    """Return ONNX Runtime as the engine of a teacher.
+
+    Args:
+        teacher: On its device, in its precision.
+        if_faster: Only where it is faster than torch, and where the teacher is not cheap anyway.
+
+    Raises:
+        TeacherError: The reason why not.
+    """
+    if teacher.device.type != "cpu":
+        raise TeacherError(f"it runs on a CPU only, not on {teacher.device.type}")
+    if teacher.precision != "fp32":
+        raise TeacherError(f"it computes in fp32, not in {teacher.precision}")
+    name = onnx_version()
+    images = probe_images(*teacher.input_shape)
+    file = _file(teacher, name)
+    verdict = _read_verdict(file)
+    if if_faster and verdict is not None and verdict["reason"] is not None:
+        raise TeacherError(str(verdict["reason"]))
+    timed = if_faster and verdict is None
+    torch_s = _seconds(lambda: teacher.run(torch.from_numpy(images))) if timed else 0.0
+    if timed and torch_s < CHEAP_S * COUNT:
+        raise TeacherError("the teacher costs less than decoding a frame")
+    try:
+        run, exported = _checked_run(teacher, images, file)
+        if timed and torch_s < GAIN * _seconds(lambda: run(torch.from_numpy(images))):
+            raise TeacherError("it is not faster than torch with this teacher")
+    except TeacherError as error:
+        _keep_verdict(file, str(error))
+        raise
+    if exported is not None:
+        _keep(file, exported)
+    if timed:
+        _keep_verdict(file, None)
+    return Engine(name, run)
+
+
+_Run = Callable[[Tensor], Mapping[Any, Tensor]]
+
+
+def _checked_run(teacher: Teacher, images: np.ndarray, file: Path) -> tuple[_Run, bytes | None]:
+    """Return a forward pass that agrees with torch's, and the exported model where it is new."""
+    # The code of a teacher may have changed since its file was written.
+    with contextlib.suppress(OSError, TeacherError):
+        run = _session(teacher, file.read_bytes())
+        _check(teacher, images, run)
+        return run, None
+    model = _export(teacher)
+    run = _session(teacher, model)
+    _check(teacher, images, run)
+    return run, model
+
+
+def _check(teacher: Teacher, images: np.ndarray, run: _Run) -> None:
+    """Raise TeacherError unless rows agree with torch's and do not depend on their batch."""
+    with third_party("it fails on the probe images", TeacherError):
+        expected, found = teacher.run(torch.from_numpy(images)), run(torch.from_numpy(images))
+        half = run(torch.from_numpy(images[: COUNT // 2]))
+    for output in teacher.asked:
+        apart = Difference.of(
+            *(rows[output].float().flatten(1).numpy() for rows in (expected, found))
+        )
+        if not apart.within(ALIKE["fp32"]):
+            raise TeacherError(
+                f"its {output} of the probe images are off by up to {apart.largest:.2g} deviations"
+            )
+        if not torch.equal(half[output], found[output][: COUNT // 2]):
+            raise TeacherError(f"its {output} depend on the size of the batch")
+
+
+class _Exported(nn.Module):
+    """A teacher's forward pass, from images uint8 [B, h, w, 3] to a tuple of its outputs."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.module = teacher.module
+        self._teacher = (teacher,)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        (teacher,) = self._teacher
+        given = teacher.run(images)
+        return tuple(given[output].float() for output in teacher.asked)
+
+
+def _export(teacher: Teacher) -> bytes:
+    """Return the teacher as ONNX, with a free batch size.
+
+    Raises:
+        TeacherError: It cannot be exported.
+    """
+    example = torch.zeros(2, *teacher.input_shape, 3, dtype=torch.uint8)
+    began = time.monotonic()
+    with third_party("it cannot be exported", TeacherError), _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Exported(teacher).eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=list(teacher.asked),
+            verbose=False,
+        )
+        if program is None:
+            raise TeacherError("it cannot be exported")
+        model = program.model_proto.SerializeToString()
+    log.info(
+        f"teacher {teacher.name!r}: exported in {time.monotonic() - began:.0f} s, kept for the next time"
+    )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the exporter prints and warns from the screen; errors are raised anyway."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _session(teacher: Teacher, model: bytes) -> _Run:
+    """Open a model; each call runs on the calling thread alone."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    with third_party("it cannot open the exported model", TeacherError):
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    outputs = teacher.asked
+
+    def run(batch: Tensor) -> Mapping[Any, Tensor]:
+        found = session.run(list(outputs), {"images": batch.numpy()})
+        return {output: torch.from_numpy(rows) for output, rows in zip(outputs, found, strict=True)}
+
+    return run
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Return the least processor time of a call on this thread, with torch's own threads off."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            run()
+            times = []
+            for _ in range(ROUNDS):
+                began = time.thread_time()
+                run()
+                times.append(time.thread_time() - began)
+        return min(times)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _file(teacher: Teacher, name: str) -> Path:
+    """Return where the exported teacher is kept: by all that determines it but its code."""
+    made_of = {
+        "form": FORM,
+        "teacher": [teacher.identity(output=output) for output in teacher.asked if output != MAP],
+        "map": MAP in teacher.asked,
+        "torch": torch.__version__,
+        "engine": name,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "onnx" / f"{digest[:32]}.onnx"
+
+
+def _read_verdict(file: Path) -> dict[str, Any] | None:
+    """Return `{"reason": why not, or null}` of an earlier run, None without one."""
+    try:
+        verdict = json.loads(file.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return verdict if isinstance(verdict, dict) and "reason" in verdict else None
+
+
+def _keep_verdict(file: Path, reason: str | None) -> None:
+    _keep(file.with_suffix(".json"), json.dumps({"reason": reason}).encode())
+
+
+def _keep(file: Path, content: bytes) -> None:
+    """Write a file of the cache; one that cannot be written costs the next run some time only."""
+    try:
+        write_whole(file, content)
+    except DistInitError as error:
+        log.warning(in_one_line(error))

@@ -18,8 +18,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,6 @@ from ..store.frame_views import CENTER, OutputView, output_keys
 from ..store.store_options import Output
 from ..video.geometry import View
 from .efficientnet_lite import efficientnet_lite
-from .forwards import grid_cells
 from .hf_models import hf_model
 from .loaded_model import (
     MAP,
@@ -41,6 +40,7 @@ from .loaded_model import (
     LoadedModel,
     apply_view_options,
     builder_options,
+    grid_cells,
     preprocessing,
     read_classes,
 )
@@ -446,7 +446,7 @@ def load_teacher(spec: TeacherSpec) -> Teacher:
             _restrict(teacher, spec)
         else:
             if "classes" in spec.options:
-                made = _with_classes(made, read_classes(spec.options["classes"]))
+                made = replace(made, classes=read_classes(spec.options["classes"]))
             teacher = Teacher(spec.options.get("name", spec.name), made, spec.outputs, spec.views)
     if teacher.recipe.file is None:
         check_sha256(f"teacher {spec.name!r}: its loaded state", teacher.state_sha256, spec.sha256)
@@ -524,10 +524,6 @@ def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
         maps=True,
         pooling="output of the module",
     )
-
-
-def _with_classes(recipe: LoadedModel, classes: Sequence[str]) -> LoadedModel:
-    return LoadedModel(**{**recipe.__dict__, "classes": tuple(classes)})
 
 
 def _store_name(name: str) -> str:

@@ -11,22 +11,25 @@ from typing import Any
 
 from torch import nn
 
+from ..common.config import CONF
 from ..common.errors import TeacherError, WeightsError
 from ..common.weights import WeightsFile, hub_folder, library_weights, load_into, load_weights
 from ..video.geometry import View
-from .forwards import last_linear, pooling_layer, tapped
 from .loaded_model import (
     LoadedModel,
     Preprocessing,
     apply_view_options,
     builder_options,
+    last_linear,
+    pooling_layer,
     preprocessing,
     read_classes,
     refuse_builder_options,
+    tapped,
 )
-from .places365 import CATEGORIES
 from .teacher_options import TeacherSpec
 
+PLACES_CLASSES = CONF / "places365_classes.txt"
 PLACES_FILE = "resnet50_places365.pth.tar"
 PLACES_URL = f"http://places2.csail.mit.edu/models_places365/{PLACES_FILE}"
 # Their builders set these only together with weights, which are loaded apart here.
@@ -84,8 +87,8 @@ def torchvision_model(
 def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
     """ResNet-50 on Places365 from CSAILVision's checkpoint: a file, or one in torch hub's cache.
 
-    Class names come from `categories_places365.txt` next to the checkpoint, else from the list
-    here. Validation there: short side 256, centre crop 224.
+    Class names come from `categories_places365.txt` next to the checkpoint, else from
+    the list in `conf`. Validation there: short side 256, centre crop 224.
 
     Raises:
         WeightsError: no checkpoint (it is never downloaded), or one that does not fit.
@@ -100,7 +103,7 @@ def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
             f"and pass --teacher-weights {spec.name}=FILE"
         )
     weights = load_weights(path, spec.sha256)
-    module = torchvision.models.resnet50(num_classes=len(CATEGORIES))
+    module = torchvision.models.resnet50(num_classes=365)
     load_into(module, weights.state, f"weights file {path}")
     names = path.with_name("categories_places365.txt")
     return LoadedModel(
@@ -108,7 +111,7 @@ def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
         weights="PLACES365",
         module=module,
         preprocessing=apply_view_options(preprocessing(View(resize=256, crop=224)), spec),
-        classes=read_classes(names) if names.is_file() else CATEGORIES,
+        classes=read_classes(names if names.is_file() else PLACES_CLASSES),
         file=weights.name,
         file_sha256=weights.sha256,
         **_features(module),

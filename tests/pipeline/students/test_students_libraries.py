@@ -15,11 +15,11 @@ from torch import nn
 from torchvision.models import get_model
 
 from distinit.pipeline.common.errors import CheckpointError, UsageError
+from distinit.pipeline.students.external import torchvision_backbone
 from distinit.pipeline.students.initialization import resolve_init
 from distinit.pipeline.students.student import Student, build_student
 from distinit.pipeline.students.student_files import load_backbone, load_student, save_student
 from distinit.pipeline.students.student_options import StudentMeta, StudentOptions
-from distinit.pipeline.students.torchvision_video import torchvision_backbone
 from distinit.pipeline.training.loop import LossReport, fit
 from distinit.pipeline.training.loop_options import LoopOptions
 

@@ -16,8 +16,8 @@ from distinit.pipeline.common.errors import StoreMismatchError, TeacherError
 from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.store.store_options import VerifyConfig
-from distinit.pipeline.teachers import onnx_engine
-from distinit.pipeline.teachers.engines import use_engine
+from distinit.pipeline.teachers import engines
+from distinit.pipeline.teachers.engines import onnx_version, use_engine
 from distinit.pipeline.teachers.teacher import Teacher, load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
 from distinit.pipeline.video.encode import write_video
@@ -105,7 +105,7 @@ def test_rows_agree_with_torch_and_do_not_depend_on_the_batch(
     teacher = load_teacher(spec(views=views))
     images = pictures(8, teacher)
     expected = teacher.compute(images)
-    assert use_engine(teacher, "onnx") == onnx_engine.version()
+    assert use_engine(teacher, "onnx") == onnx_version()
     found = teacher.compute(images)
     assert set(found) == set(teacher.outputs)
     assert len(found) == (2 if views == ("center",) else 6)
@@ -151,9 +151,9 @@ def test_auto_takes_what_is_worth_it(cache: Path, monkeypatch: pytest.MonkeyPatc
     before = set(cache.glob("*"))
     assert use_engine(teacher, "auto") == "torch"  # decoding costs more than this teacher
     assert set(cache.glob("*")) == before
-    monkeypatch.setattr(onnx_engine, "CHEAP_S", 0.0)
-    monkeypatch.setattr(onnx_engine, "GAIN", 0.0)
-    assert use_engine(teacher, "auto") == onnx_engine.version()
+    monkeypatch.setattr(engines, "CHEAP_S", 0.0)
+    monkeypatch.setattr(engines, "GAIN", 0.0)
+    assert use_engine(teacher, "auto") == onnx_version()
     assert use_engine(teacher, "auto", "torch") == "torch"
 
     branching = load_teacher(spec("branching"))
@@ -189,7 +189,7 @@ def test_a_store_keeps_the_engine_of_its_first_run(tmp_path: Path) -> None:
     name = "engine_teachers-both"
     assert "engine" not in extract("torch.zarr", engine="torch").teachers[name].run
     store = extract("onnx.zarr", engine="onnx")
-    assert store.teachers[name].run["engine"] == onnx_engine.version()
+    assert store.teachers[name].run["engine"] == onnx_version()
     write_video(videos / "b.mp4", shades[1], fps=25)
     with pytest.raises(StoreMismatchError, match=r"run\.engine"):
         extract("onnx.zarr", engine="torch")
@@ -198,7 +198,7 @@ def test_a_store_keeps_the_engine_of_its_first_run(tmp_path: Path) -> None:
     grown, at_once = extract("onnx.zarr"), extract("whole.zarr", engine="onnx")
     for output in ("", ".features"):
         runs = [commit["run"] for commit in grown.index.teachers[name + output].commits.values()]
-        assert {run["engine"] for run in runs} == {onnx_engine.version()}
+        assert {run["engine"] for run in runs} == {onnx_version()}
         array = "features" if output else "logits"
         rows = [
             store.read_stored(name + output, array, store.committed_rows(name + output))
@@ -209,7 +209,7 @@ def test_a_store_keeps_the_engine_of_its_first_run(tmp_path: Path) -> None:
 
     # A view that is added later, too.
     viewed = extract("onnx.zarr", teachers=[spec(views=("center", "flip"))])
-    assert viewed.teachers[f"{name}.flip"].run["engine"] == onnx_engine.version()
+    assert viewed.teachers[f"{name}.flip"].run["engine"] == onnx_version()
 
     # The precision of the store, as its engine.
     assert extract("onnx.zarr", precision="auto").teachers[name].run["precision"] == "fp32"

@@ -22,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from distinit.pipeline.common.errors import StoreError, TeacherError, UsageError, WeightsError
 from distinit.pipeline.store.encoding import shares
 from distinit.pipeline.teachers.fingerprint import COUNT, Fingerprint
-from distinit.pipeline.teachers.forwards import last_linear, tapped
+from distinit.pipeline.teachers.loaded_model import last_linear, tapped
 from distinit.pipeline.teachers.probes import examine
 from distinit.pipeline.teachers.recorded import load_spec, recorded_spec
 from distinit.pipeline.teachers.teacher import Teacher, load_teacher
