@@ -37,8 +37,8 @@ from distinit.pipeline.extraction.extract_options import ExtractConfig
 from distinit.pipeline.store.reader import TargetStore
 from distinit.pipeline.teachers.teacher import load_teacher
 from distinit.pipeline.teachers.teacher_options import TeacherSpec
+from distinit.pipeline.training.hardware import autocast, torch_threads
 from distinit.pipeline.training.loop_options import LoopOptions
-from distinit.pipeline.training.precision import autocast, torch_threads
 from distinit.stages.extract_targets import extract_targets
 
 TRAININGS = (1, 5, 20)

@@ -30,8 +30,8 @@ from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.training.batch_norm import ChannelsLastBatchNorm3d
 from distinit.pipeline.training.distillation import Distillation
+from distinit.pipeline.training.hardware import wrap
 from distinit.pipeline.training.loop_options import LoopOptions
-from distinit.pipeline.training.parallel import wrap
 from distinit.pipeline.training.step import take_step
 
 CPU = torch.device("cpu")

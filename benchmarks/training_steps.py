@@ -34,11 +34,10 @@ from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.targets.dataset import student_clips
 from distinit.pipeline.training.distillation import Distillation
-from distinit.pipeline.training.footprint import footprint
+from distinit.pipeline.training.dry_run import footprint
+from distinit.pipeline.training.hardware import torch_threads, wrap
 from distinit.pipeline.training.loader import EpochBatchSampler, read_batches, to_device
 from distinit.pipeline.training.loop_options import LoopOptions
-from distinit.pipeline.training.parallel import wrap
-from distinit.pipeline.training.precision import torch_threads
 from distinit.pipeline.training.step import take_step
 
 WARM_UP = 3

@@ -28,7 +28,7 @@ from ..pipeline.evaluation.predictions import FAILED, OK
 from ..pipeline.evaluation.predictor import require_finite, video_outputs
 from ..pipeline.students.student import Student
 from ..pipeline.students.student_files import load_student
-from ..pipeline.training.precision import pick_workers, torch_threads
+from ..pipeline.training.hardware import pick_workers, torch_threads
 
 ENDINGS = {".h5": "HDF5", ".hdf5": "HDF5", ".npz": "NumPy"}
 CHUNK = 2**16  # values of a chunk of the table of features, at most

@@ -75,7 +75,7 @@ from ..pipeline.training.checkpoint import (
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, Stop, fit
 from ..pipeline.training.loop_options import LoopOptions, Resume
-from ..pipeline.training.trackers import log_final, require_trackers
+from ..pipeline.training.metric_logger import log_final, require_trackers
 from ..pipeline.training.training_time import (
     Rate,
     announce,

@@ -29,7 +29,7 @@ from ..pipeline.evaluation.predictor import HEAD
 from ..pipeline.evaluation.predictor import predict as fill_in
 from ..pipeline.students.student import Student
 from ..pipeline.students.student_files import load_student
-from ..pipeline.training.precision import pick_workers, torch_threads
+from ..pipeline.training.hardware import pick_workers, torch_threads
 
 ENDINGS = {".csv": "a row per video", ".json": "as --json", ".parquet": "as .csv, with types"}
 

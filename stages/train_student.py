@@ -58,19 +58,21 @@ from ..pipeline.training.distillation import Distillation, evaluate_distillation
 from ..pipeline.training.distillation_options import TrainConfig
 from ..pipeline.training.dry_run import dry_run
 from ..pipeline.training.filter_thresholds import Filter, measure_thresholds
+from ..pipeline.training.hardware import pick_workers
 from ..pipeline.training.launch import run_distributed
 from ..pipeline.training.loop import FitResult, fit
 from ..pipeline.training.loop_options import LoopOptions
-from ..pipeline.training.objective import first_draws, make_objective, measure_baselines
-from ..pipeline.training.precision import pick_workers
-from ..pipeline.training.reference_losses import (
+from ..pipeline.training.metric_logger import log_final, require_trackers
+from ..pipeline.training.objective import (
     TOO_LITTLE,
     LossBounds,
+    first_draws,
     loss_bounds,
+    make_objective,
+    measure_baselines,
     most_frequent_shares,
 )
 from ..pipeline.training.seen_videos import OWN, SeenVideos
-from ..pipeline.training.trackers import log_final, require_trackers
 from ..pipeline.training.training_time import (
     Rate,
     announce,

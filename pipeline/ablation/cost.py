@@ -16,9 +16,8 @@ from ..common.settings import check_hours, describe_hours
 from ..common.tables import Column, Table
 from ..students.student import build_student
 from ..students.student_options import StudentOptions
+from ..training.hardware import lay_out, out_of_memory_hint, pick_workers, torch_threads
 from ..training.loop_options import LoopOptions
-from ..training.parallel import lay_out
-from ..training.precision import out_of_memory_hint, pick_workers, torch_threads
 from ..training.training_time import step_seconds
 from .steps import TRAIN, Step
 

@@ -22,9 +22,9 @@ from ..common.errors import TrainingError
 from ..common.numerics import softmax
 from ..students.student import Student, count_parameters
 from ..training.dry_run import log_config, log_memory, save_first_batch
+from ..training.hardware import pick_workers
 from ..training.loop import LossReport
 from ..training.loop_options import LoopOptions
-from ..training.precision import pick_workers
 from ..training.preview import render_labels
 from .evaluation_options import EvaluationOptions
 from .finetune_options import FinetuneConfig
@@ -156,7 +156,7 @@ def dry_run(
     log_config(config.model_copy(update={"loop": options}))
     log.info(options.describe_epochs())
     log.info(f"{options.describe_steps(options.gpus)}; {options.describe_rate()}")
-    size = log_memory(options, config.clips, student.options.channels, student)
+    size = log_memory(options, student)
 
     render = partial(render_labels, classes=clips.labels.classes)
     return {

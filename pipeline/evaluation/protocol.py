@@ -21,7 +21,7 @@ from ..common.streams import printable
 from ..common.tables import Column, Table
 from ..common.weights import state_sha256
 from ..students.student import Student
-from ..training.precision import pick_workers, torch_threads
+from ..training.hardware import pick_workers, torch_threads
 from .evaluation_options import EvaluationOptions
 from .labelled_clips import EvaluationClips
 from .labels import Labels

@@ -194,9 +194,7 @@ def _of_transformers(init: str, folder: str, wanted: StudentOptions | None) -> I
 def _in_video_names(
     state: Mapping[str, Tensor], label: str, wanted: StudentOptions | None
 ) -> Initialization:
-    found = recognise(state)
-    if found is None:
-        raise CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
+    found = recognise(state, label)
     options = _with_wanted(found, wanted, label)
     check_options(options, found, label)
     return Initialization(

@@ -192,9 +192,7 @@ def load_backbone(student: Student, path: str | Path, label: str | None = None) 
     path = _file_of(path)
     label = str(path) if label is None else label
     state, header = _read(path)
-    found = header.options if header else recognise(state)
-    if found is None:
-        raise CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
+    found = header.options if header else recognise(state, label)
     check_options(student.options, found, label)
     return take_backbone(student, state, label)
 
@@ -256,9 +254,7 @@ def read_options(path: str | Path, *, factory: str | None = None) -> StudentOpti
     """
     path = _file_of(path)
     state, header = _read(path)
-    found = header.options if header else recognise(state)
-    if found is None:
-        raise CheckpointError(f"{path}: its tensors are those of no student that distinit knows")
+    found = header.options if header else recognise(state, path)
     _require_named(found, factory, path)
     return found
 
@@ -425,14 +421,18 @@ def _check_classes(heads: dict[str, int], meta: StudentMeta, path: Path) -> None
             )
 
 
-def recognise(state: Mapping[str, Tensor]) -> StudentOptions | None:
-    """Return the options whose backbone has just these shapes; None where there are none.
+def recognise(state: Mapping[str, Tensor], label: str | Path) -> StudentOptions:
+    """Return the options whose backbone has just these shapes.
 
     Input channels and width are read off the stem, the rest is found by trying.
+
+    Raises:
+        CheckpointError: There are none; the message begins with the label.
     """
+    unknown = CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
     stem, first = state.get("stem.0.weight"), state.get("layer1.0.conv2.1.weight")
     if stem is None or stem.ndim != 5 or first is None:
-        return None
+        raise unknown
     shapes = {name: tensor.shape for name, tensor in state.items()}
     for architecture in ("r2plus1d_18", "r3d_18", "r2plus1d_34", "r3d_34", "mc3_18"):
         for variant in (
@@ -448,11 +448,11 @@ def recognise(state: Mapping[str, Tensor]) -> StudentOptions | None:
                     }
                 )
             except ValidationError:
-                return None
+                raise unknown from None
             with torch.device("meta"):
                 own = Backbone(options).state_dict()
             fits = all(shapes.get(name) == tensor.shape for name, tensor in own.items())
             deeper = any(name.startswith("layer") and name not in own for name in shapes)
             if fits and not deeper:
                 return options
-    return None
+    raise unknown

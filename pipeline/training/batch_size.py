@@ -14,11 +14,10 @@ from torch import nn
 from ..common.devices import resolve_device
 from ..common.distributed import SINGLE_PROCESS
 from ..common.errors import TrainingError
+from .hardware import pick_workers, wrap
 from .loader import EpochBatchSampler, KeyedDataset, batch_size_of, read_batches
 from .loop_options import DEFAULT_BATCH_SIZE, LoopOptions
 from .optimizer import WeightAverage, make_optimizer
-from .parallel import wrap
-from .precision import pick_workers
 from .step import Objective, take_step
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from ..clips.transforms import normalize_clip
 from ..common.distributed import SINGLE_PROCESS, Ranks
 from ..common.errors import TrainingError
 from .distillation_options import Loss, Reduction
+from .hardware import autocast
 from .loader import (
     DistributedBatchSampler,
     KeyedDataset,
@@ -25,7 +26,6 @@ from .loader import (
     to_device,
 )
 from .losses import HeadLoss, mean_over_kept
-from .precision import autocast
 from .step import LossReport
 
 

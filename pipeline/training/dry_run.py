@@ -1,15 +1,24 @@
-"""`train-student --dry-run`: log what would be trained and its size, and render its first batch."""
+"""`train-student --dry-run`: log what would be trained and its size, and render its first batch.
+
+Memory and computation are estimated from shapes alone: nothing is allocated.
+
+Shapes: B clips, C channels, T frames, H W pixels.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
 from PIL.Image import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.devices import resolve_device
 from ..common.errors import TrainingError
@@ -19,28 +28,13 @@ from ..common.urls import check_local
 from ..students.student import Student, count_parameters
 from ..targets.dataset import StudentClips
 from .distillation_options import TrainConfig
-from .footprint import footprint
 from .loader import EpochBatchSampler, KeyedDataset, read_batches
 from .loop_options import LoopOptions
-from .preview import MOST_CLIPS, render_batch, save_preview
+from .preview import MOST_CLIPS, render_batch
 
 log = logging.getLogger(__name__)
 
 PICTURE = "first-batch.png"
-
-
-class ClipSize(Protocol):
-    """Frames and side of a clip, which are options of training and finetuning."""
-
-    @property
-    def clip_frames(self) -> int:
-        """Frames per clip."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Pixels per side."""
-        ...
 
 
 def dry_run(config: TrainConfig, clips: StudentClips, student: Student) -> dict[str, Any]:
@@ -62,7 +56,7 @@ def dry_run(config: TrainConfig, clips: StudentClips, student: Student) -> dict[
         log.info(f"head {name}: {student.classes[name]} classes, {_count(count)} parameters")
     log.info(f"{counted(len(clips.sampler.videos), 'video')}, {options.describe_epochs()}")
     log.info(f"{options.describe_steps(config.loop.gpus)}; {options.describe_rate()}")
-    size = log_memory(config.loop, config.clips, config.student.channels, student)
+    size = log_memory(config.loop, student)
     targets = clips.sampler.targets
     classes = {name: each.classes for name, each in targets.items() if each.classes}
 
@@ -112,19 +106,19 @@ def save_first_batch(
             log.warning("%s: %s", name, reason)
     path = Path(run_dir) / PICTURE
     try:
-        save_preview(render(batch), path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        render(batch).save(path, format="PNG")
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
     log.info(f"{path}: the first {count} clips of {options.step_clips}, with their {shown}")
     return str(path)
 
 
-def log_memory(
-    options: LoopOptions, view: ClipSize, channels: int, student: Student
-) -> dict[str, Any]:
+def log_memory(options: LoopOptions, student: Student) -> dict[str, Any]:
     """Log and return bytes and FLOPs of a micro batch on one device."""
     clips = options.clips_at_once(options.gpus)
-    shape = (clips, channels, view.clip_frames, view.size, view.size)
+    frames, size = student.clip
+    shape = (clips, student.options.channels, frames, size, size)
     found = footprint(student, shape, precision=options.precision, copies=options.weight_copies)
     if found is None:
         log.info("memory: unknown, the student cannot run without data")
@@ -145,3 +139,70 @@ def log_memory(
 
 def _count(number: int) -> str:
     return f"{number:,}".replace(",", " ")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes and FLOPs of a step on one device.
+
+    Attributes:
+        weights: Bytes of parameters, their gradients, the state of the optimizer, and buffers.
+        activations: Bytes that the forward pass keeps for the backward pass.
+        flops: Forward and backward; a multiplication and an addition are two.
+    """
+
+    weights: int
+    activations: int
+    flops: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of weights and activations, without workspaces of convolutions and slack."""
+        return self.weights + self.activations
+
+
+def footprint(
+    model: nn.Module,
+    shape: tuple[int, int, int, int, int],
+    *,
+    precision: str = "fp32",
+    copies: int = 3,
+) -> Footprint | None:
+    """Return the footprint of a training step; None where a module cannot run without data.
+
+    Args:
+        model: The model; its weights are not changed.
+        shape: Of the clips, [B, C, T, H, W].
+        precision: In bf16 the activations are taken to be half as large, the weights are not.
+        copies: Number of tensors of the size of the weights that training holds, see
+            `LoopOptions.weight_copies`.
+    """
+    weights = sum(
+        copies * p.numel() * p.element_size() if p.requires_grad else p.nbytes
+        for p in model.parameters()
+    )
+    weights += sum(buffer.nbytes for buffer in model.buffers())
+    # The tensors themselves: an address is unique while its tensor lives.
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    try:
+        shadow = copy.deepcopy(model).to("meta").train()
+        own = {
+            tensor.untyped_storage()._cdata for tensor in (*shadow.parameters(), *shadow.buffers())
+        }
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                outputs: Any = shadow(torch.zeros(shape, device="meta"))
+            torch.stack([output.sum() for output in outputs.values()]).sum().backward()
+    except Exception:  # a user's module may look at its data, and a shape has none
+        return None
+    activations = sum(
+        tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own
+    )
+    return Footprint(
+        weights, activations // 2 if precision == "bf16" else activations, counter.get_total_flops()
+    )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..common.documents import Form, read_json
 from ..common.errors import WorkerDied
@@ -21,38 +20,26 @@ from ..common.worker_status import refusing
 CRASHES_TO_REFUSE = 2
 
 
-class Interrupts:
-    """Note SIGTERM while entered, instead of ending the process (main thread only)."""
+@contextmanager
+def on_sigterm(handle: Callable[[], object]) -> Iterator[None]:
+    """Call `handle` at SIGTERM inside the block, instead of ending the process."""
+    # Python delivers signals to the main thread alone and lets no other install handlers.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: handle())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
-    def __init__(self) -> None:
-        self._requested = False
-        self._before: Any = None
-        self._installed = False
 
-    def __enter__(self) -> Interrupts:
-        # Python delivers signals to the main thread alone and lets no other install handlers.
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._request)
-            self._installed = True
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._installed:
-            signal.signal(
-                signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL
-            )
-
-    def requested(self) -> bool:
-        """Return whether SIGTERM has come."""
-        return self._requested
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
+@contextmanager
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """Note SIGTERM inside the block; yields a function that returns whether it has come."""
+    came: list[None] = []
+    with on_sigterm(lambda: came.append(None)):
+        yield lambda: bool(came)
 
 
 class _CrashRecord(Form):

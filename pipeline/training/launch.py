@@ -15,16 +15,14 @@ import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +37,7 @@ from ..common.files import write_whole
 from ..common.processes import Owner, end_with
 from ..common.settings import Options
 from ..common.streams import counted
+from .interrupts import on_sigterm
 from .loop_options import LoopOptions
 
 C = TypeVar("C", bound=Options)
@@ -130,7 +129,8 @@ def _launch(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> 
         owner = Owner(os.getpid(), in_main_thread=False)
         shown = (console.json, console.quiet)
         others = set(multiprocessing.active_children())
-        with ThreadPoolExecutor(1) as thread, _forwarding_sigterm(loop.gpus, others):
+        forward = partial(_forward_sigterm, loop.gpus, others)
+        with ThreadPoolExecutor(1) as thread, on_sigterm(forward):
             run = thread.submit(launcher, owner, folder, stage, config, shown, loop.device)
             try:
                 _wait(run)
@@ -186,27 +186,14 @@ def _first_cause(outcomes: dict[int, _Outcome | None], exit_codes: dict[int, int
     return errors[0] if errors else TrainingError("a process ended and left no error")
 
 
-@contextmanager
-def _forwarding_sigterm(world: int, others: set[BaseProcess]) -> Iterator[None]:
+def _forward_sigterm(world: int, others: set[BaseProcess]) -> None:
     """Send SIGTERM of this process to the ranks, which write their checkpoint and end."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        ranks = _children(others)
-        if len(ranks) < world:  # some are still being started: those end with this process
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        for process in ranks:
-            process.terminate()
-
-    # Python lets no other thread install handlers.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, forward)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    ranks = _children(others)
+    if len(ranks) < world:  # some are still being started: those end with this process
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    for process in ranks:
+        process.terminate()
 
 
 def _run_rank(

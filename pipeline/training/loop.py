@@ -22,17 +22,14 @@ from ..common.errors import TrainingInterrupted, UsageError, WorkerDied
 from ..common.progress_bar import progress_bar
 from ..common.streams import counted
 from .checkpoint import Checkpoints, random_states
-from .interrupts import Interrupts, crashes_recorded
+from .hardware import pick_workers, share_buffers, slow_bf16_warning, torch_threads, wrap
+from .interrupts import crashes_recorded, sigterm_noted
 from .loader import EpochBatchSampler, KeyedDataset, SplitBatchSampler, read_batches
 from .loop_options import LoopOptions, Resume
-from .meter import Meter
 from .metric_logger import Metrics
-from .optimizer import WeightAverage, make_optimizer
-from .parallel import share_buffers, wrap
-from .precision import pick_workers, slow_bf16_warning, torch_threads
-from .schedule import learning_rate
+from .optimizer import WeightAverage, learning_rate, make_optimizer
 from .step import LossReport, Objective, take_step
-from .train_state import TrainState
+from .train_state import Meter, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -274,7 +271,7 @@ def _train(
     )
     with ExitStack() as stack:
         stack.enter_context(torch_threads(options.threads, workers, run.device))
-        stop = stack.enter_context(Interrupts()).requested
+        stop = stack.enter_context(sigterm_noted())
         run_dir = run.checkpoints.folder.parent
         metrics = None
         if ranks.is_main:

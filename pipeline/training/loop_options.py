@@ -27,26 +27,9 @@ from ..common.streams import counted
 # (`epochs` may, except with the cosine schedule, which ends with the last epoch: a run with the
 # step schedule can be made longer.)
 FREE_ON_RESUME = frozenset(
-    {
-        "epochs",
-        "device",
-        "gpus",
-        "micro_batch_size",
-        "compile",
-        "channels_last",
-        "workers",
-        "threads",
-        "weights",
-    }
-    | {
-        "log_every",
-        "checkpoint_every",
-        "max_unreadable",
-        "budget",
-        "minutes",
-        "max_hours",
-        "loggers",
-    }
+    {"epochs", "device", "gpus", "micro_batch_size", "compile", "channels_last", "workers"}
+    | {"threads", "weights", "log_every", "checkpoint_every", "max_unreadable", "budget"}
+    | {"minutes", "max_hours", "loggers"}
 )
 
 DEFAULT_BATCH_SIZE = 32

@@ -1,20 +1,33 @@
-"""Write metrics.jsonl and what `--logger` names; a resume cuts them back to the checkpoint."""
+"""Numbers of a run: metrics.jsonl, and TensorBoard, Weights & Biases, trackio.
+
+A resume repeats steps that a killed run has logged already. In metrics.jsonl and TensorBoard the
+old ones are dropped; the others cannot take them back, so RUN/trackers.json has the last step of
+each kind that they were given.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from ..common.errors import TrainingError
+from ..common.config import current_keys
+from ..common.documents import load_yaml, read_bytes
+from ..common.errors import TrainingError, third_party
 from ..common.files import write_whole
-from ..common.run_dir import METRICS
+from ..common.plugins import import_extra
+from ..common.run_dir import CONFIG, METRICS, TRACKERS
+from ..common.streams import printable
 from .loop_options import TrackerName
-from .trackers import Tracker, numbers, open_trackers
+
+PROJECT = "distinit"
+FINAL = "final"
 
 
 class Metrics:
@@ -85,3 +98,195 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a run; the names of all are printable."""
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of a step; `kind` is train, epoch or final."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+def require_trackers(names: Sequence[TrackerName]) -> None:
+    """Check that the packages are installed, before anything long begins.
+
+    Raises:
+        UsageError: One is missing; it names the extra.
+    """
+    for name in names:
+        import_extra(name, name, f"--logger {name}")
+
+
+def open_trackers(
+    names: Sequence[TrackerName], run_dir: Path, step: int, stack: ExitStack
+) -> list[Tracker]:
+    """Open the trackers of a run, whose config is in its folder, and close them with the stack.
+
+    Args:
+        names: Names of the trackers.
+        run_dir: The folder of the run.
+        step: Steps done; what was logged of later ones is replaced or not logged again.
+        stack: Closes them.
+
+    Raises:
+        TrainingError: One cannot be started, as without a login.
+    """
+    trackers: list[Tracker] = []
+    for name in names:
+        with third_party(f"--logger {name}", TrainingError):
+            tracker = _KINDS[name](run_dir, step)
+        stack.callback(tracker.close)
+        trackers.append(tracker)
+    return trackers
+
+
+def log_final(
+    names: Sequence[TrackerName], run_dir: Path, step: int, values: Mapping[str, Any]
+) -> None:
+    """Log the numbers that a finished run has at its end, once."""
+    marks = _Marks(run_dir, FINAL)
+    if not names or marks.logged(FINAL, step):
+        return
+    with ExitStack() as stack:
+        for tracker in open_trackers(names, run_dir, step, stack):
+            tracker.log(FINAL, step, numbers(values))
+    marks.set(FINAL, step)
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers among values, with printable names."""
+    return {
+        printable(name): float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def flat_config(run_dir: Path) -> dict[str, str | int | float | bool]:
+    """Return the options of RUN/config.yaml by dotted key; values of other kinds are JSON."""
+    content = load_yaml(read_bytes(run_dir / CONFIG, run_dir).decode("utf-8", "replace"))
+    sections = content if isinstance(content, dict) else {}
+    flat: dict[str, str | int | float | bool] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                add(f"{prefix}.{name}" if prefix else str(name), inner)
+        elif value is not None:
+            plain = value if isinstance(value, str | int | float | bool) else json.dumps(value)
+            flat[printable(prefix)] = printable(plain) if isinstance(plain, str) else plain
+
+    for section in sections.values():
+        add("", current_keys(section) if isinstance(section, dict) else None)
+    return flat
+
+
+class _Marks:
+    """RUN/trackers.json: what a tracker was given until now, and the identity of its run."""
+
+    def __init__(self, run_dir: Path, tracker: str) -> None:
+        self._path, self._tracker = run_dir / TRACKERS, tracker
+        self.id = self._read().get(tracker, {}).get("id") or uuid.uuid4().hex[:8]
+        # Of earlier processes; within one, several records may have one step.
+        self._before = dict(self._read().get(tracker, {}).get("steps", {}))
+
+    def logged(self, kind: str, step: int) -> bool:
+        return step <= self._before.get(kind, 0)
+
+    def set(self, kind: str, step: int) -> None:
+        content = self._read()
+        entry = content.setdefault(self._tracker, {"id": self.id, "steps": {}})
+        entry["steps"][kind] = max(step, entry["steps"].get(kind, 0))
+        write_whole(self._path, json.dumps(content, indent=1).encode())
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return {}
+
+
+class _TensorBoard:
+    """Event files in RUN/tensorboard; one with the hyperparameters for its tab of the same name."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = step + 1 if step else None
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._config = flat_config(run_dir)
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+        if kind == FINAL and self._config:
+            from torch.utils.tensorboard.summary import hparams
+
+            # In the run itself; `add_hparams` would make another one next to it.
+            tags = {f"{kind}/{name}": value for name, value in values.items()}
+            writer: Any = self._writer._get_file_writer()
+            for summary in hparams(self._config, tags):
+                writer.add_summary(summary, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Marked:
+    """A tracker that cannot take back what it was given."""
+
+    _run: Any
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self._marks = _Marks(run_dir, name)
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        if not self._marks.logged(kind, step):
+            # Another process may send the final numbers: W&B continues its own count of steps.
+            at = None if kind == FINAL else step
+            self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=at)
+            self._marks.set(kind, step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _WandB(_Marked):
+    """A run of W&B, offline with WANDB_MODE=offline; WANDB_PROJECT names the project."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        super().__init__(run_dir, "wandb")
+        wandb = import_extra("wandb", "wandb", "--logger wandb")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run_dir.resolve().name,
+            id=self._marks.id,
+            dir=str(run_dir),
+            config=flat_config(run_dir),
+            resume="allow",
+            settings=wandb.Settings(console="off"),
+        )
+
+
+class _Trackio(_Marked):
+    """A run of trackio; TRACKIO_DIR is where it keeps all runs."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        super().__init__(run_dir, "trackio")
+        trackio = import_extra("trackio", "trackio", "--logger trackio")
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            # Its name is what identifies a run.
+            name=f"{run_dir.resolve().name}-{self._marks.id}",
+            config=flat_config(run_dir),
+            resume="allow",
+            auto_log_gpu=False,
+        )
+
+
+_KINDS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}

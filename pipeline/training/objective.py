@@ -1,24 +1,39 @@
-"""The objective of a distillation, from its options and the store."""
+"""The objective of a distillation, from its options and the store, and its reference losses.
+
+These are those of the best constant predictor, and the lower bound. A loss that falls from its
+first steps to that of the best constant predictor looks like learning and is not. A run that ended
+there was once taken for a result (docs/results.md).
+
+Shapes: M draws, K classes.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..common.errors import UsageError
+from ..common.numerics import distribution_entropy
 from ..common.progress_bar import progress_bar
 from ..targets.sampler import ClipSample, TargetSampler
-from ..targets.teacher_targets import TeacherTargets
+from ..targets.teacher_targets import TeacherTargets, soft_targets
 from .distillation import Distillation
 from .distillation_options import Loss, TargetOptions, resolve_losses
 from .losses import HeadLoss
-from .reference_losses import DRAWS, head_bounds
 
 log = logging.getLogger(__name__)
+
+BISECTIONS = 24
+# The error of the loss of a constant guess is below K / (2 · DRAWS) nats, largest for targets of
+# low entropy.
+DRAWS = 2000
+TOO_LITTLE = 0.05  # of the way between the two, below which a student has learned next to nothing
 
 
 def make_objective(
@@ -82,3 +97,118 @@ def first_draws(sampler: TargetSampler) -> Iterator[ClipSample]:
         for number in range(count):
             yield sampler.draw(*divmod(number, sampler.epoch_clips))
             bar.advance(1)
+
+
+@dataclass(frozen=True)
+class LossBounds:
+    """The losses between which a student learns.
+
+    Both are the teachers' losses added by their weights, as in training.
+
+    Args:
+        constant: Loss of the best constant predictor.
+        perfect: Lower bound: loss of a student that predicts every target.
+    """
+
+    constant: float
+    perfect: float
+
+    def explained_fraction(self, loss: float) -> float:
+        """Return the share of the way from `constant` (0) to `perfect` (1) that a loss has covered.
+
+        Negative where it is worse than a constant, 0 where no clip differs from another.
+        """
+        room = self.constant - self.perfect
+        return (self.constant - loss) / room if room > 1e-6 else 0.0
+
+
+def loss_bounds(samples: Iterable[ClipSample], objective: Distillation) -> LossBounds | None:
+    """Return the bounds of an objective over draws, each teacher's over those that it counts.
+
+    None where none counts.
+    """
+    by_teacher = head_bounds(samples, objective)
+    if not by_teacher:
+        return None
+    return LossBounds(*(_weighted(by_teacher, objective.weights, place) for place in (0, 1)))
+
+
+def head_bounds(
+    samples: Iterable[ClipSample], objective: Distillation
+) -> dict[str, tuple[float, float]]:
+    """Return teacher → (loss of the best constant predictor, lower bound), without weights."""
+    targets: dict[str, list[NDArray[np.float32]]] = {name: [] for name in objective.teachers}
+    for sample in samples:
+        for name, each in targets.items():
+            if sample.weight[name]:
+                each.append(sample.targets[name])
+    return {
+        name: _bounds(np.stack(each), objective.heads[name])
+        for name, each in targets.items()
+        if each
+    }
+
+
+def most_frequent_shares(
+    samples: Iterable[ClipSample], teachers: Iterable[str]
+) -> dict[str, float]:
+    """Return teacher → the share of its most frequent best class, among the clips that it counts.
+
+    It is the agreement of the best constant predictor. Teachers of features have none.
+    """
+    best: dict[str, list[int]] = {name: [] for name in teachers}
+    for sample in samples:
+        for name, classes in best.items():
+            if sample.weight[name]:
+                classes.append(int(np.argmax(sample.targets[name])))
+    return {
+        name: float(np.max(np.bincount(classes)) / len(classes))
+        for name, classes in best.items()
+        if classes
+    }
+
+
+def _bounds(targets: NDArray[np.float32], head: HeadLoss) -> tuple[float, float]:
+    """Return (best constant, lower bound) of one teacher's mean outputs [M, K].
+
+    Cross-entropy (eq. 2): the entropy of the mean target, and the mean entropy of the targets, at
+    the head's τ. Squared errors: the variance of the targets, and 0. Cosine: 1 minus the length of
+    the mean of the unit vectors, whose direction is the best constant, and 0. Smooth L1: at the
+    constant where its derivative is zero in every dimension, and 0.
+    """
+    if head.loss == "cross-entropy":
+        soft = np.stack([soft_targets(each, head.tau) for each in targets]).astype(np.float64)
+        mean = distribution_entropy(soft.mean(axis=0))
+        return float(mean), float(distribution_entropy(soft).mean())
+    exact = targets.astype(np.float64)
+    if head.loss == "squared-error":
+        variance = exact.var(axis=0)
+        return float(variance.sum() if head.mse_reduction == "sum" else variance.mean()), 0.0
+    if head.loss == "cosine":
+        if head.output == "logits":
+            exact -= exact.mean(axis=1, keepdims=True)
+        norms = np.linalg.norm(exact, axis=1, keepdims=True)
+        return float(1 - np.linalg.norm((exact / np.maximum(norms, 1e-12)).mean(axis=0))), 0.0
+    if head.mean is not None:
+        exact -= head.mean.double().numpy(force=True)
+    exact /= head.scale
+    if head.loss == "mse":
+        return float(exact.var(axis=0).mean()), 0.0
+    distance = np.abs(exact - _huber_location(exact))
+    return float(np.where(distance < 1, distance**2 / 2, distance - 0.5).mean()), 0.0
+
+
+def _huber_location(targets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the constant [K] of the least smooth L1 to targets [M, K], by bisection."""
+    low, high = targets.min(axis=0), targets.max(axis=0)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        above = np.clip(targets - middle, -1, 1).sum(axis=0) > 0
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return np.asarray((low + high) / 2)
+
+
+def _weighted(
+    by_teacher: Mapping[str, tuple[float, float]], weights: Mapping[str, float], place: int
+) -> float:
+    return sum(weights[name] * bounds[place] for name, bounds in by_teacher.items())

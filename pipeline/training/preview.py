@@ -85,12 +85,6 @@ def _render(
     return picture
 
 
-def save_preview(picture: Image.Image, path: Path) -> None:
-    """Write the picture as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG")
-
-
 def _lines(
     batch: Mapping[str, Any], number: int, classes: Mapping[str, Sequence[str]], tau: float
 ) -> list[tuple[str, bool]]:

@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..common.distributed import Ranks
 from ..common.errors import TrainingError
+from .hardware import autocast, out_of_memory_hint
 from .loader import batch_size_of, to_device
 from .loop_options import LoopOptions
-from .precision import autocast, out_of_memory_hint
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ from ..common.documents import load_yaml, read_bytes
 from ..common.errors import DistInitError
 from ..common.run_dir import CONFIG
 from ..common.settings import check_hours, describe_hours, limit_of
+from .hardware import autocast, lay_out, pick_workers, torch_threads
 from .loader import EpochBatchSampler, KeyedDataset, read_batches
 from .loop_options import SCHEDULE, LoopOptions, Resume
-from .parallel import lay_out
-from .precision import autocast, pick_workers, torch_threads
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 
 from distinit.pipeline.common.config import load_config, preset_section
 from distinit.pipeline.training.distillation_options import TrainConfig
-from distinit.pipeline.training.schedule import learning_rate
+from distinit.pipeline.training.optimizer import learning_rate
 
 
 def preset(name: str) -> TrainConfig:

@@ -13,8 +13,8 @@ from distinit.pipeline.common.distributed import SINGLE_PROCESS
 from distinit.pipeline.students.student import build_student
 from distinit.pipeline.students.student_options import StudentOptions
 from distinit.pipeline.training.batch_norm import ChannelsLastBatchNorm3d, use_folded_backward
+from distinit.pipeline.training.hardware import wrap
 from distinit.pipeline.training.loop_options import LoopOptions
-from distinit.pipeline.training.parallel import wrap
 
 
 @pytest.fixture(autouse=True)

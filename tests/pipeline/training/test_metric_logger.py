@@ -12,8 +12,12 @@ import yaml
 
 from distinit.pipeline.common.errors import UsageError
 from distinit.pipeline.training.loop_options import LoopOptions, TrackerName, parse_loggers
-from distinit.pipeline.training.metric_logger import Metrics
-from distinit.pipeline.training.trackers import flat_config, log_final, require_trackers
+from distinit.pipeline.training.metric_logger import (
+    Metrics,
+    flat_config,
+    log_final,
+    require_trackers,
+)
 
 pytestmark = pytest.mark.slow
 

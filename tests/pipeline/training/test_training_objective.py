@@ -12,7 +12,7 @@ from distinit.pipeline.training.distillation import Distillation
 from distinit.pipeline.training.losses import (
     HeadLoss,
 )
-from distinit.pipeline.training.reference_losses import (
+from distinit.pipeline.training.objective import (
     LossBounds,
     head_bounds,
     loss_bounds,

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from distinit.pipeline.evaluation.finetune_options import FinetuneLoop
 from distinit.pipeline.training.loop_options import LoopOptions
-from distinit.pipeline.training.schedule import learning_rate
+from distinit.pipeline.training.optimizer import learning_rate
 
 
 def test_the_papers_pretraining_schedule():
