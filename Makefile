@@ -9,6 +9,8 @@
 VENV ?= .venv
 OUT ?= demo-out
 TESTS ?=
+# Of the tests: one more than cores, at most four. Tests wait for time-outs and for the ends of other processes.
+PROCESSES ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 3 ? cores + 1 : 4)))
 CONSTRAINTS ?=
 # Minor versions of Python 3, the ones to prefer first.
 MINORS ?= 13 12 11 14
@@ -33,10 +35,10 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m distinit demo --out "$(OUT)"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=worksteal $(TESTS)
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal \
+	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=worksteal \
 		-m "not slow and not cluster and not network and not gpu" $(TESTS)
 
 # The tests that depend on versions of libraries: of decoding, Zarr, torch, dask and click.

@@ -1,8 +1,8 @@
 """Read columns of tables straight from their chunk files, as `shards.py` reads rows.
 
-A store has forty columns. To open one takes zarr-python 1.5 ms of a core and to read it as much
-(docs/benchmarks.md), and a command that only looks into a store need not load zarr at all. The
-files stay plain Zarr v3: `check_array` has seen that a column's codecs are `bytes` or `vlen-utf8`,
+A store has forty columns. zarr-python needs 1.5 ms of a core to open one and as long to read it
+(docs/benchmarks.md), and a command that only reads a store does not load zarr at all. The files
+stay plain Zarr v3: `check_array` has seen that a column's codecs are `bytes` or `vlen-utf8`,
 then `zstd`, `crc32c`, both or neither.
 """
 
@@ -33,8 +33,8 @@ class Column:
     """One array of a table in a local folder.
 
     Args:
-        folder: Of the array.
-        where: What messages call it.
+        folder: The array's folder.
+        where: Its name in messages.
         meta: Its zarr.json, as `check_array` allows it.
     """
 
@@ -85,18 +85,21 @@ class Column:
     def _packed(self, file: str) -> bytes:
         """Return a chunk's file; ValueError if it would unpack to more than the chunk's rows."""
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        with open(os.open(file, flags), "rb") as opened:
-            status = os.fstat(opened.fileno())
+        descriptor = os.open(file, flags)
+        try:
+            status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("not a regular file")
-            head = opened.read(ZSTD_HEADER)
+            head = os.pread(descriptor, ZSTD_HEADER, 0)
             packed = any(codec["name"] == "zstd" for codec in self._packing)
             unpacked = unpacked_bytes(head) if packed else 0
             if unpacked is None:
-                raise ValueError("does not say how much it holds")
+                raise ValueError("does not record its size")
             if (size := max(status.st_size, unpacked)) > self._most:
                 raise ValueError(f"holds {size} bytes, at most {self._most} are allowed")
-            return head + opened.read()
+            return os.pread(descriptor, status.st_size, 0)
+        finally:
+            os.close(descriptor)
 
 
 def _without_crc(data: bytes) -> bytes:

@@ -181,7 +181,7 @@ class ShardCopy:
         folder, files = new_staging(self.writer.root, self.shard), list[StagedFile]()
         for spec in specs:
             full = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
-            full[kept] = values.get(spec.name, spec.fill)
+            full[kept] = values[spec.name] if values else spec.fill
             files += stage_array(folder, spec, self.shard, full, self.writer.shard_rows)
         return str(folder), files
 

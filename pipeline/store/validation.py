@@ -45,6 +45,7 @@ MAX_TEXT = 1 << 16
 SHARD_UNIT = 256
 
 _TABLE_CODECS: tuple[list[str], ...] = ([], ["zstd"], ["crc32c"], ["zstd", "crc32c"])
+ENDIAN = ("little", "big")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _FILE = re.compile(r"[A-Za-z0-9_.-]{1,200}(/[A-Za-z0-9_.-]{1,200}){0,15}")
 
@@ -547,6 +548,10 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
         return f"{short(chunk[0])} rows per chunk, expected 1 to {most}"
     if rows > MAX_CHUNKS * chunk[0]:
         return f"{rows} rows in chunks of {chunk[0]}, expected at most {MAX_CHUNKS} chunks"
+    for codec in meta["codecs"]:
+        settings = codec.get("configuration", {})
+        if not isinstance(settings, dict) or settings.get("endian", "little") not in ENDIAN:
+            return f"codec {short(codec)}"
     first, *codecs = (codec["name"] for codec in meta["codecs"])
     if first != ("vlen-utf8" if spec.dtype == "str" else "bytes") or codecs not in _TABLE_CODECS:
         return f"codecs {short([first, *codecs])}"

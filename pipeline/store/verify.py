@@ -182,7 +182,7 @@ def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
         if (rows := meta["shape"][0]) < length:
             yield Finding(f"array {spec.path} has {rows} rows, {length} are planned", None, teacher)
         dimensions: Any = meta.get("dimension_names")
-        if tuple(dimensions or ()) != spec.dims:
+        if dimensions != list(spec.dims):
             yield Finding(f"array {spec.path} has dimensions {dimensions}", None, teacher)
 
 

@@ -162,8 +162,9 @@ class StoreWriter:
             array[start : start + len(values)] = values
         _sync_tree(self.root / "videos")
 
-    def add_segments(self, ranges: Sequence[FrameRange]) -> list[Segment]:
+    def add_segments(self, ranges: Iterable[FrameRange]) -> list[Segment]:
         """Give ranges their shards and append them to the segment table, in one act."""
+        ranges = list(ranges)
         if not ranges:
             return []
         self.set_shard_rows_for(sum(frames.bound for frames in ranges))

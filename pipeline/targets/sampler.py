@@ -157,6 +157,7 @@ class TargetSampler:
                 f"{self.store.name} holds no video with targets of {', '.join(self.teachers)} to "
                 "draw from"
             )
+        self.teachers, self.max_entropy = tuple(self.teachers), dict(self.max_entropy or {})
         self.targets = {
             name: TeacherTargets(self.store, name, (heads or {}).get(name))
             for name in self.teachers

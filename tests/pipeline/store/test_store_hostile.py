@@ -347,6 +347,25 @@ def test_an_array_that_is_not_the_formats_is_named(
     attack(sound, tmp_path, lambda store: set_meta(store, array, keys), array, commands)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"codecs:0:configuration": None},
+        {"codecs:0:configuration": []},
+        {"codecs:0:configuration:endian": "middle"},
+        {"codecs:1:configuration": 5},
+        {"dimension_names": True},
+    ],
+    ids=["none", "list", "endian", "number", "dimensions"],
+)
+def test_what_zarr_alone_used_to_check_is_named(
+    sound: Path, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    attack(
+        sound, tmp_path, lambda store: set_meta(store, "videos/size", keys), "videos/size", QUICK
+    )
+
+
 DEEP = b'{"attributes": {"distinit": ' + b'{"a": ' * 200 + b"1" + b"}" * 202
 TEXTS = {
     "empty": b"", "binary": b"\xff\xfe\x00", "deep": b"[" * 100_000, "digits": b"1" * 5000,
