@@ -45,6 +45,8 @@ CHEAP_S = 0.004
 GAIN = 1.1
 """Least ratio of the rates of ONNX Runtime and torch for which a new store takes it."""
 ROUNDS = 3
+AT_ONCE = 4
+"""Images of one call: a layer's outputs of more of them do not fit the cache of a core."""
 
 log = logging.getLogger(__name__)
 
@@ -249,8 +251,14 @@ def _session(teacher: Teacher, model: bytes) -> _Run:
     outputs = teacher.asked
 
     def run(batch: Tensor) -> Mapping[Any, Tensor]:
-        found = session.run(list(outputs), {"images": batch.numpy()})
-        return {output: torch.from_numpy(rows) for output, rows in zip(outputs, found, strict=True)}
+        found = [
+            session.run(list(outputs), {"images": images.numpy()})
+            for images in batch.split(AT_ONCE)
+        ]
+        return {
+            output: torch.from_numpy(np.concatenate(rows))
+            for output, rows in zip(outputs, zip(*found, strict=True), strict=True)
+        }
 
     return run
 
