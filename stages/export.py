@@ -53,7 +53,7 @@ def export(config: GraphConfig, console: Console) -> dict[str, Any]:
         require_onnx()
     student = load_student(config.model, factory=config.factory)
     endings = {ENDINGS[config.to]: ""} if config.to in ENDINGS else {}
-    out = claim_file(config.out, endings, "export", config, beside=".json")
+    out = claim_file(config.out, endings, "export", config, second_ending=".json")
     about = _describe(student, config)
     probe = probe_clips(student, PROBES)
     expected = student_outputs(student, probe)

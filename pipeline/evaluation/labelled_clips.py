@@ -1,6 +1,6 @@
 """Clips of labelled videos: random ones for training, evenly spread ones for tests.
 
-Clips that are longer than most of the videos are warned of.
+A warning is logged if clips are longer than most of the videos.
 
 Shapes: T frames, C channels, H W pixels, N clips of a test video.
 """

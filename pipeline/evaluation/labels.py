@@ -196,7 +196,7 @@ def available_splits(dataset: str, root: str | None = None) -> tuple[int, ...]:
 
 
 def names_dataset(source: str) -> bool:
-    """Return whether an option that may also name a list names a data set; hmdb51:DIR is one, too.
+    """Return whether `source` is a data set, such as hmdb51:DIR, and not a list of videos.
 
     An existing file is a list.
     """

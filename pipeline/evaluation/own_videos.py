@@ -66,7 +66,7 @@ def clips_of(
 
 
 def claim_file(
-    out: str, endings: Mapping[str, str], command: str, config: Options, beside: str = ""
+    out: str, endings: Mapping[str, str], command: str, config: Options, second_ending: str = ""
 ) -> Path:
     """Check that a command may write its result to `out`, and write the config next to it.
 
@@ -75,7 +75,7 @@ def claim_file(
         endings: Allowed ending → name of the format, if it needs one; none allows every ending.
         command: Name of the command.
         config: Its options.
-        beside: Ending that is added to the name of a second file, if the command writes one.
+        second_ending: Ending that is added to the name of a second file, if the command writes one.
 
     Raises:
         UsageError: Another ending, a file that the command did not write, or a folder that cannot
@@ -90,7 +90,7 @@ def claim_file(
     require_writable(path.parent)
     record = config_next_to(path)
     if recorded_sections(record) != {command}:
-        refuse_existing(path.parent, (path.name, path.name + beside), f"distinit {command}")
+        refuse_existing(path.parent, (path.name, path.name + second_ending), f"distinit {command}")
     write_config(record, command, config)
     return path
 

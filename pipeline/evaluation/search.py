@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def rank(self) -> float:
-        """The loss, the highest of all without one; the lowest rank is chosen."""
+        """The loss, or infinity without one; the candidate of the lowest rank is chosen."""
         return math.inf if self.loss is None else self.loss
 
     @property

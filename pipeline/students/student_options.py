@@ -1,4 +1,4 @@
-"""Options of a student and of its export, and what its file says about it. Free of torch."""
+"""Options of a student and of its export, and the metadata in its file. Free of torch."""
 
 from __future__ import annotations
 
