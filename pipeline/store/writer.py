@@ -106,8 +106,12 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
+        for _ in range(3 if kind is not None else 0):
+            # A thread of zarr may finish what it writes, and make the folder again.
+            time.sleep(0.1)
+            shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
         self._lock.close()
 
     @property
