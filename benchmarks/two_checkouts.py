@@ -32,6 +32,7 @@ COMMANDS = {
     "checkpoints": f"train-student --set store={{store}} {STUDENT} --workers 1 --out {{out}}/run"
     " --set loop.checkpoint_every=1",
     "verify": "targets verify {store}",
+    "info": "targets info {store}",
 }
 
 
@@ -88,7 +89,7 @@ def main() -> None:
                 statistics.median(b / a for a, b in zip(first[k], second[k], strict=True))
                 for k in (0, 1)
             ]
-            cells = [f"{statistics.median(v):.1f}" for v in (*first, *second)]
+            cells = [f"{statistics.median(v):.2f}" for v in (*first, *second)]
             rows.append([command, *cells, *(f"{ratio:.3f}" for ratio in ratios)])
             print("; ".join(map(str, rows[-1])), file=sys.stderr)
     print(machine())

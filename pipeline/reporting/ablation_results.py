@@ -69,12 +69,12 @@ class Cell:
 
     @property
     def predictions(self) -> Predictions | None:
-        """Predictions of the finished run, None if there is none."""
+        """Predictions of the finished run; None before it is finished."""
         return None if self.run is None else self.run.predictions
 
     @property
     def metrics(self) -> dict[str, Any] | None:
-        """Metrics of the finished run, None if there is none."""
+        """Metrics of the finished run; None before it is finished."""
         return None if self.run is None else self.run.metrics
 
     @property

@@ -128,7 +128,7 @@ def split_ranges(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
 
 
 def num_planned(plans: Iterable[Mapping[str, Any]], key: str) -> int:
-    """Return how many `videos`, `segments` or `shards` the plans speak of."""
+    """Return how many `videos`, `segments` or `shards` the plans record."""
     return max((int(plan.get(key, 0)) for plan in plans), default=0)
 
 
@@ -168,7 +168,7 @@ def checked_rows(
     """Read rows of an open column as `read_rows` does."""
     where = column.where
     if column.shape[0] < stop:
-        raise StoreError(f"{where}: has {column.shape[0]} rows, the plans speak of {stop}")
+        raise StoreError(f"{where}: has {column.shape[0]} rows, the plans record {stop}")
     values = column.read(start, stop)
     for (first, end), digests in ranges.items():
         if (

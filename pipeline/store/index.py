@@ -238,11 +238,11 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
 def _segments(
     files: StoreFiles, plans: Sequence[dict[str, Any]], n_videos: int, n_shards: int, ranges: Ranges
 ) -> dict[str, NDArray[np.int64]]:
-    """Return the segment table [S] as the plans speak of it."""
+    """Return the segment table [S] as the plans record it."""
     n_segments = num_planned(plans, "segments")
     if n_shards > n_segments:
         raise StoreError(
-            f"{files.name}/plans: speak of {n_shards} shards, but of only {n_segments} segments"
+            f"{files.name}/plans: record {n_shards} shards, but only {n_segments} segments"
         )
     table = {
         spec.name: read_rows(files, spec.path, 0, n_segments, ranges).astype(np.int64, copy=False)
@@ -348,9 +348,7 @@ def add_teacher_commit(
 def _failed(index: StoreIndex, where: str, shard: int, node: dict[str, Any]) -> dict[int, str]:
     """Return why segments of a commit of rows or hashes failed; StoreError as above."""
     if node["rows"] > index.shard_rows:
-        raise StoreError(
-            f"{where}: speaks of {node['rows']} rows, its shard has {index.shard_rows}"
-        )
+        raise StoreError(f"{where}: records {node['rows']} rows, its shard has {index.shard_rows}")
     failed = {int(s): reason for s, reason in node["failed"].items()}
     _check_planned(index, where, shard, list(failed))
     return failed
@@ -374,4 +372,4 @@ def _check_planned(index: StoreIndex, where: str, shard: int, segments: ArrayLik
     if len(ids) and (
         ids.min() < 0 or ids.max() >= len(index.video) or (index.shard[ids] != shard).any()
     ):
-        raise StoreError(f"{where}: speaks of segments that are not planned in this shard")
+        raise StoreError(f"{where}: names segments that are not planned in this shard")

@@ -123,9 +123,9 @@ class ShardedRows:
             return np.full(shape, self.fill, self.dtype)
         size = math.prod(shape) * self.dtype.itemsize
         data = os.pread(fd, length, offset)
-        if not _intact(data, size):
+        if not intact(data, size):
             data = self._again(shard, fd, offset, length)
-            if not _intact(data, size):
+            if not intact(data, size):
                 raise StoreError(
                     f"{self._file(shard)}: chunk {inside} fails its crc32c; see `distinit targets verify`"
                 )
@@ -142,9 +142,9 @@ class ShardedRows:
             n = 16 * (self.shard_rows // self.chunk_rows)
             start = max(os.fstat(fd).st_size - n - 4, 0)
             tail = os.pread(fd, n + 4, start)
-            if not _intact(tail, n):
+            if not intact(tail, n):
                 tail = self._again(shard, fd, start, n + 4)
-                if not _intact(tail, n):
+                if not intact(tail, n):
                     raise StoreError(
                         f"{self._file(shard)}: the shard's index is damaged or cut off"
                     )
@@ -180,17 +180,17 @@ def chunk_crcs_hold(data: bytes, chunks: int) -> bool:
     """Return whether the index and every chunk of a whole shard file pass their crc32c."""
     n = 16 * chunks
     tail = data[-n - 4 :]
-    if not _intact(tail, n):
+    if not intact(tail, n):
         return False
     index = np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
     return all(
-        _intact(data[at : at + size], size - 4)
+        intact(data[at : at + size], size - 4)
         for at, size in index
         if (at, size) != (MISSING, MISSING)
     )
 
 
-def _intact(data: bytes, size: int) -> bool:
+def intact(data: bytes, size: int) -> bool:
     """Return whether `data` has `size` bytes and passes its crc32c."""
     return (
         len(data) == size + 4

@@ -179,8 +179,10 @@ def _structure(files: LocalFiles, index: StoreIndex) -> Iterator[Finding]:
         except StoreError as error:
             yield Finding(f"array {spec.path} cannot be opened ({error})", None, teacher)
             continue
-        if (rows := meta["shape"][0]) < length:
-            yield Finding(f"array {spec.path} has {rows} rows, {length} are planned", None, teacher)
+        if (actual := meta["shape"][0]) < length:
+            yield Finding(
+                f"array {spec.path} has {actual} rows, {length} are planned", None, teacher
+            )
         dimensions: Any = meta.get("dimension_names")
         if dimensions != list(spec.dims):
             yield Finding(f"array {spec.path} has dimensions {dimensions}", None, teacher)
@@ -316,8 +318,8 @@ def _teacher(files: LocalFiles, index: StoreIndex, shard: int, name: str) -> Ite
     segments = commit["segment"]
     good = (index.state[segments] == OK) & ~np.isin(segments, list(teacher.failed))
     rows = runs(shard * index.shard_rows + commit["first_row"][good], commit["rows"][good])
-    if len(rows) != (said := teacher.commits[shard]["rows"]):
-        yield Finding(f"holds rows of {len(rows)} frames, its commit says {said}", shard, name)
+    if len(rows) != (recorded := teacher.commits[shard]["rows"]):
+        yield Finding(f"has rows of {len(rows)} frames, its commit has {recorded}", shard, name)
     try:
         codec = fmt.read_codec(files, name, fmt.read_nodes(files, "teachers", [name])[name])
         arrays = row_arrays(codec.encoding, codec.output)

@@ -108,8 +108,9 @@ class StoreWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
-        for _ in range(3 if kind is not None else 0):
-            # A thread of zarr may finish what it writes, and make the folder again.
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        for _ in range(3 if interrupted else 0):
+            # zarr's thread may finish what it writes, and make the folder again.
             time.sleep(0.1)
             shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
         self._lock.close()
