@@ -275,7 +275,7 @@ class StageCommand(click.Command):
             )
             result = stage(config, console)
             for command in result.get("next", ()):
-                console.say(f"next: {command}")
+                console.info(f"next: {command}")
             console.result(result)
         if result.get("ok") is False or result.get("complete") is False:
             ctx.exit(1)

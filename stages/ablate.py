@@ -66,7 +66,7 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
     progress = Progress(out, plan, work, derived=derived)
     steps = list(dict.fromkeys(step for each in work for step in each.steps))
     open_steps = [step for step in steps if step.result(out) is None]
-    console.say(
+    console.info(
         f"{plan.title}: {len(work)} cells of {len(steps)} runs, {len(steps) - len(open_steps)} of these done already"
     )
     long = sum(step.clips for step in open_steps) >= LONG_CLIPS or config.max_hours is not None
@@ -98,7 +98,7 @@ def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
         if step.needs in progress.failed:
             progress.failed[step.key] = progress.failed[step.needs]
             continue
-        console.say(f"[{number}/{len(steps)}] {step.kind} {step.folder}")
+        console.info(f"[{number}/{len(steps)}] {step.kind} {step.folder}")
         started = time.monotonic()
         try:
             COMMANDS[step.kind](step_options(step, progress.out), console)
@@ -123,7 +123,7 @@ def _summary(progress: Progress, out: Path, console: Console) -> dict[str, Any]:
             f"{len(failed)} of {len(records)} cells failed, all others are done; the same command retries them; the "
             f"first, {first['row']}, {first['dataset']}, seed {first['seed']}: {first['reason']}"
         )
-    console.say(
+    console.info(
         f"{len(records)} cells are done; `distinit report {out} --out report` shows their results"
     )
     return {"out": str(out), "cells": records}

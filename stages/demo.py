@@ -50,7 +50,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     _check_out(out, store)
     write_config(out / RECORD, "demo", config)
 
-    console.say("1/5 extract-targets: run a frozen image model once over the unlabelled clips")
+    console.info("1/5 extract-targets: run a frozen image model once over the unlabelled clips")
     extraction = load_config(
         ExtractConfig,
         "extract-targets",
@@ -59,7 +59,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     )
     extracted = extract_targets(extraction, console)
 
-    console.say("2/5 train-student: train a video network on the stored targets, without labels")
+    console.info("2/5 train-student: train a video network on the stored targets, without labels")
     training = load_config(
         TrainConfig,
         "train-student",
@@ -77,14 +77,14 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     results = {}
     starts = {"distinit": str(runs / "student"), "scratch": "scratch"}
     for number, (name, init) in enumerate(starts.items(), start=3):
-        console.say(
+        console.info(
             f"{number}/5 finetune: train on the labels, {'from the student' if number == 3 else 'from scratch'}"
         )
         # The network of a student is known; from scratch it must be given.
         network = {"student": training.student.model_dump()} if init == "scratch" else {}
         results[name] = finetune(_finetuning(config, runs / name, init, network), console)
 
-    console.say("5/5 report")
+    console.info("5/5 report")
     made = report(ReportConfig(folders=[str(runs)], out=str(out / "report")), console)
     seconds = time.monotonic() - started
     _show_next_steps(config, results, made, seconds, console)

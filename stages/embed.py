@@ -75,7 +75,7 @@ def embed(config: EmbedConfig, console: Console) -> dict[str, Any]:
         for kind in (FAILED, OK)
     )
     log_problems(failed, truncated)
-    console.say(f"features {list(shape)} of {len(paths)} videos: {out}")
+    console.info(f"features {list(shape)} of {len(paths)} videos: {out}")
     return {
         "ok": not failed,
         "out": str(out),

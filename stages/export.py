@@ -73,9 +73,9 @@ def export(config: GraphConfig, console: Console) -> dict[str, Any]:
         record = out.with_name(f"{out.name}.json")
     about["verified"] = {"probe": list(probe.shape), "largest_difference": difference}
     write_whole(record, json.dumps(about, indent=1).encode(), UsageError)
-    console.say(f"{config.to}: {out}; the largest difference from the student is {difference:.2g}")
+    console.info(f"{config.to}: {out}; the largest difference from the student is {difference:.2g}")
     if config.to == "hub":
-        console.say(f"next: hf upload ORG/NAME {out}; distinit.load_student('hf://ORG/NAME')")
+        console.info(f"next: hf upload ORG/NAME {out}; distinit.load_student('hf://ORG/NAME')")
     return {"out": str(out), "to": config.to, "about": str(record), **about["verified"]}
 
 

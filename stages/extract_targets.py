@@ -49,5 +49,5 @@ def _list(config: ExtractConfig, console: Console) -> VideoList | None:
             raise UsageError(f"no SOURCE given, and {config.out} does not exist yet")
         return None
     videos = list_videos(config.sources)
-    console.say(videos.describe())
+    console.info(videos.describe())
     return videos

@@ -138,7 +138,7 @@ def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[st
     ranks.on_main(lambda: _require_fitting(out, config.split))
     if config.split != ALL:
         summary = _finetune_split(config, console, ranks)
-        console.say(f"model: {summary['model']}, predictions: {summary['predictions']}")
+        console.info(f"model: {summary['model']}, predictions: {summary['predictions']}")
         return _with_next(out, summary, f"distinit predict {shlex.quote(config.out)} VIDEO")
     begun = ranks.on_main(lambda: bool(split_folders(out)))
     if config.resume is True and not begun:
@@ -149,7 +149,7 @@ def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[st
         results = _finetune_splits(config, splits, console, ranks)
         title = short_dataset(config.dataset)
         summary = ranks.on_main(lambda: summarise_splits(out, results, title))
-        console.say(f"result: {out / RESULT}, a run per split next to it")
+        console.info(f"result: {out / RESULT}, a run per split next to it")
         return _with_next(out, summary)
 
 
@@ -159,7 +159,7 @@ def _finetune_splits(
     """Train and test on one split after the other; return the result of each."""
     results = {}
     for split in splits:
-        console.say(f"split {split}")
+        console.info(f"split {split}")
         # After an interruption some splits have not started: they cannot be resumed.
         update = {
             "split": split,
@@ -331,9 +331,9 @@ def _search(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> SearchR
 
     identity = job.identity() | job.options.identity() | {"epochs": config.loop.epochs}
     identity |= {"stop": {"patience": config.patience, "export": config.export}}
-    record = search(config, run_dir, identity, train, console.say, ranks)
+    record = search(config, run_dir, identity, train, console.info, ranks)
     best = record.best
-    console.say(
+    console.info(
         f"search: chose {best.name} (validation loss {best.loss:.4f}, accuracy {best.accuracy:.3f}); now training on "
         f"{len(labels.train)} train and {len(labels.val)} validation videos for {best.best_epoch} epochs"
     )
@@ -386,7 +386,7 @@ def _train(
 ) -> FitResult:
     """Train a student; `resume` is by default that of the config."""
     config, labels, student, options = job.config, job.labels, job.student, job.options
-    console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+    console.info(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     measure = validation(
         student,
         labels,
@@ -621,11 +621,11 @@ def _describe_run(job: _Job, console: Console) -> None:
     config, labels, student, report = job.config, job.labels, job.student, job.report
     for note in labels.notes:
         console.warn(note)
-    console.say(
+    console.info(
         f"{config.dataset}, split {labels.split}: {len(labels.classes)} classes, {len(labels.train)} train videos, "
         f"{f'{len(labels.val)} validation videos, ' if labels.val else ''}{len(labels.test)} test videos"
     )
-    console.say(balance(labels))
+    console.info(balance(labels))
     videos = [*labels.train, *labels.val, *labels.test]
     warn_of_short_videos(
         count_some(labels, videos),
@@ -634,22 +634,22 @@ def _describe_run(job: _Job, console: Console) -> None:
         student.options.channels,
     )
     frozen = ", backbone frozen" if config.freeze == "backbone" else ""
-    console.say(
+    console.info(
         f"{student.options.describe()}: {count_parameters(student) / 1e6:.1f} M parameters{frozen}"
     )
     if report is None:
-        console.say("initialisation: from scratch")
+        console.info("initialisation: from scratch")
         return
     # The heads of our own students are left out on purpose; for other files log what does not fit.
     file = student_file(config.init)
     left = () if file is not None and read_meta(file) is not None else report.left
     names = ", ".join(left[:6]) + (", …" if len(left) > 6 else "")
     skipped = f", not used: {names}" if left else ""
-    console.say(
+    console.info(
         f"initialisation: {len(report.loaded)} tensors of {report.path}{skipped}; the head is new"
     )
     for line in report.lines if config.verbose else ():
-        console.say(f"  {line}")
+        console.info(f"  {line}")
 
 
 def balance(labels: Labels) -> str:

@@ -73,7 +73,7 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
     if out is not None:
         result["out"] = str(out)
         _write(out, result, predictions, config.top)
-        console.say(f"predictions of {len(predictions.videos)} videos: {out}")
+        console.info(f"predictions of {len(predictions.videos)} videos: {out}")
     return result
 
 

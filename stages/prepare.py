@@ -60,7 +60,7 @@ def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
         began = time.monotonic()
         todo, tally = _plan(config, videos, out, status, console)
         if len(todo) < len(videos) and todo:
-            console.say(f"{len(videos) - len(todo)} of {len(videos)} are done already")
+            console.info(f"{len(videos) - len(todo)} of {len(videos)} are done already")
         status.begin()
         _copy(config, videos, todo, out, status, tally, console)
         status.finish(_keys(videos))
@@ -75,13 +75,13 @@ def _list(config: PrepareConfig, console: Console) -> VideoList:
         i for i in range(len(videos)) if not os.path.realpath(videos.absolute(i)).startswith(own)
     ]
     if len(kept) < len(videos):
-        console.say(
+        console.info(
             f"{len(videos) - len(kept)} videos are located in {config.out} itself and are left out"
         )
         videos = VideoList(
             videos.corpora, videos.corpus[kept], [videos.paths[i] for i in kept], videos.ignored
         )
-    console.say(videos.describe())
+    console.info(videos.describe())
     if not len(videos):
         raise UsageError(
             f"--out {config.out} holds all of the sources: choose a folder outside of them"
@@ -203,7 +203,7 @@ def _plan(
                     unproved += not proved and row["status"] == "ok"
                 bar.advance()
     if unproved:
-        console.say(
+        console.info(
             f"{unproved} were made by distinit 0.1, without a digest: only checksums of frames were compared"
         )
     return todo, tally

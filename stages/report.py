@@ -86,8 +86,8 @@ def report(options: ReportConfig, console: Console) -> dict[str, Any]:
     for line in skipped:
         console.warn(line)
     for line in content.findings:
-        console.say(line)
-    console.say(f"report: {page}")
+        console.info(line)
+    console.info(f"report: {page}")
     return {
         "ok": not skipped,
         "skipped": skipped,

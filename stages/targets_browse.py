@@ -34,7 +34,7 @@ def targets_browse(options: BrowseConfig, console: Console) -> dict[str, Any]:
     missing = {video.path: video.problem for video in found.videos if video.problem is not None}
     for path, problem in missing.items():
         console.warn(f"{path}: shown without pictures, {problem}")
-    console.say(f"{len(found.videos)} videos of {store.n_videos}: {page}")
+    console.info(f"{len(found.videos)} videos of {store.n_videos}: {page}")
     return {
         "page": str(page),
         "videos": [video.path for video in found.videos],

@@ -49,7 +49,7 @@ def targets_compare(options: CompareConfig, console: Console) -> dict[str, Any]:
         for video in videos:
             if video.problem is not None:
                 console.warn(f"{video.path}: shown without a picture, {video.problem}")
-        console.say(f"{page}")
+        console.info(f"{page}")
     return {
         "store": store.name,
         "page": None if page is None else str(page),

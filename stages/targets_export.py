@@ -79,7 +79,7 @@ def targets_export(options: ExportConfig, console: Console) -> dict[str, Any]:
         result = _export_store(store, out, names, chosen, options, console)
     if not (finished and record.exists()):
         write_config(record, "targets-export", options)
-    console.say(f"{options.out}: {result['videos']:,} videos, {result['rows']:,} frames")
+    console.info(f"{options.out}: {result['videos']:,} videos, {result['rows']:,} frames")
     return result
 
 
@@ -112,7 +112,7 @@ def _finished(
         raise UsageError(
             f"--out {out}: exists already, and is another export or none; choose another --out"
         )
-    console.say(f"{out} exists already and is this export, finished")
+    console.info(f"{out} exists already and is this export, finished")
     files = [out] if hdf5 else [f for f in out.rglob("*") if f.is_file()]
     return {"out": str(out), "videos": len(videos), "rows": int(store.row_counts[videos].sum()), "teachers": names,
             "bytes": sum(f.stat().st_size for f in files)}  # fmt: skip

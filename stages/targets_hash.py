@@ -46,12 +46,12 @@ def targets_hash(options: HashConfig, console: Console) -> dict[str, Any]:
     index = store.index
     failed = {plan.path(int(index.video[s])): why for s, why in sorted(index.unhashed.items())}
     rows = len(store.hashed_rows())
-    console.say(
+    console.info(
         f"{rows} of {store.n_rows} rows have hashes, {rows - before} of them new"
         + (f"; {len(failed)} videos cannot be hashed:" if failed else "")
     )
     for path, why in failed.items():
-        console.say(f"{path}: {why}")
+        console.info(f"{path}: {why}")
     return {"store": store.name, "rows": store.n_rows, "hashed": rows, "failed": failed}
 
 

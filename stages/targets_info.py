@@ -233,11 +233,11 @@ def _show(info: dict[str, Any], console: Console) -> None:
             table.add_row(str(count), reason)
         console.table(table)
     if "failed" in info and not info["failed"]:
-        console.say("no video failed")
+        console.info("no video failed")
     elif "failed" in info:
         table = Table("corpus", "file", "reason")
         for f in info["failed"][:LISTED]:
             table.add_row(f["corpus"], f["path"], f["reason"])
         console.table(table)
         if len(info["failed"]) > LISTED:
-            console.say(f"{len(info['failed']) - LISTED} more; --json lists all")
+            console.info(f"{len(info['failed']) - LISTED} more; --json lists all")

@@ -56,7 +56,7 @@ def targets_merge(options: MergeConfig, console: Console) -> dict[str, Any]:
             copied = copy_shards(writer, placed, bar.advance)
         write_config(record, "targets-merge", options)
     merged = TargetStore.open(out)
-    console.say(
+    console.info(
         f"{merged.n_videos} videos, {merged.n_rows} rows, {shards} shards from {len(stores)} parts in {out}"
     )
     return {

@@ -63,25 +63,25 @@ def targets_verify(options: VerifyConfig, console: Console) -> dict[str, Any]:
             )
             findings += found
         for finding in findings:
-            console.say(str(finding))
+            console.info(str(finding))
         dropped = 0
         if writer is not None and by_video and not index.broken:
             identify_again(store, writer, list(by_video), options.video_roots)
         if options.repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)
-            console.say(f"{dropped} commits dropped; {_how_to_fill(findings, store.name)}")
+            console.info(f"{dropped} commits dropped; {_how_to_fill(findings, store.name)}")
     unchecked = without_digest(store.files, index)
     if unchecked:
-        console.say(
+        console.info(
             f"{unchecked} files have no digest, as version 0.1 wrote them: not all of their bits can be checked"
         )
     if not findings:
-        console.say(
+        console.info(
             f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good"
         )
     for name, c in compared.get("teachers", {}).items():
         if c["rows"]:
-            console.say(f"{name}: {c['rows']} rows of {compared['videos']} videos computed again, "
+            console.info(f"{name}: {c['rows']} rows of {compared['videos']} videos computed again, "
                        f"{c['bit_equal']:.2%} of them equal to the bit")  # fmt: skip
     return {
         "store": str(store.path),

@@ -38,7 +38,7 @@ def targets_vocabulary(options: VocabularyConfig, console: Console) -> dict[str,
         bias = np.full(len(classes), found.logit_bias, np.float32)
     head = ClassHead(found.weight, bias, classes, found.logit_scale, normalize=True)
     head.write(Path(options.out))
-    console.say(
+    console.info(
         f"{options.out}: {len(classes)} classes of {found.weight.shape[1]} features, logit scale "
         f"{found.logit_scale:.1f}; train-student --head NAME={options.out} uses it"
     )

@@ -180,12 +180,12 @@ def _train_locked(
         )
 
     student = ranks.on_all_ranks(lambda: _build(config, parts.targets))
-    console.say(
+    console.info(
         f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
         f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
         f"{options.describe_epochs()} from {counted(parts.num_videos, 'video')}"
     )
-    console.say(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+    console.info(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     if saved is None:
         clips = options.total_steps * options.step_clips
         announce(student, parts.train, options, clips, ranks, rate)
@@ -228,7 +228,7 @@ def _train_locked(
         summary["most_frequent_class"] = _show_agreement(parts, objective, result, console)
         write_whole(run_dir / RESULT, json.dumps(plain(summary), indent=1).encode())
         log_final(options.loggers, run_dir, result.steps, _final(summary))
-        console.say(f"student: {exported}")
+        console.info(f"student: {exported}")
         run = shlex.quote(config.out)
         finetuning = f"distinit finetune --init {run} --dataset csv:labels.csv --out runs/finetuned"
         return summary | {"next": [finetuning]}
@@ -355,7 +355,7 @@ def _assemble(
     usable = store.usable(teachers)
     left_out = optional_exclusion(store, config.exclude, config.exclude_split, config.video_roots)
     if left_out is not None:
-        console.say(left_out.describe())
+        console.info(left_out.describe())
         usable = left_out.remove_from(usable)
     recorded = saved["held_out"]["share"] if saved is not None else None
     share = held_out_share(recorded if config.held_out is None else config.held_out, len(usable))
@@ -484,7 +484,7 @@ def _bounds(sampler: TargetSampler, objective: Distillation, console: Console) -
     """Log the two reference losses of the first draws before training starts."""
     bounds = loss_bounds(first_draws(sampler), objective)
     if bounds is not None:
-        console.say(
+        console.info(
             f"reference losses: best constant predictor {bounds.constant:.3f}, lower bound {bounds.perfect:.3f}"
         )
     return bounds
@@ -522,7 +522,7 @@ def _explained(
             if held_out
             else ""
         )
-        console.say(
+        console.info(
             f"explained fraction {fraction:.0%}, from the best constant predictor (0 %) to the lower bound (100 %), "
             f"by the {by} loss{of_training}"
         )
@@ -551,7 +551,7 @@ def _show_agreement(
     for name, share in shares.items():
         found = result.validation.get(f"agreement/{name}")
         if found is not None:
-            console.say(
+            console.info(
                 f"{counted(len(sampler.videos), 'held-out clip')}: agrees with {name} on {100 * found:.1f} %, always "
                 f"guessing its most frequent class would on {100 * share:.1f} %"
             )

@@ -78,7 +78,7 @@ class Console:
     def __exit__(self, *exception: object) -> None:
         self._shown.close()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Write a line on standard error."""
         if not self.quiet:
             self._line(text)
@@ -107,7 +107,7 @@ class Console:
     ) -> Iterator[ProgressBar]:
         """Show a bar with rate and ETA on a terminal, a line every ten seconds elsewhere.
 
-        In a notebook the line is replaced in place. `say` and `warn` may be called meanwhile.
+        In a notebook the line is replaced in place. `info` and `warn` may be called meanwhile.
         `total` None: not known (yet).
         """
         if self.quiet:
@@ -118,7 +118,7 @@ class Console:
         else:
             notebook = self._err.is_jupyter
             write, every_s = (
-                (_cell_line(), NOTEBOOK_EVERY_S) if notebook else (self.say, PLAIN_EVERY_S)
+                (_cell_line(), NOTEBOOK_EVERY_S) if notebook else (self.info, PLAIN_EVERY_S)
             )
             lines = _Lines(write, every_s, description, total, unit)
             yield lines
@@ -142,7 +142,7 @@ class _Handler(logging.Handler):
         elif record.levelno >= logging.WARNING:
             self.console.warn(record.getMessage())
         else:
-            self.console.say(record.getMessage())
+            self.console.info(record.getMessage())
 
 
 @contextmanager

@@ -169,9 +169,9 @@ def extract(
         ids = None if videos is None else ids_of(plan, videos)
         result = _summary(plan, names, ids, done, seconds, console)
         if idle:
-            console.say("nothing to do: every video has its targets or a reason why not")
+            console.info("nothing to do: every video has its targets or a reason why not")
         else:
-            console.say(
+            console.info(
                 f"{done} new rows in {seconds:.1f} s ({done / max(seconds, 1e-9):.0f} frames/s)"
             )
         root = shlex.quote(str(plan.writer.root))
@@ -299,7 +299,7 @@ def _share(config: ExtractConfig, listed: VideoList, console: Console) -> VideoL
     if config.part is None:
         return listed
     videos = Part.parse(config.part).share(listed)
-    console.say(f"part {config.part}: {len(videos)} of {len(listed)} videos")
+    console.info(f"part {config.part}: {len(videos)} of {len(listed)} videos")
     return videos
 
 
@@ -335,11 +335,11 @@ def _add_videos(
     added = add_new_videos(plan, videos, pool, config.max_failures)
     num_existing = plan.writer.index.n_videos - added
     if added and num_existing:
-        console.say(f"{added} new videos, {num_existing} are in the store already")
+        console.info(f"{added} new videos, {num_existing} are in the store already")
     if config.part is not None:
         # From the whole list, so that all parts have shards of one size and can be merged.
         rows = plan.writer.set_shard_rows_for(listed * _rows_of_a_clip(plan.sampling))
-        console.say(
+        console.info(
             f"shards of {rows} rows; the parts of a merge need the same (--shard-rows {rows})"
         )
 
@@ -445,10 +445,10 @@ def _say_failures(plan: StorePlan, reasons: Mapping[int, str], how: str, console
     if not reasons:
         return
     root = plan.writer.root
-    console.say(
+    console.info(
         f"{counted(len(reasons), 'video')} {how}; `distinit targets info {root} --failed` lists all:"
     )
     for reason, count in Counter(reasons.values()).most_common(10):
         some = [v for v, text in reasons.items() if text == reason][:NAMED]
         names = ", ".join(escape_path(plan.path(v)) for v in some)
-        console.say(f"  {count:6d}  {reason}: {names}{', …' if count > len(some) else ''}")
+        console.info(f"  {count:6d}  {reason}: {names}{', …' if count > len(some) else ''}")

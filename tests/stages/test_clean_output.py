@@ -80,7 +80,7 @@ def test_every_method_of_a_screen(stream: type[io.StringIO]) -> None:
     name = f"x{UNSAFE}{TITLE}y"
     for as_object in (False, True):
         console = Console(json=as_object, stdout=out, stderr=err)
-        console.say(name)
+        console.info(name)
         console.warn(name)
         for each in renderables(name):
             console.table(each)

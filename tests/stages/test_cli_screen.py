@@ -44,7 +44,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
     console = Console(stdout=io.StringIO(), stderr=err)
     with console.progress("testing", total=2, unit="video") as bar:
         bar.advance(1)
-        console.say("a line [not markup] :smile:")
+        console.info("a line [not markup] :smile:")
         bar.set_total(1)
     assert "a line [not markup] :smile:" in err.getvalue()
     assert "1/1 video" in err.getvalue()
@@ -53,7 +53,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
 def test_json_keeps_standard_output_for_one_object() -> None:
     out, err = io.StringIO(), io.StringIO()
     console = Console(json=True, stdout=out, stderr=err)
-    console.say("a line")
+    console.info("a line")
     table = Table("name")
     table.add_row("a row")
     console.table(table)
@@ -66,7 +66,7 @@ def test_json_keeps_standard_output_for_one_object() -> None:
 def test_quiet_shows_warnings_and_results_only() -> None:
     out, err = io.StringIO(), io.StringIO()
     console = Console(quiet=True, stdout=out, stderr=err)
-    console.say("a line")
+    console.info("a line")
     with console.progress("working", total=1) as bar:
         bar.advance(1)
     console.warn("name\nwith a newline")

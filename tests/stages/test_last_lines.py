@@ -28,7 +28,7 @@ class Recorder(Console):
         super().__init__(quiet=True)
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
 

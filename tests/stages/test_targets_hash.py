@@ -176,7 +176,7 @@ def test_a_flipped_bit_is_found_and_repaired_alone(tiny_store: TinyStore, tmp_pa
     said = list[str]()
 
     class Heard(Console):
-        def say(self, text: str) -> None:
+        def info(self, text: str) -> None:
             said.append(text)
 
     result = targets_verify(VerifyConfig(store=str(root), repair=True), Heard(quiet=True))

@@ -141,7 +141,7 @@ def test_a_run_of_many_losses_is_resumed_bit_by_bit(
     class Stopping(Console):
         """SIGTERM when the first log line is shown, after step 2."""
 
-        def say(self, text: str) -> None:
+        def info(self, text: str) -> None:
             if "step 2/" in text:
                 os.kill(os.getpid(), signal.SIGTERM)
 

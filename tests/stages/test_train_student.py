@@ -298,7 +298,7 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_store, tmp_p
     class Stopping(Console):
         """SIGTERM when the first log line is shown, after step 2."""
 
-        def say(self, text: str) -> None:
+        def info(self, text: str) -> None:
             if "step 2/" in text:
                 os.kill(os.getpid(), signal.SIGTERM)
 
