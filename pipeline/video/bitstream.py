@@ -243,6 +243,45 @@ def _h264_starts(data: memoryview, length: int) -> list[int]:
 
 def _frame_num_bits(extradata: bytes, length: int) -> int:
     """Return how many bits frame_num has in the slices of a stream; 0 if unknown."""
+    widths = set()
+    for sequence in _sequences(extradata, length):
+        bits, at = _to_frame_num(sequence)
+        value, left = _exp_golomb(bits, at)
+        widths.add(value + 4 if left and value <= 12 else 0)
+    return widths.pop() if len(widths) == 1 else 0
+
+
+def codes_frames_only(extradata: bytes) -> bool:
+    """Return whether all pictures of an H.264 stream are whole frames, by its header.
+
+    Otherwise a packet may hold a field, half a frame.
+    """
+    sequences = _sequences(extradata, _length_size("h264", extradata))
+    return bool(sequences) and all(map(_has_frames_only, sequences))
+
+
+def _has_frames_only(sequence: bytes) -> bool:
+    """Return frame_mbs_only_flag of a sequence parameter set; False if that is unknown."""
+    bits, at = _to_frame_num(sequence)
+    _, at = _exp_golomb(bits, at)  # log2_max_frame_num
+    order, at = _exp_golomb(bits, at)  # pic_order_cnt_type
+    codes = 2 if order == 0 else 1  # log2_max_pic_order_cnt_lsb, max_num_ref_frames
+    if order == 1:
+        at -= 1  # delta_pic_order_always_zero_flag
+        for _ in range(2):  # offset_for_non_ref_pic, offset_for_top_to_bottom_field
+            _, at = _exp_golomb(bits, at)
+        cycle, at = _exp_golomb(bits, at)
+        codes = min(cycle, 255) + 1
+    for _ in range(codes):
+        _, at = _exp_golomb(bits, at)
+    at -= 1  # gaps_in_frame_num_value_allowed_flag
+    for _ in range(2):  # width and height in macroblocks
+        _, at = _exp_golomb(bits, at)
+    return at > 0 and bool(bits >> (at - 1) & 1)
+
+
+def _sequences(extradata: bytes, length: int) -> list[bytes]:
+    """Return the sequence parameter sets of H.264, without emulation prevention bytes."""
     units, at = extradata.split(b"\0\0\1")[1:], 6
     if length:
         units = []
@@ -250,15 +289,14 @@ def _frame_num_bits(extradata: bytes, length: int) -> int:
             end = at + 2 + int.from_bytes(extradata[at : at + 2], "big")
             units.append(extradata[at + 2 : end])
             at = end
-    sequences = (
-        unit.replace(b"\0\0\3", b"\0\0") for unit in units if unit[:1] and unit[0] & 0x1F == 7
-    )
-    widths = {_frame_num_bits_of(sequence) for sequence in sequences}
-    return widths.pop() if len(widths) == 1 else 0
+    return [unit.replace(b"\0\0\3", b"\0\0") for unit in units if unit[:1] and unit[0] & 0x1F == 7]
 
 
-def _frame_num_bits_of(sequence: bytes) -> int:
-    """Return how many bits frame_num has by a sequence parameter set; 0 if that is unknown."""
+def _to_frame_num(sequence: bytes) -> tuple[int, int]:
+    """Return the bits of a sequence parameter set and how many follow up to log2_max_frame_num.
+
+    (0, 0) if that is unknown.
+    """
     head = sequence[4:1024]
     bits, at = int.from_bytes(head, "big"), 8 * len(head)
     _, at = _exp_golomb(bits, at)  # seq_parameter_set_id
@@ -266,14 +304,13 @@ def _frame_num_bits_of(sequence: bytes) -> int:
         chroma, at = _exp_golomb(bits, at)
         at -= chroma == 3  # a bit for planes of their own, whose slices have one more field
         if chroma == 3 and bits >> max(at, 0) & 1:
-            return 0
+            return 0, 0
         for _ in range(2):  # bit_depth_luma, bit_depth_chroma
             _, at = _exp_golomb(bits, at)
         at -= 2  # qpprime_y_zero_transform_bypass_flag, seq_scaling_matrix_present_flag
         if at > 0 and bits >> at & 1:
             at = _after_scaling_lists(bits, at, 12 if chroma == 3 else 8)
-    value, left = _exp_golomb(bits, at)
-    return value + 4 if left and value <= 12 else 0
+    return bits, at
 
 
 def _after_scaling_lists(bits: int, at: int, count: int) -> int:

@@ -85,6 +85,15 @@ def open_container(path: str, *, header_only: bool = False) -> InputContainer:
         raise VideoError(_why_not_opened(absolute, error)) from error
 
 
+def is_mp4(path: str) -> bool:
+    """Return whether the file begins as an mp4."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return (file.read(8) or b"")[4:] == b"ftyp"
+    except (OSError, ValueError) as error:
+        raise VideoError(reason(error)) from error
+
+
 def file_size(path: str) -> int:
     """Return the size of a regular file in bytes.
 

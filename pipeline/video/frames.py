@@ -12,7 +12,7 @@ import numpy as np
 
 from ..common.errors import StoreMismatchError, VideoError
 from .container import digest as digest_of
-from .container import reason
+from .container import is_mp4, reason
 from .decoder import VideoIndex, VideoReader
 from .feed import NotAsPlanned
 from .geometry import View
@@ -152,7 +152,7 @@ def _read(path: str, use: Callable[[VideoReader], T]) -> T:
     """
     key = _key(path)
     stored_index = _indices.get(key)
-    if stored_index.from_header if stored_index is not None else _is_mp4(path):
+    if stored_index.from_header if stored_index is not None else is_mp4(path):
         try:
             with QuickReader(path, index=stored_index) as quick:
                 made = use(quick)
@@ -166,15 +166,6 @@ def _read(path: str, use: Callable[[VideoReader], T]) -> T:
         if stored_index is None:  # compressed data is not kept
             _indices.add(key, VideoIndex(replace(reader.packets, kept=None), reader.timeline()))
         return made
-
-
-def _is_mp4(path: str) -> bool:
-    """Return whether the file begins as an mp4."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return (file.read(8) or b"")[4:] == b"ftyp"
-    except (OSError, ValueError) as error:
-        raise VideoError(reason(error)) from error
 
 
 def _check(pts: np.ndarray, expect: tuple[np.ndarray, np.ndarray]) -> None:

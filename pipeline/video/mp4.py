@@ -14,7 +14,7 @@ Source: ISO/IEC 14496-12 §8; libavformat's mov.c.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -50,8 +50,14 @@ class QuickReader(VideoReader):
 
     _header_only = True
 
-    def __init__(self, path: str, *, index: VideoIndex | None = None) -> None:
-        super().__init__(path, index=index)
+    def __init__(
+        self,
+        path: str,
+        *,
+        index: VideoIndex | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(path, index=index, progress=progress)
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

@@ -25,6 +25,7 @@ from distinit.pipeline.video.encode import transcode, write_video
 from distinit.pipeline.video.feed import NotAsPlanned
 from distinit.pipeline.video.frames import count_frames
 from distinit.pipeline.video.mp4 import QuickReader
+from distinit.pipeline.video.probe import probe
 from distinit.pipeline.video.sampling import Sampling
 
 Row = tuple[int, int, bytes]
@@ -83,6 +84,12 @@ def check(path: Path, *, whole: bool = True, clock: str | None = None) -> int:
     with VideoReader(str(path)) as reader:
         line = reader.timeline()
         full = rows(reader.decode_plain())
+    found = probe(str(path))
+    assert (found.frames, found.keyframes) == (len(line), int(line.key.sum()))
+    with VideoReader(str(path)) as reader:
+        info = reader.info
+    assert Fraction(*found.time_base) == line.time_base
+    assert (found.width, found.height, found.codec) == (info.width, info.height, info.codec)
     assert clock is None or line.clock == clock
     assert sorted(p for _, _, p in full) == sorted(p for _, p in truth)
     if whole:

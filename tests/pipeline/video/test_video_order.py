@@ -17,7 +17,12 @@ from distinit.pipeline.common.errors import VideoError
 from distinit.pipeline.prepared.copies import read_copy
 from distinit.pipeline.prepared.make_copy import make_copy
 from distinit.pipeline.prepared.prepare_options import CopyOptions
-from distinit.pipeline.video.bitstream import NonReferencePictures, entry_test, in_doubt
+from distinit.pipeline.video.bitstream import (
+    NonReferencePictures,
+    codes_frames_only,
+    entry_test,
+    in_doubt,
+)
 from distinit.pipeline.video.container import digest
 from distinit.pipeline.video.decoder import VideoReader
 from distinit.pipeline.video.encode import transcode, write_video
@@ -378,3 +383,28 @@ def test_two_start_codes_in_a_row_are_one(codec: str, slice_: bytes) -> None:
     assert is_entry(plain)
     assert is_entry(doubled)
     assert not in_doubt(codec, None, doubled, len(doubled))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "frames_only"),
+    [
+        ("bframes=2", True),
+        ("bframes=0", True),  # another pic_order_cnt_type
+        ("cqm=jvt", True),  # scaling lists come first
+        ("interlaced=1", False),
+        ("interlaced=1:bframes=0", False),
+    ],
+)
+def test_fields_are_known_by_the_header(parameters: str, frames_only: bool, tmp_path: Path) -> None:
+    write_video(
+        tmp_path / "v.mp4",
+        numbered(0, 8),
+        fps=25,
+        codec="libx264",
+        extra={"x264-params": parameters},
+    )
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        extradata = container.streams.video[0].codec_context.extradata or b""
+    assert codes_frames_only(extradata) == frames_only
+    for length in range(len(extradata)):  # cut off anywhere, it is not believed or still whole
+        assert codes_frames_only(extradata[:length]) in (False, frames_only)

@@ -24,6 +24,7 @@ from distinit.pipeline.video.decoder import OTHER_ORDER, Rows, VideoReader
 from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.frames import read_frames
 from distinit.pipeline.video.geometry import View
+from distinit.pipeline.video.probe import probe
 from distinit.pipeline.video.sampling import Sampling
 from distinit.tests.thorough import is_thorough
 
@@ -248,6 +249,10 @@ def compare(path: Path, *, damaged: bool) -> str:
         with VideoReader(str(path)) as reader, pytest.raises(VideoError):
             _ = reader.info
         return "refused: no frame decodes"
+    counted = probe(str(path))
+    assert (counted.error, counted.frames) == (None, len(line))
+    with VideoReader(str(path)) as reader:
+        assert (counted.width, counted.height) == (reader.info.width, reader.info.height)
     shown = [frame.pixels for frame in truth]
     assert [index for index, _, _ in rows] == sorted({index for index, _, _ in rows})
     if (
