@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="what a process starts is known from /proc"
 )
 MARK = "DISTINIT_TEST_FAMILY"
-LOADER = """
+LOADER = r"""
 import multiprocessing, os, sys, threading, time
 import torch
 from distinit.pipeline.training import loader_workers
@@ -34,7 +34,7 @@ from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 start, how, when = sys.argv[1:4]
 
 def stop_here():
-    print("here", flush=True)
+    os.write(1, b"here\n")  # a print of two processes may come out as "herehere"
     time.sleep(3 if when == "before" else 1000)
 
 class Examples:
@@ -55,8 +55,8 @@ def batches():
 def consume(found):
     for number, batch in enumerate(found):
         if number == 20:
-            print("here" if when == "waiting" else "", flush=True)
             if when == "waiting":
+                os.write(1, b"here\n")
                 time.sleep(1000)
 
 if __name__ == "__main__":
@@ -76,8 +76,8 @@ if __name__ == "__main__":
     else:
         consume(batches())
 """
-DECODERS = """
-import sys, threading, time
+DECODERS = r"""
+import os, sys, threading, time
 from distinit.pipeline.video.pool.decode_pool import DecodeJob, DecodePool
 from distinit.pipeline.video.geometry import View
 from distinit.pipeline.video.sampling import Sampling
@@ -86,13 +86,13 @@ start, how, when, path = sys.argv[1:5]
 pool = DecodePool(processes=2, views=[View(resize=(64, 64))])
 events = pool.stream(DecodeJob(i, path, Sampling(every=1)) for i in range(9))
 if when == "before":
-    threading.Timer(0.05, lambda: print("here", flush=True)).start()
+    threading.Timer(0.05, lambda: os.write(1, b"here\n")).start()
 if how == "thread":
     thread = threading.Thread(target=lambda: next(events))
     thread.start()
     thread.join()
 for event in events:
-    print("here", flush=True)
+    os.write(1, b"here\n")
     time.sleep(1000)
 """
 
