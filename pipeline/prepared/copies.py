@@ -104,6 +104,8 @@ def _frames(
     pts = np.where(decodable, frame_map.pts[at], 0)
     if not decodable.all():
         fill_damaged(images, pts, decodable, distinct, required)
+    if np.array_equal(distinct, requested):
+        return Frames(images, pts, source.frames, int(np.sum(~decodable)))
     return Frames(images[place], pts[place], source.frames, int(np.sum(~decodable[place])))
 
 

@@ -23,7 +23,7 @@ from ..store.reader import TargetStore, check_video_roots
 from ..video.flow import pictures_needed
 from .class_head import read_heads
 from .picks import PickRule
-from .sampler import ClipSample, TargetSampler
+from .sampler import REMEMBERED, ClipSample, TargetSampler
 
 # For one sample: a corpus that has moved away ends a run at its first batch.
 MAX_UNREADABLE_IN_A_ROW = 20
@@ -84,6 +84,7 @@ class StudentClips(Dataset[Any]):
             check_fits(corpus.options, view, channels, folder=f"{name}={self.video_roots[name]}")
         self._failed: dict[int, str] = {}
         self._seen = np.zeros(0, bool)
+        self._sources: dict[int, _Source] = {}
 
     def __getitem__(self, key: Key) -> dict[str, Any] | None:
         return self.__getitems__([key])[0]
@@ -97,8 +98,7 @@ class StudentClips(Dataset[Any]):
 
     def _plan(self, key: Key, attempt: int = 0) -> _Plan:
         draw = self.sampler.draw(*key, attempt)
-        file = self.file(draw.video)
-        digest = self.sampler.store.digest(draw.video) or None
+        source = self._source(draw.video)
         zoom = (
             self.sampler.zoom(*key, draw.attempt)
             if self.view.scale[0] < self.view.scale[1]
@@ -109,12 +109,12 @@ class StudentClips(Dataset[Any]):
             "targets": {name: torch.from_numpy(mean) for name, mean in draw.targets.items()},
             "weight": {name: torch.tensor(weight) for name, weight in draw.weight.items()},
             "video": draw.video,
-            "name": escape_path(file.path),
+            "name": source.name,
             "start": draw.start,
         }
         if dropped := self.sampler.dropped(*key):
             example["dropped"] = {name: torch.tensor(drop) for name, drop in dropped.items()}
-        return _Plan(draw, file, digest, crop, _expected(draw), example)
+        return _Plan(draw, source, crop, _expected(draw), example)
 
     def _get(self, key: Key, plan: _Plan) -> dict[str, Any] | None:
         rejected = plan.draw.rejected
@@ -174,6 +174,17 @@ class StudentClips(Dataset[Any]):
                 return VideoFile(copies.path(store.video_path(video, {corpus: ""})), copies.kind)
         return VideoFile(store.video_path(video, self.video_roots))
 
+    def _source(self, video: int) -> _Source:
+        source = self._sources.get(video)
+        if source is None:
+            file = self.file(video)
+            digest = self.sampler.store.digest(video) or None
+            source = _Source(file, digest, escape_path(file.path))
+            if len(self._sources) >= REMEMBERED:
+                self._sources.pop(next(iter(self._sources)))
+            self._sources[video] = source
+        return source
+
     def _read(self, plan: _Plan) -> torch.Tensor | str:
         """Return the clip, uint8 [3, T, H, W] or float32 [2, T, H, W], or why it cannot be read.
 
@@ -202,12 +213,12 @@ class StudentClips(Dataset[Any]):
         return clip
 
     def _clip(self, plan: _Plan) -> torch.Tensor:
-        draw, digest = plan.draw, plan.digest
-        # Checked once. Of a copy, the map has the digest of the source.
-        if plan.file.kind == "video" and self._seen[draw.video]:
+        draw, (file, digest, _) = plan.draw, plan.source
+        # Checked once. The map of a copy holds the digest of its source.
+        if file.kind == "video" and self._seen[draw.video]:
             digest = None
         return read_clip(
-            plan.file,
+            file,
             draw.indices,
             self.view,
             channels=self.channels,
@@ -215,6 +226,14 @@ class StudentClips(Dataset[Any]):
             expect=plan.expect,
             digest=digest,
         )
+
+
+class _Source(NamedTuple):
+    """Where the frames of a video are read, its digest and its name in examples."""
+
+    file: VideoFile
+    digest: str | None
+    name: str
 
 
 class _Plan(NamedTuple):
@@ -225,8 +244,7 @@ class _Plan(NamedTuple):
     """
 
     draw: ClipSample
-    file: VideoFile
-    digest: str | None
+    source: _Source
     crop: Crop | None
     expect: tuple[Any, Any] | None
     example: dict[str, Any]
@@ -235,7 +253,10 @@ class _Plan(NamedTuple):
 def _expected(draw: ClipSample) -> tuple[Any, Any] | None:
     """Return (indices, pts) of the picked frames: the clip must show what the teachers saw."""
     # A frame picked beyond the clip, as in no video today, is not decoded and cannot be compared.
-    inside = (draw.picked >= draw.start) & (draw.picked <= draw.indices[-1])
+    first, last = draw.start, draw.indices[-1]
+    if first <= draw.picked[0] and draw.picked[-1] <= last:
+        return draw.picked, draw.picked_pts
+    inside = (draw.picked >= first) & (draw.picked <= last)
     return (draw.picked[inside], draw.picked_pts[inside]) if inside.any() else None
 
 
