@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,20 +179,46 @@ def own_store(tiny_store: TinyStore, tmp_path: Path) -> TinyStore:
     return TinyStore(tiny_store.path, tmp_path / "videos")
 
 
+def preload_fork_server() -> None:
+    """Let Python's fork server import what processes of the tests need.
+
+    Each of them would take seconds for torch alone.
+    """
+    multiprocessing.set_forkserver_preload(
+        [
+            "torchvision",
+            "torch._dynamo",
+            "distributed",
+            "distinit.pipeline.extraction.cluster",
+            *(f"distinit.stages.{name}" for name in ("train_student", "finetune", "evaluate")),
+        ]
+    )
+
+
 @pytest.fixture
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes of `--gpus N` from one that has imported torch.
-
-    Each of them would take seconds for that. `test_train_ranks` starts them as a user does, too.
-    """
+    """Fork the processes of `--gpus N`. `test_train_ranks` starts them as a user does, too."""
     from distinit.pipeline.training import launch
 
-    stages = [f"distinit.stages.{name}" for name in ("train_student", "finetune", "evaluate")]
-    multiprocessing.set_forkserver_preload(["torchvision", "torch._dynamo", *stages])
+    preload_fork_server()
     config = launch.LaunchConfig
     monkeypatch.setattr(
         launch, "LaunchConfig", lambda **given: config(**{**given, "start_method": "forkserver"})
     )
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Fork dask's workers that this process starts. Those of commands start as a user's do."""
+    import dask
+    from distributed import utils
+
+    preload_fork_server()
+    with pytest.MonkeyPatch.context() as patch:
+        # dask would preload a list of its own.
+        patch.setattr(utils, "_forkserver_preload_set", True, raising=False)
+        with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+            yield
 
 
 def moving_blobs(number: int, frames: int) -> np.ndarray:

@@ -139,6 +139,7 @@ def test_killed_twice_it_ends_as_an_undisturbed_run_and_touches_no_teacher_and_n
     assert bytes_of(tiny_store.path) == before
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_do_the_same_and_a_failed_cell_stops_no_other(tiny_store, home):
     broken = {**PLAN, "axes": {"what": {
         "random": {"train-student.targets.picks": "random"},

@@ -32,7 +32,7 @@ from distinit.pipeline.video.encode import write_video
 from distinit.pipeline.video.sampling import Sampling
 from distinit.stages.extract_targets import extract_targets
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("forked_workers")]
 
 QUIET = Console(quiet=True)
 NAME = "flaky_teachers:teacher"
@@ -72,7 +72,7 @@ def teacher(trouble):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory, forked_workers: None) -> Iterator[Path]:
     """videos/ of four shards, the teacher's module, and whole.zarr, the store of an extraction
     without trouble."""
     home = tmp_path_factory.mktemp("cluster")

@@ -185,6 +185,7 @@ def test_killed_while_it_grows_the_store_becomes_that_of_an_undisturbed_run(
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("forked_workers")
 def test_neither_workers_nor_the_order_of_listing_change_the_basis(
     home: Path, tmp_path: Path
 ) -> None:

@@ -255,6 +255,7 @@ def test_what_does_not_fit_a_store_is_refused(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("forked_workers")
 def test_dask_workers_fill_the_same_store(folder: Path, tmp_path: Path) -> None:
     extract_targets(config(folder, tmp_path / "one.zarr", sampling=Sampling(every=1)), QUIET)
     extract_targets(
