@@ -1,13 +1,12 @@
 """Turn folders, globs, lists and csv files into one ordered table; each source is a named corpus.
 
-File names are what the system gives: any bytes but NUL and the slash. They are held as `str` with
-surrogate escapes (`os.fsdecode`) and stored percent-escaped, since Zarr strings must be UTF-8.
+A file name may have any bytes except NUL and the slash. Names are `str` with surrogate escapes
+(`os.fsdecode`) and are stored percent-escaped, since Zarr strings must be UTF-8.
 
-A `Part` is the share of one of several machines that share nothing. The share of a video depends
-only on the name of its corpus and its path in it. Each machine computes its own share, also where
-the folders have different locations or one machine lists a file that another lacks, and no video
-changes its share when the list grows. The shares are therefore of nearly, not exactly, the same
-size.
+A `Part` is the share of one of several machines that share no disk. The share of a video depends
+only on the name of its corpus and its path in it. So each machine can compute its share alone, even
+if folders have different locations or one machine lacks a file, and no video changes its share when
+the list grows. The sizes of the shares are therefore only nearly equal.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from ..common.documents import read_text, refuse_windows_paths
 from ..common.errors import SourceError, UsageError
 from ..common.streams import counted
 
-MARKER = "prepared.json"  # marks a folder that `distinit prepare` made
+# Marks a folder that `distinit prepare` wrote.
+MARKER = "prepared.json"
 
 EXTENSIONS = frozenset(
     f".{ending}"
@@ -64,7 +64,7 @@ class VideoList:
     corpus: NDArray[np.int32]
     paths: list[str]
     ignored: dict[str, int] = field(default_factory=dict)
-    """Ending → how many files are left out for it."""
+    """Ending → number of files that were ignored because of it."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,7 +74,7 @@ class VideoList:
         return os.path.join(self.corpora[int(self.corpus[i])].root, self.paths[i])
 
     def describe(self) -> str:
-        """Return `12 videos in clips`, and what was ignored."""
+        """Return a text such as `12 videos in clips`, with the ignored files."""
         ignored = ", ".join(
             f"{n} {ext or 'without extension'}" for ext, n in sorted(self.ignored.items())
         )
@@ -86,40 +86,44 @@ class VideoList:
 
 @dataclass(frozen=True)
 class Part:
-    """Share `number` of `of`, counted from 1."""
+    """Share `number` of `num_parts`, counted from 1."""
 
     number: int
-    of: int
+    num_parts: int
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Read `i/n` with 1 ≤ i ≤ n; UsageError for anything else."""
+        """Read `i/n` with 1 ≤ i ≤ n.
+
+        Raises:
+            UsageError: The text has another form.
+        """
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise UsageError(f"must be i/n with 1 ≤ i ≤ n, as in 2/8, got {text!r}")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
+        return f"{self.number}/{self.num_parts}"
 
-    def holds(self, corpus: str, path: str) -> bool:
+    def contains(self, corpus: str, path: str) -> bool:
         """Return whether the video at `path` of the corpus is in this share."""
         key = os.fsencode(corpus) + b"\0" + os.fsencode(path)
         digest = hashlib.blake2b(key, digest_size=8).digest()
-        return int.from_bytes(digest, "big") % self.of == self.number - 1
+        return int.from_bytes(digest, "big") % self.num_parts == self.number - 1
 
     def share(self, videos: VideoList) -> VideoList:
         """Return the videos of this share, in their order."""
         names = [c.name for c in videos.corpora]
-        keep = [
+        indices = [
             i
             for i, path in enumerate(videos.paths)
-            if self.holds(names[int(videos.corpus[i])], path)
+            if self.contains(names[int(videos.corpus[i])], path)
         ]
         return VideoList(
             videos.corpora,
-            videos.corpus[np.array(keep, np.int64)],
-            [videos.paths[i] for i in keep],
+            videos.corpus[np.array(indices, np.int64)],
+            [videos.paths[i] for i in indices],
             videos.ignored,
         )
 
@@ -131,12 +135,12 @@ def list_videos(sources: Sequence[str]) -> VideoList:
     a video), a quoted glob, one video file, a list (`list.txt` or `@list`: one path per line,
     relative to the list; a trailing label as in `a.mp4 3` is ignored) or a csv file with a column
     `path`. A line of a list that begins with `#` is a comment unless a file has that name. NAME
-    defaults to the name of the folder or list. Files that a list names and that do not exist stay
-    in the table: they get a status and are not silently omitted.
+    defaults to the name of the folder or list. Listed files that do not exist stay in the table, so
+    that they get a status and are not silently omitted.
 
     Raises:
-        SourceError: A source names nothing, one name has two folders, or a list is in UTF-16 or has
-            Windows paths.
+        SourceError: A source has no videos, one name has two folders, or a list is in UTF-16 or
+            has Windows paths.
     """
     corpora: dict[str, str] = {}
     rows: dict[tuple[str, str], None] = {}
@@ -146,7 +150,7 @@ def list_videos(sources: Sequence[str]) -> VideoList:
         name, root, paths = _expand(source, skipped)
         if corpora.setdefault(name, root) != root:
             raise SourceError(
-                f"{source}: corpus {name!r} is {corpora[name]} already; give this one another name, as in new={root}"
+                f"{source}: corpus {name!r} is already {corpora[name]}; give this one another name, as in new={root}"
             )
         if not paths:
             endings = ", ".join(
@@ -178,7 +182,8 @@ def escape_path(path: str) -> str:
 
     All other characters stay as they are.
     """
-    if path.isprintable():  # as nearly all are: a name goes with every clip
+    # The usual case, made fast: the function is called for every clip.
+    if path.isprintable():
         return path.replace("%", "%25")
     return "".join(
         c
@@ -189,10 +194,10 @@ def escape_path(path: str) -> str:
 
 
 def unescape_path(text: str) -> str:
-    """Return the path that `escape_path` was given.
+    """Return the path whose `escape_path` is the text.
 
-    A zero byte, which no path has, stays escaped: text from a third party then names a file that
-    does not exist, and not one at which every function of the system raises.
+    A zero byte, which no path has, stays escaped. Text from a third party then names a file that
+    does not exist; a path with a zero byte would make system functions raise ValueError.
     """
     if "%" not in text and "\0" not in text:  # as nearly all are: every clip has a path
         return text
@@ -202,47 +207,51 @@ def unescape_path(text: str) -> str:
 
 
 def strip_label(line: str) -> str:
-    """Remove the label from `path 3` and `path,3`, as lists of labelled videos have them."""
-    labelled = _LABEL.fullmatch(line)
-    return labelled[1].rstrip(",").rstrip() if labelled else line
+    """Remove the label from `path 3` and `path,3`, the lines of lists of labelled videos."""
+    match = _LABEL.fullmatch(line)
+    return match[1].rstrip(",").rstrip() if match else line
 
 
 def _expand(source: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
-    """Name, root and relative paths of one source."""
-    named = _NAME.fullmatch(source)
-    # `a=b` may be a folder's own name: what exists as it stands is taken as it stands.
-    name, where = (named[1], named[2]) if named and not os.path.lexists(source) else (None, source)
-    where = os.path.expanduser(where)
-    if where.startswith("@") and not os.path.exists(where):
-        return _listed(source, name, where[1:], csv_file=where.lower().endswith(".csv"))
-    if os.path.isdir(where):
-        root = os.path.abspath(where)
+    """Return the name, the root and the relative paths of one source."""
+    match = _NAME.fullmatch(source)
+    # A folder may be named `a=b`, so an existing path is not split.
+    name, location = (
+        (match[1], match[2]) if match and not os.path.lexists(source) else (None, source)
+    )
+    location = os.path.expanduser(location)
+    if location.startswith("@") and not os.path.exists(location):
+        return _read_list(source, name, location[1:], csv_file=location.lower().endswith(".csv"))
+    if os.path.isdir(location):
+        root = os.path.abspath(location)
         return name or _basename(root), root, _walk(root, ignored)
-    if os.path.isfile(where):
-        ending = os.path.splitext(where)[1].lower()
+    if os.path.isfile(location):
+        ending = os.path.splitext(location)[1].lower()
         if ending in (".txt", ".lst", ".list", ".csv"):
-            return _listed(source, name, where, csv_file=ending == ".csv")
-        root = os.path.dirname(os.path.abspath(where))
-        return name or _basename(root), root, [os.path.basename(where)]
-    if glob.has_magic(where):
-        return _globbed(name, where, ignored)
+            return _read_list(source, name, location, csv_file=ending == ".csv")
+        root = os.path.dirname(os.path.abspath(location))
+        return name or _basename(root), root, [os.path.basename(location)]
+    if glob.has_magic(location):
+        return _expand_glob(name, location, ignored)
     raise SourceError(f"{source}: no such folder, video, list or glob")
 
 
 def _walk(root: str, ignored: Counter[str]) -> list[str]:
     """List the video files below `root`, relative to it.
 
-    Each folder is visited once, by its own name rather than that of a link to it. Names with a
-    leading dot are skipped, and so are folders of prepared copies below `root`.
+    Each folder is visited once, under its own name before the name of a link to it. Names with a
+    leading dot and folders of prepared copies below `root` are skipped.
     """
     videos: list[str] = []
-    seen: set[tuple[int, int]] = set()
+    visited_folders: set[tuple[int, int]] = set()
     tops = [root]
-    for top in tops:  # links to folders are added behind
+    # Links to folders are added at the end during the loop.
+    for top in tops:
         for folder, folders, names in os.walk(top, onerror=_unreadable):
             status = os.stat(folder)
-            visited = (status.st_dev, status.st_ino) in seen
-            seen.add((status.st_dev, status.st_ino))
+            identity = status.st_dev, status.st_ino
+            visited = identity in visited_folders
+            visited_folders.add(identity)
             if copies := MARKER in names and folder != root and not visited:
                 ignored["folder of prepared copies"] += 1
             if copies or visited:
@@ -257,20 +266,22 @@ def _walk(root: str, ignored: Counter[str]) -> list[str]:
 
 
 def _videos(paths: Iterable[str], ignored: Counter[str]) -> list[str]:
-    kept = []
+    videos = []
     for path in paths:
         base = os.path.basename(path)
         if base.startswith("."):
             continue
         if is_video(base):
-            kept.append(path)
+            videos.append(path)
         else:
             ignored[os.path.splitext(base)[1].lower()] += 1
-    return kept
+    return videos
 
 
-def _globbed(name: str | None, pattern: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
-    # The name of the working folder is no pattern, whatever characters it has.
+def _expand_glob(
+    name: str | None, pattern: str, ignored: Counter[str]
+) -> tuple[str, str, list[str]]:
+    # The working folder is not part of the pattern, even if its name has magic characters.
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)
     root = os.path.abspath(os.path.join("", *fixed))
     matches = [os.path.abspath(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
@@ -278,7 +289,7 @@ def _globbed(name: str | None, pattern: str, ignored: Counter[str]) -> tuple[str
     return name or _basename(root), root, sorted(set(paths), key=os.fsencode)
 
 
-def _listed(
+def _read_list(
     source: str, name: str | None, file: str, *, csv_file: bool
 ) -> tuple[str, str, list[str]]:
     root = os.path.dirname(os.path.abspath(file))
@@ -287,12 +298,12 @@ def _listed(
     except OSError as error:
         raise SourceError(f"{source}: {error.strerror}") from None
     if csv_file:
-        lines = _paths_of_csv(source, text)
+        listed = _paths_of_csv(source, text)
     else:
-        named = (_named_by(line, root) for line in text.split("\n"))
-        lines = [path for path in named if path is not None]
-    refuse_windows_paths(file, root, lines)
-    paths = [os.path.normpath(os.path.relpath(p, root) if os.path.isabs(p) else p) for p in lines]
+        parsed = (_path_in_line(line, root) for line in text.split("\n"))
+        listed = [path for path in parsed if path is not None]
+    refuse_windows_paths(file, root, listed)
+    paths = [os.path.normpath(os.path.relpath(p, root) if os.path.isabs(p) else p) for p in listed]
     stem = os.path.splitext(os.path.basename(file))[0]
     return name or stem, root, paths
 
@@ -302,16 +313,17 @@ def _paths_of_csv(source: str, text: str) -> list[str]:
     try:
         if "path" not in (reader.fieldnames or ()):
             columns = ", ".join(reader.fieldnames or ()) or "none"
-            raise SourceError(f"{source}: needs a column `path`, it has: {columns}")
+            raise SourceError(f"{source}: requires a column `path`, it has: {columns}")
         return [row["path"] for row in reader if row["path"]]
     except csv.Error as error:
         raise SourceError(f"{source}: not a csv file ({error})") from None
 
 
-def _named_by(line: str, root: str) -> str | None:
+def _path_in_line(line: str, root: str) -> str | None:
     """Return the path of one line of a list, or None for a comment or an empty line.
 
-    `path 3` and `path,3` lose the label, and `#…` is a comment, unless a file has that very name.
+    In `path 3` and `path,3` the label is removed, and `#…` is a comment, unless a file has exactly
+    that name.
     """
     line = line.strip()
     if not line or os.path.exists(os.path.join(root, line)):

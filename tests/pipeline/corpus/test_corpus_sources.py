@@ -120,7 +120,7 @@ def test_what_names_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
     for source, words in (
         (str(tmp_path / "nowhere"), "no such folder"),
         (str(tmp_path / "empty"), "no videos found"),
-        (str(tmp_path / "bad.csv"), "needs a column `path`"),
+        (str(tmp_path / "bad.csv"), "requires a column `path`"),
         (str(tmp_path / "@nolist"), "no such"),
     ):
         with pytest.raises(SourceError, match=words):
