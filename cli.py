@@ -270,7 +270,7 @@ class StageCommand(click.Command):
                 file=given["file"],
                 options=options,
                 settings=given["settings"],
-                dropped=replaced,
+                replaced=replaced,
                 flags=flags,
             )
             result = stage(config, console)

@@ -328,7 +328,7 @@ def _copy(
                 }
             else:
                 row = {"status": "ok", **answer}
-            watch.see(i, row.get("reason"), videos.absolute(i))
+            watch.add(i, row.get("reason"), videos.absolute(i))
             held.append((i, row))
             if not watch.watching:
                 record()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UsageError, VideoError
-from ..common.worker_status import at
+from ..common.worker_status import record_read
 from ..prepared.copies import read_copy
 from ..prepared.flow_files import STEPS, STILL, read_flow
 from ..prepared.folders import VideoFile, check_current, kind_of, source_of
@@ -64,7 +64,7 @@ def count_frames(file: VideoFile) -> int:
     Raises:
         VideoError: The video has no frames, or its copy was made of another one.
     """
-    with at(file.path):
+    with record_read(file.path):
         return _count(file)
 
 
@@ -101,7 +101,7 @@ def read_clip(
         expect: See `video.frames.read_frames`, which also lists what is raised.
         digest: See `video.frames.read_frames`.
     """
-    with at(file.path):
+    with record_read(file.path):
         if file.kind == "flow":
             stored, bound, _ = _flow_of(file, frames, view, expect, digest)
             return _flow_clip(stored, bound, view, crop)
@@ -127,14 +127,14 @@ def read_clips(
     if file.kind == "flow":
         each, damaged = [], 0
         for clip in frames:
-            with at(file.path):
+            with record_read(file.path):
                 stored, bound, repeated = _flow_of(file, clip, view)
             each += [
                 _in_pixels(cut, bound) for cut in view.cuts(stored.transpose(0, 2, 3, 1), crops)
             ]
             damaged += repeated
         return Clips(torch.stack(each), frames.size, damaged)
-    with at(file.path):
+    with record_read(file.path):
         read = _READERS[file.kind](file.path, distinct, view.frame_view())
     indices = torch.from_numpy(place.reshape(frames.shape))
     # [3, N, crops, L, H, W].

@@ -1,1 +1,1 @@
-"""What has no subject of its own: errors, config, console, files, locks, weights."""
+"""Helpers of no subject of their own: errors, config, console, files, locks, weights."""

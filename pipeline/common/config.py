@@ -63,8 +63,8 @@ SECTIONS = (
 )
 
 
-# Keys of version 0.1 → their names now. Configs that it stored, and identities in its checkpoints,
-# are read with them; in a digest, which must never change, the first names stay.
+# Keys of version 0.1 → their current names, for its configs and the identities in its checkpoints.
+# Digests keep the first names, since they must never change.
 RENAMED_KEYS = {
     "clips.length": "clips.clip_frames",
     "targets.filter": "targets.filter_mode",
@@ -80,12 +80,12 @@ RENAMED_KEYS = {
 
 
 def current_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored section or identity with the names that its keys have now."""
+    """Return a stored section or identity with the current names of its keys."""
     return _renamed(stored, RENAMED_KEYS)
 
 
 def first_keys(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section with the names that its keys had in version 0.1."""
+    """Return a section with the names of its keys in version 0.1."""
     return _renamed(section, {new: old for old, new in RENAMED_KEYS.items()})
 
 
@@ -113,7 +113,7 @@ def load_config(
     layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
     options: Mapping[str, Any] | None = None,
     settings: Sequence[str] = (),
-    dropped: Sequence[str] = (),
+    replaced: Sequence[str] = (),
     flags: Mapping[str, str] | None = None,
 ) -> C:
     """Return the validated config of one command.
@@ -123,22 +123,23 @@ def load_config(
         command: Its name, which is the section of a file.
         preset: Name of a preset.
         file: A YAML file.
-        layers: (Name in messages, nested keys), over preset and file.
-        options: Dotted key → value; None means that the option was not given.
+        layers: Pairs of a name for messages and nested keys, which override preset and file.
+        options: Dotted key → value, None for an option that was not given.
         settings: "a.b=value" with values in YAML.
-        dropped: Keys of preset and file that an option replaces, as --fps does with sampling.every.
+        replaced: Keys of preset and file that an option makes void, as --fps does with
+            sampling.every.
         flags: Dotted key → the option that sets it, for messages.
 
     Raises:
         UsageError: One line: the key, where its value comes from, the value, what is allowed.
     """
-    below: list[tuple[str, Mapping[str, Any]]] = []
+    base_layers: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:
-        below.append((f"preset {preset}", preset_section(preset, command)))
+        base_layers.append((f"preset {preset}", preset_section(preset, command)))
     if file is not None:
-        below.append((file, current_keys(_section(read_yaml(Path(file)), command, file))))
+        base_layers.append((file, current_keys(_section(read_yaml(Path(file)), command, file))))
     all_layers: list[tuple[str, Mapping[str, Any]]] = [
-        (origin, _without(layer, dropped)) for origin, layer in below
+        (origin, _without(layer, replaced)) for origin, layer in base_layers
     ]
     all_layers += layers
     for key, value in (options or {}).items():
@@ -174,7 +175,7 @@ def presets() -> list[str]:
 def preset_section(preset: str, command: str) -> dict[str, Any]:
     """Return one command's section of a preset that ships with the package."""
     if preset not in presets():
-        raise UsageError(f"--preset: no preset {preset!r}; there are: {', '.join(presets())}")
+        raise UsageError(f"--preset: no preset {preset!r}; allowed: {', '.join(presets())}")
     text = (CONF / f"{preset}.yaml").read_text(encoding="utf-8")
     return _section(_parse(text, f"preset {preset}"), command, f"preset {preset}")
 
@@ -184,7 +185,7 @@ def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
 
     Args:
         path: The file.
-        option: What named it, for messages.
+        option: The option that named it, for messages.
 
     Raises:
         UsageError: There is no such file, or it is not such YAML.
@@ -215,13 +216,13 @@ def parse_setting(setting: str) -> tuple[str, Any]:
         raise UsageError(f"--set {setting}: not YAML: {_yaml_problem(error)}") from None
 
 
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `above` laid over `below`.
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `overrides`.
 
-    Mappings are merged, everything else (lists too) is replaced.
+    Mappings are merged, all other values (lists, too) are replaced.
     """
-    result = dict(below)
-    for key, value in above.items():
+    result = dict(base)
+    for key, value in overrides.items():
         old = result.get(key)
         result[key] = (
             merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
@@ -230,9 +231,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """Return a dotted key and its value as mappings in mappings."""
-    first, dot, rest = key.partition(".")
-    return {first: nested(rest, value) if dot else value}
+    """Return a dotted key and its value as nested mappings."""
+    section, dot, inner_key = key.partition(".")
+    return {section: nested(inner_key, value) if dot else value}
 
 
 def known_keys(model: type[Options], prefix: str = "") -> list[str]:
@@ -249,10 +250,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [key.value for key, _ in node.value]
-        twice = next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
-        if twice is not None:
+        duplicate = next(
+            (name for name, count in Counter(map(str, names)).items() if count > 1), None
+        )
+        if duplicate is not None:
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice!r} twice", node.start_mark
+                None, None, f"key {duplicate!r} twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -264,13 +267,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         value = load_yaml(text, _Loader)
     except yaml.YAMLError as error:
-        raise UsageError(f"{where}: not YAML: {_yaml_problem(error)}") from None
+        raise UsageError(f"{source}: not YAML: {_yaml_problem(error)}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{where}: expected one section per command ({', '.join(SECTIONS)})")
+        raise UsageError(f"{source}: expected one section per command ({', '.join(SECTIONS)})")
     return value
 
 
@@ -280,25 +283,25 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"{problem} (line {mark.line + 1})" if mark else str(problem)
 
 
-def _section(content: dict[str, Any], command: str, where: str) -> dict[str, Any]:
+def _section(content: dict[str, Any], command: str, source: str) -> dict[str, Any]:
     unknown = [str(key) for key in content if key not in SECTIONS]
     if unknown:
         raise UsageError(
-            f"{where}: unknown section {unknown[0]!r}; a file has sections {', '.join(SECTIONS)}"
+            f"{source}: unknown section {unknown[0]!r}; a file has sections {', '.join(SECTIONS)}"
         )
     section = content.get(command)
     if command not in content:
-        raise UsageError(f"{where}: no section {command!r}; it has: {', '.join(content)}")
+        raise UsageError(f"{source}: no section {command!r}; it has: {', '.join(content)}")
     if not isinstance(section, dict | None):
-        raise UsageError(f"{where}: section {command!r} must hold keys, got {section!r}")
+        raise UsageError(f"{source}: section {command!r} must hold keys, got {section!r}")
     return section or {}
 
 
-def _without(layer: Mapping[str, Any], dropped: Sequence[str], prefix: str = "") -> dict[str, Any]:
+def _without(layer: Mapping[str, Any], removed: Sequence[str], prefix: str = "") -> dict[str, Any]:
     return {
-        key: _without(value, dropped, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        key: _without(value, removed, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in layer.items()
-        if f"{prefix}{key}" not in dropped
+        if f"{prefix}{key}" not in removed
     }
 
 
@@ -318,10 +321,10 @@ def _explain(
 ) -> str:
     by_key: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():
-        key, rest = _field_of(problem["loc"], model)
-        # Of a union pydantic tells what is wrong with every branch, after the branch's name.
+        key, inner_loc = _field_of(problem["loc"], model)
+        # For a union pydantic reports the problems of every branch, with its name in the location.
         by_key.setdefault(key, []).append(
-            {**problem, "loc": (*key.split("."), *rest) if key else rest}
+            {**problem, "loc": (*key.split("."), *inner_loc) if key else inner_loc}
         )
     problems = [_likeliest(each) for each in by_key.values()]
     text = _problem(problems[0], model, origins, flags)
@@ -331,9 +334,9 @@ def _explain(
 def _field_of(
     loc: tuple[int | str, ...], model: type[Options]
 ) -> tuple[str, tuple[int | str, ...]]:
-    """Return the dotted key of the field that a problem is in, and where in its value it is.
+    """Return the dotted key of the field with a problem, and the location inside its value.
 
-    Names of a union's branches are left out.
+    The location has no names of a union's branches.
     """
     inner: type[Options] | None = model
     for depth, part in enumerate(loc):
@@ -355,9 +358,9 @@ def _branches(annotation: Any) -> list[Any]:
 
 
 def _likeliest(problems: list[ErrorDetails]) -> ErrorDetails:
-    """Return the problem with the branch of a union whose type the value has.
+    """Return the problem of the union's branch whose type the value has.
 
-    There the value itself is what is wrong.
+    In that branch the value itself is wrong, not its type.
     """
     return next((each for each in problems if not each["type"].endswith("_type")), problems[0])
 
@@ -370,14 +373,15 @@ def _problem(
 ) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     origin = next(
-        (where for name, where in origins.items() if key == name or key.startswith(f"{name}.")), ""
+        (source for name, source in origins.items() if key == name or key.startswith(f"{name}.")),
+        "",
     )
     origin = origin or next(
-        (where for name, where in origins.items() if name.startswith(f"{key}.")), ""
+        (source for name, source in origins.items() if name.startswith(f"{key}.")), ""
     )
-    place = f" ({origin})" if origin else ""
+    shown_origin = f" ({origin})" if origin else ""
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{place}{_near(key, known_keys(model))}"
+        return f"unknown key {key!r}{shown_origin}{_suggestion(key, known_keys(model))}"
     flag = next(
         (option for name, option in flags.items() if key == name or key.startswith(f"{name}.")), ""
     )
@@ -386,28 +390,29 @@ def _problem(
         return f"{label}: a value is needed" + ("" if flag else f", by --set {key}=… or --config")
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, DistInitError):
-        return f"{label}{place}: {cause}" if key else str(cause)
+        return f"{label}{shown_origin}: {cause}" if key else str(cause)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
     message = message.replace("must be a valid", "must be a", 1).replace(
         "a integer", "an integer", 1
     )
     if problem["type"] in ("value_error", "assertion_error"):
-        return f"{label}{place}: {message}" if key else message
-    return f"{label}: got {problem['input']!r}{place}, {message[:1].lower()}{message[1:]}"
+        return f"{label}{shown_origin}: {message}" if key else message
+    return f"{label}: got {problem['input']!r}{shown_origin}, {message[:1].lower()}{message[1:]}"
 
 
-def _near(key: str, known: Sequence[str]) -> str:
-    if key in known:
+def _suggestion(key: str, allowed: Sequence[str]) -> str:
+    """Return the end of a message about an unknown key: similar keys, or all that are allowed."""
+    if key in allowed:
         # Only --set takes keys with dots: in YAML a section is a mapping.
         *sections, last = key.split(".")
         nested = "".join(f"{name}: {{" for name in sections)
         return f"; write it as nested sections, {nested}{last}: VALUE{'}' * len(sections)}"
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    similar = difflib.get_close_matches(key, allowed, n=3, cutoff=0.6)
     last = key.rpartition(".")[2]
-    near += [name for name in known if name.rpartition(".")[2] == last and name not in near]
-    if not near:
-        tails = {name.rpartition(".")[2]: name for name in known}
-        near = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=3)]
-    if near:
-        return f"; did you mean {' or '.join(near[:3])}?"
-    return f"; there are: {', '.join(known)}"
+    similar += [name for name in allowed if name.rpartition(".")[2] == last and name not in similar]
+    if not similar:
+        by_last = {name.rpartition(".")[2]: name for name in allowed}
+        similar = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=3)]
+    if similar:
+        return f"; did you mean {' or '.join(similar[:3])}?"
+    return f"; allowed: {', '.join(allowed)}"

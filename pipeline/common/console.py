@@ -1,4 +1,4 @@
-"""The screen: lines and progress on standard error, tables and one JSON object on standard output.
+"""Lines and progress on standard error, tables and one JSON object on standard output.
 
 Stages write to a `Console`. All other code logs below `distinit`, where a message may be a `Table`,
 and opens a `progress_bar`: a console shows both while it is entered, on a terminal, in a notebook
@@ -34,18 +34,18 @@ from .progress_bar import ProgressBar, show_progress
 from .streams import as_json, never_fail_to_encode, printable, raw_stream
 from .tables import Table
 
-PLAIN_EVERY_S, NOTEBOOK_EVERY_S = 10.0, 0.5
+PLAIN_INTERVAL_S, NOTEBOOK_INTERVAL_S = 10.0, 0.5
 PLAIN_WIDTH = 120
 LOGGER = "distinit"
 
 
 class Console:
-    """Where a stage writes; as a context manager, also where log records and progress are shown.
+    """The output of a stage. As a context manager it also shows log records and progress.
 
     Args:
-        json: Keep standard output for the one object given to `result`; everything else goes to
+        json: Reserve standard output for the object given to `result`; everything else goes to
             standard error.
-        quiet: Show no lines and no progress, warnings only.
+        quiet: Show warnings, but no other lines and no progress.
 
     Example:
         with Console(quiet=True) as console:
@@ -62,21 +62,21 @@ class Console:
     ) -> None:
         self.json = json
         self.quiet = quiet
-        # Kept from the start: while --json runs, sys.stdout is pointed at standard error, because
-        # libraries print.
+        # Taken before a command with --json redirects sys.stdout to standard error, which it does
+        # because libraries print.
         never_fail_to_encode(sys.stdout, sys.stderr)
         self._stdout = stdout or sys.stdout
         self._err = _console(stderr or sys.stderr)
         self._out = self._err if json else _console(self._stdout)
-        self._shown = ExitStack()
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._shown.enter_context(_show_records(_Handler(self)))
-        self._shown.enter_context(show_progress(self.progress))
+        self._stack.enter_context(_show_records(_Handler(self)))
+        self._stack.enter_context(show_progress(self.progress))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._shown.close()
+        self._stack.close()
 
     def info(self, text: str) -> None:
         """Write a line on standard error."""
@@ -90,13 +90,13 @@ class Console:
     def table(self, renderable: RenderableType) -> None:
         """Write a rich table or text on standard output (with json: on standard error)."""
         if isinstance(renderable, RichTable):
-            # Two long names that are cut to the same beginning cannot be told apart.
+            # If long names were cut, two with the same beginning would look alike.
             for column in renderable.columns:
                 column.overflow = "fold"
         self._out.print(renderable, highlight=False)
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """Write the one JSON object on standard output; without json nothing."""
+        """Write the one JSON object on standard output if `json` is set."""
         if self.json:
             self._stdout.write(as_json(plain(value)) + "\n")
             self._stdout.flush()
@@ -107,8 +107,8 @@ class Console:
     ) -> Iterator[ProgressBar]:
         """Show a bar with rate and ETA on a terminal, a line every ten seconds elsewhere.
 
-        In a notebook the line is replaced in place. `info` and `warn` may be called meanwhile.
-        `total` None: not known (yet).
+        In a notebook the line is replaced in place. `info` and `warn` may be called in the block.
+        `total` is None while it is not known.
         """
         if self.quiet:
             yield ProgressBar()
@@ -117,10 +117,10 @@ class Console:
                 yield _Bar(bar, printable(description), total, unit)
         else:
             notebook = self._err.is_jupyter
-            write, every_s = (
-                (_cell_line(), NOTEBOOK_EVERY_S) if notebook else (self.info, PLAIN_EVERY_S)
+            write, interval_s = (
+                (_cell_line(), NOTEBOOK_INTERVAL_S) if notebook else (self.info, PLAIN_INTERVAL_S)
             )
-            lines = _Lines(write, every_s, description, total, unit)
+            lines = _Lines(write, interval_s, description, total, unit)
             yield lines
             lines.close()
 
@@ -129,7 +129,7 @@ class Console:
 
 
 class _Handler(logging.Handler):
-    """Shows the records of a logger on a console."""
+    """A log handler that shows records on a console."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -147,24 +147,24 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def _show_records(handler: logging.Handler) -> Iterator[None]:
-    """Show what is logged below `distinit` by this handler alone, and by those of the root."""
+    """Show log records below `distinit` with this handler and those of the root logger alone."""
     logger = logging.getLogger(LOGGER)
-    before = logger.handlers[:], logger.level, logger.propagate
-    logger.handlers = [*(h for h in before[0] if not isinstance(h, _Handler)), handler]
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    logger.handlers = [*(h for h in handlers if not isinstance(h, _Handler)), handler]
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    # Where nobody has set up the root, a library that calls `logging.warning` gives it a handler,
-    # which would show everything a second time.
-    logger.propagate = before[2] and bool(logging.getLogger().handlers)
+    # If nobody has set up the root logger, a library that calls `logging.warning` gives it a
+    # handler, which would show everything a second time.
+    logger.propagate = propagate and bool(logging.getLogger().handlers)
     try:
         yield
     finally:
-        logger.handlers, logger.propagate = before[0], before[2]
-        logger.setLevel(before[1])
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def _cell_line() -> Callable[[str], None]:
-    """Return a function that shows a line in the output of a cell, in place of the one before."""
+    """Return a function that replaces the line shown in the output of a notebook's cell."""
     from IPython.display import display
 
     line = display({"text/plain": ""}, raw=True, display_id=True)
@@ -176,9 +176,9 @@ def _cell_line() -> Callable[[str], None]:
 
 
 def plain(value: Any) -> Any:
-    """Return the value in JSON's own types.
+    """Return the value in JSON's types.
 
-    NumPy scalars and arrays are unpacked, NaN and infinity become null.
+    NumPy scalars and arrays become numbers and lists, NaN and infinity become null.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -194,45 +194,47 @@ def plain(value: Any) -> Any:
 
 
 class CleanConsole(RichConsole):
-    """A rich console on which no text commands the terminal.
+    """A rich console that escapes control characters in text.
 
-    Its own escape codes (colours, the bar) do.
+    Its own escape codes (colours, the bar) reach the terminal.
     """
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Render as rich does, and escape what is not printable, whatever its renderable."""
+        """Render as rich does, and escape the unprintable characters of all renderables."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text, lines=True), style, control)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make a `Text` of a cell."""
+        """Return the text of a cell, escaped."""
         # Escaped before its width is measured, so that columns stay aligned.
         return super().render_str(printable(text, lines=True), **options)
 
 
 def _console(file: TextIO) -> RichConsole:
     console = CleanConsole(file=raw_stream(file), markup=False, emoji=False, highlight=False)
+    # Rich's guess where there is no terminal, which cuts file names.
     if not console.is_terminal and console.width == 80:
-        console.width = PLAIN_WIDTH  # rich's guess where there is no terminal cuts file names
+        console.width = PLAIN_WIDTH
     return console
 
 
 class _Rate(ProgressColumn):
-    """Units done of all, and units per second."""
+    """A column of progress: completed and total units, and units per second."""
 
     def render(self, task: Task) -> Text:
         unit, speed = task.fields["unit"], task.finished_speed or task.speed
-        done = _done(task.completed, task.total, unit)
-        return Text(done + (f" {_rate(speed)} {unit}/s" if speed and unit else ""))
+        completed = _completed(task.completed, task.total, unit)
+        return Text(completed + (f" {_rate(speed)} {unit}/s" if speed and unit else ""))
 
 
 def _bar(console: RichConsole) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=16),  # leaves 80 columns to the rest
+        # Narrow, so that a line fits 80 columns.
+        BarColumn(bar_width=16),
         _Rate(),
         TextColumn("ETA", markup=False),
         TimeRemainingColumn(),
@@ -250,7 +252,7 @@ class _Bar(ProgressBar):
 
     def advance(self, n: float = 1, **fields: object) -> None:
         if fields:
-            self._progress.update(self._task, text=_words(fields))
+            self._progress.update(self._task, text=_field_text(fields))
         self._progress.advance(self._task, n)
 
     def update(self, text: str) -> None:
@@ -266,59 +268,59 @@ class _Lines(ProgressBar):
     def __init__(
         self,
         write: Callable[[str], None],
-        every_s: float,
+        interval_s: float,
         description: str,
         total: float | None,
         unit: str,
     ) -> None:
-        self._write, self._every_s = write, every_s
+        self._write, self._interval_s = write, interval_s
         self._description, self._total, self._unit = description, total, unit
-        self._done = 0.0
+        self._count = 0.0
         self._text = ""
-        self._began = self._written = time.monotonic()
-        self._shown = 0.0
+        self._start = self._written = time.monotonic()
+        self._reported_count = 0.0
 
     def advance(self, n: float = 1, **fields: object) -> None:
-        self._done += n
-        self.update(_words(fields) if fields else self._text)
+        self._count += n
+        self.update(_field_text(fields) if fields else self._text)
 
     def update(self, text: str) -> None:
         self._text = text
-        if time.monotonic() - self._written >= self._every_s:
+        if time.monotonic() - self._written >= self._interval_s:
             self._report()
 
     def set_total(self, total: float | None) -> None:
         self._total = total
 
     def close(self) -> None:
-        if self._done != self._shown:
+        if self._count != self._reported_count:
             self._report()
 
     def _report(self) -> None:
         now = time.monotonic()
-        rate = self._done / max(now - self._began, 1e-9)
-        parts = [f"{self._description}: {_done(self._done, self._total, self._unit)}"]
-        if self._done:
+        rate = self._count / max(now - self._start, 1e-9)
+        parts = [f"{self._description}: {_completed(self._count, self._total, self._unit)}"]
+        if self._count:
             parts.append(f"{_rate(rate)} {self._unit}/s")
-        if self._total is not None and 0 < self._done < self._total:
-            parts.append(f"ETA {clock((self._total - self._done) / rate)}")
+        if self._total is not None and 0 < self._count < self._total:
+            parts.append(f"ETA {clock((self._total - self._count) / rate)}")
         if self._text:
             parts.append(self._text)
         self._write(", ".join(parts))
-        self._written, self._shown = now, self._done
+        self._written, self._reported_count = now, self._count
 
 
-def _words(fields: Mapping[str, object]) -> str:
-    shown = (
+def _field_text(fields: Mapping[str, object]) -> str:
+    parts = (
         f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
         for name, value in fields.items()
     )
-    return printable(" ".join(shown))
+    return printable(" ".join(parts))
 
 
-def _done(done: float, total: float | None, unit: str) -> str:
-    """Return units done of all, as in `3/8 videos`."""
-    return f"{done:.0f}{'' if total is None else f'/{total:.0f}'} {unit}".rstrip()
+def _completed(count: float, total: float | None, unit: str) -> str:
+    """Return completed and total units, as in `3/8 videos`."""
+    return f"{count:.0f}{'' if total is None else f'/{total:.0f}'} {unit}".rstrip()
 
 
 def _rate(rate: float) -> str:

@@ -1,4 +1,4 @@
-"""Worker processes by dask, on this machine or on an existing cluster."""
+"""Dask workers on this machine or on an existing cluster."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
 
-ANSWER_WITHIN = "20s"  # of a scheduler
+CONNECT_TIMEOUT = "20s"
 LOOPBACK = "127.0.0.1"
-# Open files of the process that starts workers: 21 and 9 per worker were counted once they run.
+# Open files of the process that starts workers. Counted while they ran: 21, and 9 per worker.
 OWN_FILES, FILES_PER_WORKER = 64, 16
-STARTS = 3  # of a local cluster, before the run is given up
-# What dask does next to the work, often enough that two idle workers and their scheduler were
-# measured at a fifth of a core, and seldom enough at a fiftieth. Workers here are few and a task
-# lasts minutes.
-QUIET = {
+MAX_STARTS = 3
+# Intervals of dask's own monitoring. Two idle workers and their scheduler took a fifth of a core
+# with dask's defaults and take a fiftieth with these. There are few workers, and a task lasts
+# minutes.
+MONITORING = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "5s",
@@ -38,27 +38,28 @@ def cluster(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     import dask
     from distributed import Client
 
-    # A worker that dies three times on one shard has met something that kills workers.
+    # If workers die three times on one shard, the shard is at fault.
     dask.config.set(
         {"distributed.scheduler.allowed-failures": 3, "distributed.admin.low-level-log-length": 100}
     )
     if scheduler is not None:
         try:
-            connected = Client(scheduler, timeout=ANSWER_WITHIN)
-        except (ValueError, TypeError) as error:  # an address of no known form; tls:// without keys
+            connected = Client(scheduler, timeout=CONNECT_TIMEOUT)
+        # An address in an unknown form, or tls:// without keys.
+        except (ValueError, TypeError) as error:
             raise DistInitError(
                 f"--scheduler {scheduler}: expected tcp://HOST:PORT, or tls://HOST:PORT and keys in dask's "
                 f"configuration ({in_one_line(error)})"
             ) from None
         except OSError as error:
             raise DistInitError(
-                f"--scheduler {scheduler}: no dask scheduler answers there ({error})"
+                f"--scheduler {scheduler}: no dask scheduler answers at this address ({error})"
             ) from None
         with connected as client:
             log.info("dask dashboard: %s", client.dashboard_link)
             yield client
         return
-    with dask.config.set(QUIET), _local_cluster(workers) as local, Client(local) as client:
+    with dask.config.set(MONITORING), _local_cluster(workers) as local, Client(local) as client:
         log.info("dask dashboard: %s", client.dashboard_link)
         yield client
 
@@ -66,15 +67,15 @@ def cluster(workers: int | None, scheduler: str | None) -> Iterator[Client]:
 def _local_cluster(workers: int | None) -> LocalCluster:
     """Start worker processes on this machine.
 
-    Ctrl-C does not reach them: it is for the client, which ends them.
+    Ctrl-C does not reach them: it interrupts the client, which ends them.
 
-    Whoever can speak to a scheduler or a worker runs code as this user. So they listen on the
-    loopback interface only, and speak TLS with a key that this process makes and hands to its
-    workers: other accounts of the machine have none. The dashboard shows what is done and takes no
-    orders.
+    Whoever can connect to a scheduler or a worker can run code as this user. So they listen on the
+    loopback interface only, with TLS and a key that this process makes and passes to its workers.
+    Other accounts of the machine do not have it. The dashboard shows progress and accepts no
+    commands.
 
-    A process inherits the signals that its parent blocks, and dask starts (and restarts) workers
-    from the thread of its event loop, which is started here and keeps what is blocked here.
+    A process inherits the blocked signals of its parent. Dask starts (and restarts) workers from
+    the thread of its event loop, which is started here and inherits the signals blocked here.
     """
     from multiprocessing import resource_tracker
 
@@ -83,8 +84,9 @@ def _local_cluster(workers: int | None) -> LocalCluster:
 
     count = workers or cores()
     require_descriptors(OWN_FILES + FILES_PER_WORKER * count, f"--workers {count}")
-    resource_tracker.ensure_running()  # where it has to be started later, Python unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Started later, it would make Python unblock the signal.
+    resource_tracker.ensure_running()
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         starts = 0
         while True:
@@ -96,21 +98,24 @@ def _local_cluster(workers: int | None) -> LocalCluster:
                     processes=True,
                     host=LOOPBACK,
                     dashboard_address=f"{LOOPBACK}:0",
-                    worker_dashboard_address=f"{LOOPBACK}:0",  # else everywhere, in older versions
+                    # Older versions listen on all interfaces by default.
+                    worker_dashboard_address=f"{LOOPBACK}:0",
                     security=Security.temporary(),
-                    silence_logs=logging.CRITICAL,  # a restart or a heartbeat cut off by the end costs nothing
+                    # Restarts, and heartbeats that the end interrupts, are harmless.
+                    silence_logs=logging.CRITICAL,
                 )
-            except RuntimeError as error:  # a worker died before it was up
-                if starts == STARTS:
+            # A worker died before it was ready.
+            except RuntimeError as error:
+                if starts == MAX_STARTS:
                     raise DistInitError(
                         f"--workers {workers}: the workers do not start ({error})"
                     ) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def gpu_of_worker() -> int | None:
-    """Return the GPU of this dask worker, by the number in its name; None with fewer than two."""
+    """Return the GPU of this dask worker, from the number in its name; None with fewer than two."""
     import torch
     from distributed import get_worker
 

@@ -1,4 +1,4 @@
-"""Which device a stage computes on, from what the user typed."""
+"""The device that a stage computes on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"(auto|cpu|mps|cuda(?::(\d+))?)")
 
 
 def _available() -> list[str]:
-    """Names that `resolve_device` would accept on this machine, `auto` aside."""
+    """Return the names that `resolve_device` accepts on this machine, except `auto`."""
     names = ["cpu"]
     if torch.cuda.is_available():
         names += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -26,44 +26,47 @@ def _available() -> list[str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there.
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into an existing device.
 
     `auto` takes the first CUDA device, else Apple's GPU, else the CPU; it never fails. A plain
     `cuda` is the current CUDA device, which a launcher may have set.
 
     Raises:
-        DeviceError: the name is not one of these, or the device is not on this machine.
+        DeviceError: The name is not one of these, or the machine does not have the device.
     """
-    found = _NAME.fullmatch(name.strip().lower())
-    if found is None:
+    match = _NAME.fullmatch(name.strip().lower())
+    if match is None:
         raise DeviceError(
             f"device {name!r} is not known; allowed: auto, cpu, cuda, cuda:INDEX, mps"
         )
-    kind, index = found[1].partition(":")[0], found[2]
+    kind, index = match[1].partition(":")[0], match[2]
     if kind == "auto":
         mps = torch.backends.mps.is_available
         kind = "cuda" if torch.cuda.is_available() else "mps" if mps() else "cpu"
-    why = ""
+    reason = ""
     if kind == "cuda" and torch.cuda.is_available():
         number = torch.cuda.current_device() if index is None else int(index)
         if number < torch.cuda.device_count():
             return torch.device("cuda", number)
     elif kind == "cuda":
-        built = torch.version.cuda or torch.version.hip
-        without = f"torch {torch.__version__} is built without CUDA"
-        why = f" ({'no GPU or no driver' if built else without})"
+        if torch.version.cuda or torch.version.hip:
+            reason = " (no GPU or no driver)"
+        else:
+            reason = f" (torch {torch.__version__} is built without CUDA)"
     elif kind == "cpu" or torch.backends.mps.is_available():
         return torch.device(kind)
-    raise DeviceError(f"device {name!r} is not there{why}; available: {', '.join(_available())}")
+    raise DeviceError(
+        f"device {name!r} is not available{reason}; allowed: {', '.join(_available())}"
+    )
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones, for the rest of the process.
+    """Let glibc reuse the memory of freed tensors, from now on in this process.
 
-    By default it maps every large tensor anew and gives it back when it is freed, so that each
-    layer's output is made of pages that the system zeroes first: a third of a convolutional
-    network's time on a CPU (docs/benchmarks.md). Elsewhere than on Linux with glibc nothing
-    happens.
+    By default glibc maps memory for each large tensor and unmaps it when the tensor is freed. The
+    system then has to zero the pages of every layer's output, which takes a third of a
+    convolutional network's time on a CPU (docs/benchmarks.md). Systems without glibc are left as
+    they are.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,8 +1,8 @@
 """The processes that train one model together: their ranks, and the values that they exchange.
 
-These values go over gloo between CPUs, also where gradients go over NCCL: a process that has ended
-is noticed at once. Every method but `same_error` and the properties is a collective: all ranks call
-it, in the same order.
+The values are exchanged by gloo between CPUs, also if gradients are exchanged by NCCL, since gloo
+reports the end of a process at once. All methods except `same_error` and the properties are
+collectives: all ranks call them in the same order.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process of `world`, number `rank`; by default the only one.
+    """One of the processes of a run; by default the only one.
 
     Args:
         rank: Number of the process.
         world: Number of processes.
-        local_rank: Its number on its machine, which is that of its GPU.
+        local_rank: Number of the process on its machine, and of its GPU.
         group: The gloo group, None for a single process.
     """
 
@@ -40,13 +40,13 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Check whether this is rank 0, which writes files and shows text."""
+        """Return whether this is rank 0, which writes files and shows text."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor on the CPU over the ranks, in place."""
         if self.world > 1:
-            with self._others():
+            with self._name_lost_rank():
                 dist.all_reduce(values, group=self.group)
         return values
 
@@ -55,14 +55,14 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        with self._others():
+        with self._name_lost_rank():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone, and return its result on all ranks.
 
-        What it raises there is raised on all.
+        An error of `work` is raised on all ranks.
         """
         if self.world == 1:
             return work()
@@ -72,7 +72,7 @@ class Ranks:
                 outcome[0] = work()
             except DistInitError as error:
                 outcome[1] = error
-        with self._others():
+        with self._name_lost_rank():
             dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
             outcome[1].shared = True
@@ -84,7 +84,7 @@ class Ranks:
     def holding(self, lock: AbstractContextManager[None]) -> Iterator[None]:
         """Hold a lock on rank 0 alone during the block.
 
-        What is raised when it is taken is raised on all.
+        An error of taking the lock is raised on all ranks.
         """
         with ExitStack() as stack:
             self.on_main(lambda: stack.enter_context(lock))
@@ -107,9 +107,9 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def synchronized(self, batches: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
-        """Yield the batches, as long as every rank has one and none was asked to stop.
+        """Yield batches while every rank has one and none has to stop.
 
-        An error on the way to a batch is raised on every rank.
+        An error of the iterator is raised on all ranks.
         """
         iterator = iter(batches)
         if self.world == 1:
@@ -154,8 +154,8 @@ class Ranks:
         return error
 
     @contextmanager
-    def _others(self) -> Iterator[None]:
-        """Name the end of another process in the block.
+    def _name_lost_rank(self) -> Iterator[None]:
+        """Turn a failed exchange in the block into an error that gives the reason.
 
         Raises:
             RankLostError: Another process has ended.
@@ -174,13 +174,13 @@ SINGLE_PROCESS = Ranks()
 
 
 def launched() -> bool:
-    """Check whether torchrun (or `--gpus`) has started this process as one of several."""
+    """Return whether torchrun (or `--gpus`) has started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
 def join_ranks(device: str, init_method: str = "env://") -> Iterator[Ranks]:
-    """Connect the ranks of the launcher's environment; each takes the GPU of its local number.
+    """Connect the ranks that a launcher started; each uses the GPU with its local number.
 
     Args:
         device: As in `loop.device`.
@@ -201,7 +201,7 @@ def join_ranks(device: str, init_method: str = "env://") -> Iterator[Ranks]:
         count = torch.cuda.device_count()
         if local >= count:
             raise DeviceError(
-                f"process {local} of this machine has no GPU of its own: the machine has {count}"
+                f"process {local} of this machine has no GPU: the machine has {count}"
             )
         torch.cuda.set_device(local)
     try:
@@ -220,7 +220,7 @@ def join_ranks(device: str, init_method: str = "env://") -> Iterator[Ranks]:
         ranks = Ranks(
             rank, world, local, dist.new_group(backend="gloo") if gpu else dist.group.WORLD
         )
-        # One that failed while others still connect would end them with an error of gloo's.
+        # Wait for all ranks: one that fails earlier would end the others with an error of gloo.
         ranks.sum(torch.zeros(1))
         yield ranks
     finally:

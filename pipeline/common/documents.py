@@ -1,8 +1,8 @@
-"""JSON, YAML and lists that others may have written: read whole, as plain data of a known form.
+"""Read JSON, YAML and lists that others may have written, as plain data of a known form.
 
-A folder of runs may come from anybody. What is read of it is a regular file inside of it, no larger
-than such a file can be, nested no deeper than people nest, and of the form that its reader relies
-on; otherwise one error names the file. Lists and csv files are text in UTF-8, as editors save it.
+A folder of runs may come from anybody. Each file that is read must be a regular file inside the
+folder, with limits of size and nesting, and have the form that its reader relies on; otherwise the
+error names the file. Lists and csv files are text in UTF-8, as editors save it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from .errors import DistInitError, ListError, SourceError, short
 MAX_BYTES = 256 << 20
 MAX_LIST_BYTES = 1 << 30
 MAX_YAML_BYTES = 1 << 20
-MAX_YAML_VALUES = 1_000_000  # each alias counts as many as the values that it repeats
-MAX_DEPTH = 48  # of lists and mappings in each other; YAML is written by a recursive function
+# An alias counts as many as the values that it repeats.
+MAX_YAML_VALUES = 1_000_000
+# Depth of nested lists and mappings; the function that writes YAML is recursive.
+MAX_DEPTH = 48
 
-_MARKS = {
+_BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -40,17 +42,17 @@ F = TypeVar("F", bound="Form")
 
 
 class Form(BaseModel):
-    """The part of a document that is relied on; the rest is ignored. Numbers are finite.
+    """The part of a document that readers rely on; other keys are ignored. Numbers are finite.
 
-    `what` names it in messages.
+    `noun` names it in messages.
     """
 
-    what: ClassVar[str] = "an object"
+    noun: ClassVar[str] = "an object"
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 def is_regular_file(path: Path, inside: Path | None = None) -> bool:
-    """Check whether a file exists that can be read.
+    """Return whether a readable file exists.
 
     Raises:
         SourceError: It is a pipe, a device or a folder, or a link that leads out of the folder
@@ -122,8 +124,8 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
     """Return the value of a YAML text, without Python's own tags; the one place where YAML is read.
 
     Raises:
-        yaml.YAMLError: no YAML, or one that is too long, nested too deeply, contains itself, or has
-            aliases of aliases that stand for more values than any document has.
+        yaml.YAMLError: It is not YAML, too long, nested too deeply, contains itself, or has aliases
+            that stand for more than MAX_YAML_VALUES values.
     """
     if len(text) > MAX_YAML_BYTES:
         raise yaml.YAMLError(f"more than {MAX_YAML_BYTES:,} characters")
@@ -131,7 +133,7 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
         stream = loader(text)
         try:
             root = stream.get_single_node()
-            # Before anything is built of the nodes: merge keys (`<<`) copy what aliases stand for.
+            # Counted before objects are built: merge keys (`<<`) copy the values of aliases.
             if _count(root, {}, 0) > MAX_YAML_VALUES:
                 raise yaml.YAMLError(f"aliases that stand for more than {MAX_YAML_VALUES:,} values")
             return None if root is None else stream.construct_document(root)
@@ -139,22 +141,22 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
             stream.dispose()
     except RecursionError:
         raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
-    # A number or date that YAML has and Python does not.
+    # YAML has numbers and dates that Python does not have.
     except (ValueError, TypeError, OverflowError) as error:
         raise yaml.YAMLError(f"a value that cannot be read ({error})") from error
 
 
-def _count(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
-    """Return how many values a node holds, itself included; an alias is followed once."""
+def _count(node: yaml.Node | None, counts: dict[int, int], depth: int) -> int:
+    """Return the number of values in a node, itself included; an alias is followed once."""
     if depth > MAX_DEPTH:
         raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep, or in itself")
     if not isinstance(node, yaml.CollectionNode):
         return 1
-    if id(node) not in known:
+    if id(node) not in counts:
         mapping = isinstance(node, yaml.MappingNode)
         inner = chain.from_iterable(node.value) if mapping else node.value
-        known[id(node)] = 1 + sum(_count(each, known, depth + 1) for each in inner)
-    return known[id(node)]
+        counts[id(node)] = 1 + sum(_count(each, counts, depth + 1) for each in inner)
+    return counts[id(node)]
 
 
 def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str, Any]:
@@ -174,28 +176,28 @@ def read_json(path: Path, form: type[F], inside: Path | None = None) -> dict[str
 
 
 def require_form(
-    content: Any, form: type[F], where: str, error: type[DistInitError] = SourceError
+    content: Any, form: type[F], prefix: str, error: type[DistInitError] = SourceError
 ) -> dict[str, Any]:
     """Return the content, a mapping, if it has the form.
 
     Raises:
-        error: It has another form; the message has `where`, the key and the value.
+        error: It has another form; the message begins with `prefix` and has the key and the value.
     """
     if not isinstance(content, dict):
-        raise error(f"{where}: not {form.what} (a {type(content).__name__})")
+        raise error(f"{prefix}: not {form.noun} (a {type(content).__name__})")
     try:
         form.model_validate(content)
     except ValidationError as invalid:
-        first = invalid.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        problem = invalid.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
         raise error(
-            f"{where}: not {form.what} ({place}: {first['msg']}, got {short(first.get('input'))})"
+            f"{prefix}: not {form.noun} ({key}: {problem['msg']}, got {short(problem.get('input'))})"
         ) from None
     return content
 
 
 def inner_path(text: str) -> str:
-    """Return a path below a folder, as a record names it.
+    """Return a relative path of a record, if it stays in its folder.
 
     Raises:
         ValueError: The path may leave the folder.
@@ -206,12 +208,11 @@ def inner_path(text: str) -> str:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a list; bytes that are not UTF-8, as file names may have them, become surrogates.
+    """Read a list as text; bytes that are not UTF-8, as in file names, become surrogates.
 
     Raises:
-        ListError: the file is UTF-16, UTF-32 or not text, or larger than a list of some million
-            videos.
-        OSError: it cannot be read.
+        ListError: The file is UTF-16, UTF-32 or not text, or has more than MAX_LIST_BYTES.
+        OSError: It cannot be read.
     """
     with open(path, "rb") as file:
         data = (
@@ -221,13 +222,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
         )
     if data is None or len(data) > MAX_LIST_BYTES:
         raise ListError(
-            f"{os.fspath(path)}: more than {MAX_LIST_BYTES:,} bytes, which is no list of videos or labels"
+            f"{os.fspath(path)}: more than {MAX_LIST_BYTES:,} bytes, too large for a list of videos or labels"
         )
-    named = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
-    if named is None and b"\0" in data:  # in UTF-16 without a mark every line end has one
-        named = "UTF-16 without a byte order mark, or not text"
-    if named is not None:
-        raise ListError(f"{os.fspath(path)}: the file is {named}; save it as text in UTF-8")
+    encoding = next(
+        (name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None
+    )
+    # In UTF-16 every line end has a zero byte.
+    if encoding is None and b"\0" in data:
+        encoding = "UTF-16 without a byte order mark, or not text"
+    if encoding is not None:
+        raise ListError(f"{os.fspath(path)}: the file is {encoding}; save it as text in UTF-8")
     return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
@@ -237,7 +241,7 @@ def is_utf8(text: str) -> bool:
 
 
 def refuse_windows_paths(file: str, root: str, paths: list[str]) -> None:
-    r"""Raise ListError for `C:\a.mp4`, `\\host\a.mp4` and `b\a.mp4` that are no files of `root`."""
+    r"""Raise ListError for `C:\a.mp4`, `\\host\a.mp4` or `b\a.mp4`, unless it exists in `root`."""
     none_exists: bool | None = None
     for path in paths:
         if "\\" not in path and not _WINDOWS.match(path):
@@ -247,11 +251,12 @@ def refuse_windows_paths(file: str, root: str, paths: list[str]) -> None:
         windows = bool(_WINDOWS.match(path)) or os.path.exists(
             os.path.join(root, path.replace("\\", "/"))
         )
-        if not windows:  # a Linux file may have a backslash in its name, and may have been deleted
+        # A file of Linux may have a backslash in its name, and may have been deleted.
+        if not windows:
             if none_exists is None:
                 none_exists = not any(os.path.lexists(os.path.join(root, each)) for each in paths)
             windows = none_exists
         if windows:
             raise ListError(
-                f"{file}: {path!r} is a path of Windows; expected paths with /, relative to {root} or absolute"
+                f"{file}: {path!r} is a Windows path; expected paths with /, relative to {root} or absolute"
             )

@@ -1,8 +1,8 @@
-"""Every error a user can meet, in one small hierarchy, and one line for any other exception.
+"""All errors that a user can meet, in one small hierarchy, and one line for other exceptions.
 
-Each is also the builtin it resembles, so that callers who do not know this package can catch it.
-`exit_code` is what the command line returns: 2 for wrong use, 1 for a failure of the job itself.
-Messages are one line: the file or option, the value found, the values allowed.
+Each is also the builtin that it resembles, so that callers who do not know this package can catch
+it. The command line returns its `exit_code`: 2 for wrong use, 1 for a failure of the job itself.
+Messages are one line: the file or option, its value, the values allowed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class DistInitError(Exception):
 
     exit_code = 1
     shared = False
-    """Raised alike in every process of one run, so that one of them tells it."""
+    """Whether every process of the run raises this error, so that only one has to print it."""
 
 
 class UsageError(DistInitError, ValueError):
@@ -56,7 +56,7 @@ class StoreError(DistInitError, OSError):
 
 
 class StoreMismatchError(DistInitError, ValueError):
-    """Two identities differ: of teachers, sampling, videos or stores. Names both sides."""
+    """Two identities (of teachers, sampling, videos or stores) differ. The message names both."""
 
 
 class CheckpointError(DistInitError, ValueError):
@@ -68,11 +68,11 @@ class LabelsError(DistInitError, ValueError):
 
 
 class ListError(SourceError, LabelsError):
-    """A list or a csv file is not text in UTF-8, or names files in the way of another system."""
+    """A list or a csv file is not text in UTF-8, or has the paths of another system."""
 
 
 class DeviceError(UsageError):
-    """A device was asked for that this machine does not have."""
+    """The machine does not have the requested device."""
 
 
 class TrainingError(DistInitError, RuntimeError):
@@ -80,7 +80,7 @@ class TrainingError(DistInitError, RuntimeError):
 
 
 class WorkerDied(TrainingError):
-    """A loader process died or gave no answer.
+    """A loader process died or does not respond.
 
     `path` is the file that it was reading, and `reason` why that file may be at fault; both may be
     empty.
@@ -91,7 +91,7 @@ class WorkerDied(TrainingError):
 
 
 class RankLostError(TrainingError):
-    """Another process of the same run has ended; its own error says why."""
+    """Another process of the same run has ended; its own error gives the reason."""
 
 
 class TrainingInterrupted(DistInitError, RuntimeError):
@@ -104,7 +104,7 @@ class TrainingInterrupted(DistInitError, RuntimeError):
 
 
 def short(value: object) -> str:
-    """Return how Python writes a value, for a message: at most 80 characters."""
+    """Return the repr of a value for a message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -122,25 +122,27 @@ def in_one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def third_party(who: str, failure: type[DistInitError]) -> Iterator[None]:
-    """Raise `failure` for whatever third-party code in the block raises, except errors of distinit.
+def third_party(prefix: str, failure: type[DistInitError]) -> Iterator[None]:
+    """Turn exceptions of third-party code in the block into `failure`.
 
-    who: begins the message.
+    Args:
+        prefix: Begins the message.
+        failure: Type of the error that is raised.
     """
     try:
         yield
     except DistInitError:
         raise
     except Exception as error:
-        raise failure(f"{who}: {in_one_line(error)}") from error
+        raise failure(f"{prefix}: {in_one_line(error)}") from error
 
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Return one line and the exit code for any exception."""
-    full = full_disk(error)
-    if full is not None:
+    disk_error = full_disk(error)
+    if disk_error is not None:
         return (
-            f"disk full while writing{_file_of(full, error)}; free some space and run it again",
+            f"disk full while writing{_file_of(disk_error, error)}; free some space and run it again",
             1,
         )
     if isinstance(error, DistInitError):
@@ -151,45 +153,46 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, ModuleNotFoundError):
         return f"{error} (is the installation complete? pip install distinit)", 1
-    words = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {words[0]} (--debug shows where)", 1
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]} (--debug shows where)", 1
 
 
 def full_disk(error: BaseException) -> OSError | None:
-    """Return the error of a full disk or quota that led to `error`, if one did."""
+    """Return the error of a full disk or quota that caused `error`, None for another cause."""
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return cause
     return None
 
 
-def _file_of(full: OSError, error: BaseException) -> str:
-    if full.filename:
-        return f" {full.filename}"
+def _file_of(disk_error: OSError, error: BaseException) -> str:
+    if disk_error.filename:
+        return f" {disk_error.filename}"
     return f": {error}" if isinstance(error, DistInitError) else ""
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 
 
 def limit_met(error: BaseException) -> str | None:
-    """Return which limit of the system an error speaks of and how to raise it, None for another.
+    """Return a message for an error about a system limit, None for another error.
 
-    Libraries that pass descriptors between processes drop the number of the error and keep its
-    words.
+    Libraries that pass descriptors between processes keep the message of such an error without its
+    number.
     """
-    import resource  # Windows has none, where --help works
+    # Windows has no such module, and --help works there.
+    import resource
 
-    number, words = getattr(error, "errno", None), str(error)
+    number, message = getattr(error, "errno", None), str(error)
     if (
         number in (errno.EMFILE, errno.ENFILE)
-        or "Too many open files" in words
-        or "items of ancdata" in words
+        or "Too many open files" in message
+        or "items of ancdata" in message
     ):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"too many open files: a process may have {limit}; raise that limit (ulimit -n)"
@@ -206,54 +209,56 @@ _VARYING = re.compile(r"0x[0-9a-f]+|/[^\s:,'\"]+|'[^']*'|\"[^\"]*\"|\d+(\.\d+)?"
 class SameFailure:
     """Stop a run whose first videos all fail for one reason, before that reason is recorded.
 
-    It is hardly the videos' own.
+    Such a reason is rarely the fault of the videos.
 
     Args:
-        limit: Number of videos whose outcome is watched; 0: of none.
+        limit: Number of videos to watch; 0 watches none.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._seen: dict[int, str] = {}
+        self._reasons: dict[int, str] = {}
         self._kind: str | None = None
         self.watching = limit > 0
 
-    def see(self, video: int, reason: str | None, path: str) -> None:
+    def add(self, video: int, reason: str | None, path: str) -> None:
         """Add the reason of a video, None if it is usable.
 
         Raises:
-            DistInitError: It is the last that was waited for, and all failed for one reason.
+            DistInitError: It is the last of `limit` videos, and all failed for one reason.
         """
-        if not self.watching or video in self._seen:
+        if not self.watching or video in self._reasons:
             return
         kind = _kind(reason, path) if reason is not None else None
         if reason is None or self._kind not in (None, kind):
             self.watching = False
             return
         self._kind = kind
-        self._seen[video] = reason
-        if len(self._seen) >= self._limit:
-            self._stop(f"the first {len(self._seen)} videos")
+        self._reasons[video] = reason
+        if len(self._reasons) >= self._limit:
+            self._stop(f"the first {len(self._reasons)} videos")
 
     def finish(self) -> None:
-        """End the watch: there are no more videos.
+        """End the watch after the last video.
 
         Raises:
             DistInitError: All of them failed for one reason.
         """
-        if self.watching and self._seen:
-            self._stop("the one video" if len(self._seen) == 1 else f"all {len(self._seen)} videos")
+        if self.watching and self._reasons:
+            self._stop(
+                "the one video" if len(self._reasons) == 1 else f"all {len(self._reasons)} videos"
+            )
 
     def _stop(self, which: str) -> None:
-        reason = next(iter(self._seen.values()))
+        reason = next(iter(self._reasons.values()))
         raise DistInitError(
-            f"{which} failed for one reason, nothing of them is recorded: {reason}; "
-            "if it is the videos' own, --max-failures 0 records it and continues"
+            f"{which} failed for one reason, none of them is recorded: {reason}; "
+            "if the videos are at fault, --max-failures 0 records it and continues"
         )
 
 
 def _kind(reason: str, path: str) -> str:
-    """Return the reason without what varies from video to video: its name, numbers, addresses."""
+    """Return the reason without parts that vary per video: its name, numbers, addresses."""
     for name in (path, os.path.basename(path)):
         reason = reason.replace(name, "")
     return _VARYING.sub("", reason)

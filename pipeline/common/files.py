@@ -1,8 +1,8 @@
-"""Files that are written whole or not at all, and what a killed process leaves of one.
+"""Write files whole or not at all, and remove the temporary files of killed processes.
 
 A file is written under a temporary name next to it, `.NAME.PID.partial`, and then renamed, so that
-every reader sees the old content or the new one. Both the file and its folder are synced: a file
-that another one names survives a crash of the machine.
+every reader sees the old content or the new one. Both the file and its folder are synced, so that
+a file to which another one refers survives a crash of the machine.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from pathlib import Path
 from .errors import DistInitError, UsageError
 from .streams import printable
 
-_IN_STORE = re.compile(
-    r".+\.[0-9a-f]{32}\.partial"  # of zarr, which writes a file under this name and renames it
-    r"|\.?zarr\.json\.\d+\.partial"  # without the dot: of version 0.1
+# Zarr's temporary names, and those of this module; version 0.1 wrote them without the first dot.
+_TEMPORARY_IN_STORE = re.compile(
+    r".+\.[0-9a-f]{32}\.partial"
+    r"|\.?zarr\.json\.\d+\.partial"
 )
-_IN_RUN = re.compile(r"\..+\.\d+\.partial")
+_TEMPORARY_IN_RUN = re.compile(r"\..+\.\d+\.partial")
 
 
 @contextmanager
 def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     """Give `path` the content that the block writes into the yielded temporary path.
 
-    If the block raises, `path` is untouched and the temporary file is removed. A link that has one
-    of the two names is replaced, never followed. Missing folders are made.
+    If the block raises, `path` is untouched and the temporary file is removed. A link at
+    one of the two paths is replaced, never followed. Missing folders are created.
 
     Args:
         path: The file to write.
@@ -48,7 +49,7 @@ def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
         os.replace(part, path)
         fsync_path(path.parent)
     except BaseException as error:
-        # A failed write(2) does not know its file; errors of our own have no number.
+        # The error of a failed write(2) has no file name. Errors of this package have no number.
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)
         with suppress(OSError):
@@ -68,8 +69,8 @@ def write_whole(
         with replacing(path) as part, open(part, "xb") as file:
             file.write(content)
     except OSError as error:
-        kept = "; the one before is untouched" if path.exists() else ""
-        raise failure(f"cannot write {path}: {error.strerror or error}{kept}") from error
+        remark = "; the existing file is unchanged" if path.exists() else ""
+        raise failure(f"cannot write {path}: {error.strerror or error}{remark}") from error
 
 
 def write_page(path: Path, content: str | bytes) -> None:
@@ -92,14 +93,14 @@ def fsync_path(path: Path) -> None:
 
 
 def sweep_store(root: Path) -> None:
-    """Remove temporary files from a store, whose lock must be held: no living process owns them."""
+    """Remove temporary files from a store. The caller holds its lock, so no file is in use."""
     for folder, _, names in os.walk(root):
-        for name in filter(_IN_STORE.fullmatch, names):
+        for name in filter(_TEMPORARY_IN_STORE.fullmatch, names):
             os.unlink(os.path.join(folder, name))
 
 
 def sweep_run(folder: Path) -> None:
-    """Remove temporary files from a run folder, whose lock must be held, and its checkpoints."""
+    """Remove temporary files from a run folder and its checkpoints. The caller holds its lock."""
     for path in (*folder.iterdir(), *folder.glob("checkpoints/.*")):
-        if _IN_RUN.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
+        if _TEMPORARY_IN_RUN.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
             path.unlink()

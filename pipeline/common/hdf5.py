@@ -1,8 +1,8 @@
-"""HDF5 files: `Hdf5Writer` writes every one, `open_hdf5` opens every one that is read.
+"""HDF5 files: `Hdf5Writer` writes all of them, `open_hdf5` opens all of them for reading.
 
 On a full disk HDF5 itself crashes the process when it closes the file (h5py 3, HDF5 1.14). And a
-file may name others: a link, external storage or a virtual data set shows the content of any file
-of its reader as its own.
+file may refer to others: by a link, external storage or a virtual data set it can show the content
+of any file that its reader may open.
 """
 
 from __future__ import annotations
@@ -46,19 +46,20 @@ def open_hdf5(
 ) -> Iterator[h5py.File]:
     """Open a file for reading.
 
-    Each of its objects must have the type of its format and be stored in the file itself. Whatever
-    is raised while the file is open, but for errors of distinit, is taken for damage.
+    Each of its objects must have the type of its format and be stored in the file itself. All
+    exceptions while the file is open, except errors of distinit, are taken for damage.
 
     Args:
         path: The file.
         tables: Path of each data set that the format has → kinds of its values (numpy's letters, or
             STRING) and allowed numbers of dimensions. A file need not have all of them.
-        groups: Paths of the groups that it has.
-        checked: This very file was opened here before, and need not be looked through again.
+        groups: Paths of the groups that the format has.
+        checked: The file was opened and checked before, and is not checked again.
 
     Raises:
         FileNotFoundError: There is no such file.
-        Hdf5Error: Not HDF5, another object, one that is stored elsewhere, damage.
+        Hdf5Error: The file is not HDF5 or damaged, or has an object that the format does not have
+            or that is stored elsewhere.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -67,7 +68,8 @@ def open_hdf5(
             yield file
     except (FileNotFoundError, DistInitError):
         raise
-    except Exception as error:  # h5py raises any kind for damage: OSError, KeyError, RuntimeError, AttributeError, …
+    # h5py raises all kinds for damage: OSError, KeyError, RuntimeError, AttributeError, …
+    except Exception as error:
         raise Hdf5Error(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
@@ -78,58 +80,65 @@ def _check_group(
     groups: tuple[str, ...],
     size: int,
 ) -> None:
-    """Raise Hdf5Error if a group has an object other than these. size: of the file, bytes.
+    """Raise Hdf5Error if a group has an object other than these.
 
-    By h5py's low-level interface, for which the objects need not be made: a loader opens a file for
-    each clip.
+    It uses h5py's low-level interface, which is faster: a loader opens a file for each clip.
+
+    Args:
+        group: The group.
+        prefix: Its path with a slash, empty for the root.
+        tables: As in `open_hdf5`.
+        groups: As in `open_hdf5`.
+        size: Size of the file in bytes.
     """
     if len(group) > len(tables) + len(groups):
         raise Hdf5Error(f"{len(group)} objects, more than the format has")
     for name in group:
-        where = prefix + os.fsdecode(name)
-        # Before the object itself is opened, which would follow the link.
+        path = prefix + os.fsdecode(name)
+        # Checked before the object is opened, which would follow the link.
         if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
-            raise Hdf5Error(f"{where!r} is a link, maybe to another file: refused")
-        found = h5py.h5o.open(group, name)
-        if where in groups and isinstance(found, h5py.h5g.GroupID):
-            _check_group(found, f"{where}/", tables, groups, size)
-        elif where in tables and isinstance(found, h5py.h5d.DatasetID):
-            _check_table(found, where, *tables[where], size)
+            raise Hdf5Error(f"{path!r} is a link, maybe to another file: refused")
+        item = h5py.h5o.open(group, name)
+        if path in groups and isinstance(item, h5py.h5g.GroupID):
+            _check_group(item, f"{path}/", tables, groups, size)
+        elif path in tables and isinstance(item, h5py.h5d.DatasetID):
+            _check_table(item, path, *tables[path], size)
         else:
-            raise Hdf5Error(f"{where!r} is no object of the format")
+            raise Hdf5Error(f"{path!r} is no object of the format")
 
 
 def _check_table(
-    table: h5py.h5d.DatasetID, where: str, kinds: str, dimensions: Dimensions, size: int
+    table: h5py.h5d.DatasetID, path: str, kinds: str, dimensions: Dimensions, size: int
 ) -> None:
-    """Raise Hdf5Error if a data set is stored outside the file or has other values than these."""
+    """Raise Hdf5Error if a data set is stored outside the file or has other types or shapes."""
     properties, shape, dtype = table.get_create_plist(), table.shape, table.dtype
     layout = properties.get_layout()
     if layout == h5py.h5d.VIRTUAL or properties.get_external_count():
-        raise Hdf5Error(f"{where!r} is stored in other files: refused")
+        raise Hdf5Error(f"{path!r} is stored in other files: refused")
     text = h5py.check_string_dtype(dtype) is not None
     allowed = (dimensions,) if isinstance(dimensions, int) else dimensions
     other_kind = not text if kinds == STRING else text or dtype.kind not in kinds
     if other_kind or len(shape or ()) not in allowed:
-        raise Hdf5Error(f"{where!r} is {dtype} {shape}, which the format does not have")
+        raise Hdf5Error(f"{path!r} is {dtype} {shape}, which the format does not have")
     filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
     if not filters <= _FILTERS:
-        raise Hdf5Error(f"{where!r} has a filter that the format does not have")
+        raise Hdf5Error(f"{path!r} has a filter that the format does not have")
     ratio = _BEST_RATIO if h5py.h5z.FILTER_DEFLATE in filters else 1
     chunk = math.prod(properties.get_chunk()) if layout == h5py.h5d.CHUNKED else 0
     if math.prod(shape) * dtype.itemsize > ratio * size or chunk * dtype.itemsize > _LARGEST_CHUNK:
-        raise Hdf5Error(f"{where!r} is {dtype} {shape}, more than the file can hold")
+        raise Hdf5Error(f"{path!r} is {dtype} {shape}, more than the file can hold")
 
 
 class Hdf5Writer:
     """A context manager around `file`, an h5py.File to be filled.
 
-    It is whole once the block ends without an error. OSError, of a full disk or whatever else the
-    system reports of the path, is raised by `check`, which a writer of much data calls now and
-    then, and at the end.
+    The file is complete once the block ends without an error. An OSError of the system, such as a
+    full disk, is raised at the end and by `check`, which writers of much data call now and then.
 
     Args:
-        sealed: The file holds a digest of itself, see `sealed`, for which it is read once more.
+        path: The file to write.
+        sealed: Store a digest of the file in it, see `sealed`; the file is read once more for it.
+        options: Further arguments of h5py.File.
     """
 
     def __init__(
@@ -146,12 +155,16 @@ class Hdf5Writer:
             raise
 
     def check(self) -> None:
-        """Raise the first error of what was written so far."""
+        """Raise the first error of writing, if there was one."""
         if self._target.error is not None:
             raise self._target.error
 
     def close(self) -> None:
-        """Write the end of the file to the disk, also of one that is given up. Raises OSError."""
+        """Write the end of the file to the disk, also after an error.
+
+        Raises:
+            OSError: Writing failed.
+        """
         self.file.close()
         if self._sealed:
             self._target.seal()
@@ -176,34 +189,34 @@ def _no_link(path: str, flags: int) -> int:
 class _Target:
     """The file that HDF5 writes to.
 
-    HDF5 never gets an error: what it writes after one goes nowhere.
+    Errors are recorded and not raised to HDF5. After the first one all writes are discarded.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.error: OSError | None = None
         self._path = Path(path)
-        # Of a link that has the name, the target is not written to.
+        # The target of a link at this path must not be written to.
         self._file = open(path, "w+b", buffering=0, opener=_no_link)  # noqa: SIM115 (closed by close)
 
     def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
+        remaining = memoryview(data).cast("B")
+        size = len(remaining)
         try:
-            while left and self.error is None:
-                left = left[self._file.write(left) :]
+            while remaining and self.error is None:
+                remaining = remaining[self._file.write(remaining) :]
         except OSError as error:
-            self._failed(error)
+            self._record(error)
         return size
 
     def truncate(self, size: int | None = None) -> int:
         try:
             return self._file.truncate(size)
         except OSError as error:
-            self._failed(error)
+            self._record(error)
             return size or 0
 
     def seal(self) -> None:
-        """Put the digest of all that was written into the user block."""
+        """Write the digest of the file into the user block."""
         if self._file.closed or self.error is not None:
             return
         try:
@@ -211,7 +224,7 @@ class _Target:
             self._file.write(comment())
             seal(self._file)
         except OSError as error:
-            self._failed(error)
+            self._record(error)
 
     def close(self) -> None:
         if self._file.closed:
@@ -221,12 +234,13 @@ class _Target:
                 os.fsync(self._file.fileno())
             self._file.close()
         except OSError as error:
-            self._failed(error)
+            self._record(error)
 
-    def _failed(self, error: OSError) -> None:
+    def _record(self, error: OSError) -> None:
         if self.error is None:
             error.filename = str(self._path)
             self.error = error
 
-    def __getattr__(self, name: str) -> Any:  # read, readinto, seek, tell, flush
+    # read, readinto, seek, tell and flush
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

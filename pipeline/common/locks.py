@@ -1,4 +1,4 @@
-"""Locks of folders and files against another process; each dies with the process that holds it."""
+"""Locks of folders and files against other processes; a lock ends with its process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .files import sweep_run
 log = logging.getLogger(__name__)
 
 # A process that was asked to end may write a checkpoint first.
-OUTLIVED_S = 8.0
-_held: set[int] = set()  # descriptors of this process
+MAX_WAIT_S = 8.0
+# Descriptors of the locks that this process holds.
+_held: set[int] = set()
 
 
 class NoLocksError(DistInitError):
@@ -35,13 +36,13 @@ def locked(
 ) -> Iterator[int]:
     """Lock a file or a folder and yield its descriptor.
 
-    The lock ends with this process: processes that it forks (of loaders) have no part in it.
+    The lock ends with this process: forked processes, such as loaders, do not hold it.
 
     Args:
         path: The file or folder.
-        busy: Raised where another process still has the lock after `wait_s`.
-        shared: Lock together with other readers.
-        make: The path is a file, which is made if need be; a link is not followed.
+        busy: The error to raise if another process still holds the lock after `wait_s`.
+        shared: Share the lock with other readers.
+        make: The path is a file, which is created if missing; a link is not followed.
         wait_s: Seconds to wait for another process.
 
     Raises:
@@ -76,36 +77,38 @@ def locked(
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Lock a folder, which is made, against every other command that writes there.
+    """Create a folder if it is missing, and lock it against other commands that write there.
 
-    Readers do not ask. Where the file system has no locks, a warning is logged and nothing is
+    Readers take no lock. If the file system has no locks, a warning is logged and nothing is
     locked.
 
     Raises:
-        UsageError: The folder cannot be made, or another process has it, still after `OUTLIVED_S`.
+        UsageError: The folder cannot be created, or another process still holds the lock after
+            MAX_WAIT_S.
     """
-    busy = UsageError(f"{os.fspath(folder)}: another distinit command is at work there")
+    busy = UsageError(f"{os.fspath(folder)}: another distinit command is writing there")
     with ExitStack() as stack:
         try:
             os.makedirs(folder, exist_ok=True)
-            stack.enter_context(locked(folder, busy, wait_s=OUTLIVED_S))
+            stack.enter_context(locked(folder, busy, wait_s=MAX_WAIT_S))
         except OSError as error:
             raise UsageError(
                 f"--out {os.fspath(folder)} cannot be made: {error.strerror}"
             ) from error
         except NoLocksError as error:
-            # Training on such a file system must stay possible; a store, which many processes
-            # fill, needs the lock.
-            log.warning("%s: nothing keeps a second command from writing there", error)
-        with suppress(OSError):  # a folder that cannot be written: the command says so
+            # Training on such a file system must stay possible. A store, which many processes fill,
+            # requires the lock.
+            log.warning("%s: a second command could write there at the same time", error)
+        # The command itself reports a folder that cannot be written.
+        with suppress(OSError):
             sweep_run(Path(folder))
         yield
 
 
 def _give_up_locks() -> None:
-    """Close the locks in a process that was just forked.
+    """Close the locks in a forked process.
 
-    It would hold the locks of its parent beyond the parent's end.
+    It would hold the locks of its parent after the parent's end.
     """
     while _held:
         os.close(_held.pop())

@@ -12,7 +12,7 @@ F = TypeVar("F", bound=np.floating[Any])
 
 
 def softmax(logits: NDArray[F]) -> NDArray[F]:
-    """Probabilities, ``logits[..., K] -> p[..., K]``, in the type of the logits."""
+    """Return probabilities, ``logits[..., K] -> p[..., K]``, in the type of the logits."""
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(e / e.sum(axis=-1, keepdims=True), logits.dtype)
 
@@ -23,7 +23,7 @@ def best_classes(p: NDArray[F], classes: Sequence[str], count: int) -> list[tupl
 
 
 def log_softmax(logits: NDArray[F]) -> NDArray[F]:
-    """Logarithms of `softmax`: none of a vanishing probability is taken."""
+    """Return the logarithm of `softmax`, computed without the logarithm of a vanishing p."""
     z = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)), logits.dtype)
 
@@ -31,8 +31,8 @@ def log_softmax(logits: NDArray[F]) -> NDArray[F]:
 def entropy(logits: ArrayLike) -> NDArray[np.float32]:
     """Return the entropy in nats of the softmax at τ = 1, ``logits[..., K] -> [...]``.
 
-    0 is certain, ln K uniform. H = log Σ exp z − Σ p z, with z shifted by its maximum: no logarithm
-    of a vanishing p is taken.
+    0 is certain, ln K uniform. H = log Σ exp z − Σ p z, with z shifted by its maximum, avoids the
+    logarithm of a vanishing p.
     """
     z = np.asarray(logits, dtype=np.float32)
     z = z - z.max(axis=-1, keepdims=True)
@@ -43,5 +43,5 @@ def entropy(logits: ArrayLike) -> NDArray[np.float32]:
 
 
 def distribution_entropy(p: NDArray[F]) -> NDArray[F]:
-    """Entropy in nats of distributions, ``p[..., K] -> [...]``; a probability of 0 adds nothing."""
+    """Return the entropy in nats, ``p[..., K] -> [...]``; a probability of 0 adds nothing."""
     return np.asarray(-(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny))).sum(axis=-1))

@@ -1,6 +1,6 @@
-"""Code that is imported by name: a user's own function, and packages of the extras.
+"""Import code by name: a user's own function, or a package of the extras.
 
-A function has the form `package.module:factory`: of a teacher, a student, an initialisation.
+A function is named `package.module:factory`. It makes a teacher, a student or an initialisation.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def is_factory(name: str) -> bool:
-    """Whether a name has the form `package.module:factory`."""
+    """Return whether a name has the form `package.module:factory`."""
     return _FORM.fullmatch(name) is not None
 
 
 def call_factory(
     name: str,
-    who: str,
+    prefix: str,
     options: Mapping[str, Any] | None = None,
     *,
     offered: Mapping[str, Any] | None = None,
@@ -34,43 +34,43 @@ def call_factory(
 ) -> object:
     """Call the function of that name and return its result.
 
-    The module is looked for in the working folder, too.
+    The module may be in the working folder.
 
     Args:
         name: `package.module:factory`.
-        who: Begins the message, as in `--init a:b`.
-        options: Arguments that the function is called with.
-        offered: Arguments that it is called with where it has a parameter of that name.
+        prefix: Begins the message, as in `--init a:b`.
+        options: Arguments of the call.
+        offered: Further arguments, each for a function that has a parameter of that name.
         error: Class of the errors.
 
     Raises:
-        error: No such module or function, or it fails; an error of distinit's own passes as it is.
+        error: No such module or function, or it fails. A DistInitError passes unchanged.
     """
     module_name, _, function_name = name.partition(":")
-    with _working_folder_on_path(), third_party(who, error):
+    with _working_folder_on_path(), third_party(prefix, error):
         factory = getattr(importlib.import_module(module_name), function_name, None)
         if not callable(factory):
-            raise error(f"{who}: module {module_name!r} has no function {function_name!r}")
-        places = inspect.signature(factory).parameters if offered else ()
-        extra = {key: value for key, value in (offered or {}).items() if key in places}
+            raise error(f"{prefix}: module {module_name!r} has no function {function_name!r}")
+        parameters = inspect.signature(factory).parameters if offered else ()
+        extra = {key: value for key, value in (offered or {}).items() if key in parameters}
         return factory(**(options or {}), **extra)
 
 
 @contextmanager
 def _working_folder_on_path() -> Iterator[None]:
-    """Put the working folder on the path of modules.
+    """Add the working folder to `sys.path` during the block.
 
-    A console script does not have it there, and a user's module often is in it.
+    A console script does not have it there, and a user's module is often in it.
     """
-    here = os.getcwd()
-    added = here not in sys.path
+    folder = os.getcwd()
+    added = folder not in sys.path
     if added:
-        sys.path.append(here)
+        sys.path.append(folder)
     try:
         yield
     finally:
         if added:
-            sys.path.remove(here)
+            sys.path.remove(folder)
 
 
 def import_extra(
@@ -81,15 +81,17 @@ def import_extra(
     Args:
         module: The module, which is also the name of the package in the message.
         extra: Name of the extra.
-        option: What requires the package, as the option with its value.
+        option: The option that requires the package, with its value.
         kind: Class of the error.
 
     Raises:
-        DistInitError: Of this kind; the package is missing, or cannot be imported.
+        kind: The package is missing, or cannot be imported.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        why = "" if error.name == package else f" (importing it: {' '.join(str(error).split())})"
-        raise kind(f'{option} requires {package}{why}: pip install "distinit[{extra}]"') from None
+        reason = "" if error.name == package else f" (importing it: {' '.join(str(error).split())})"
+        raise kind(
+            f'{option} requires {package}{reason}: pip install "distinit[{extra}]"'
+        ) from None

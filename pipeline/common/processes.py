@@ -1,6 +1,6 @@
 """Helper processes that end when the process they work for ends, even if it is killed.
 
-Also what processes may use: cores and open files.
+The limits of a process, cores and open files, are here as well.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from .errors import DistInitError
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 # Looked up before any fork: another thread may hold the lock of the linker.
 _prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
-_LOOK_EVERY_S = 1.0
+_POLL_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that helper processes work for; it is sent to each of them at their start.
+    """The process that helper processes work for; it is passed to each of them at the start.
 
     Args:
-        in_main_thread: Whether they are started in its main thread. Linux takes the end of the
+        pid: Its process id.
+        in_main_thread: Whether it starts them in its main thread. Linux takes the end of the
             thread that started a process for the end of the parent.
     """
 
@@ -36,8 +37,8 @@ class Owner:
     in_main_thread: bool
 
     @classmethod
-    def here(cls) -> Owner:
-        """Return this process, as the owner of those that this thread starts."""
+    def current(cls) -> Owner:
+        """Return this process as the owner of the processes that this thread starts."""
         return cls(os.getpid(), threading.current_thread() is threading.main_thread())
 
 
@@ -50,19 +51,23 @@ def end_with(owner: Owner) -> None:
     """
     if owner.in_main_thread:
         _signal_at_death_of_parent(signal.SIGKILL)
-    ended = _watch_of(owner.pid)
-    if ended is None:
+    descriptor = _open_pidfd(owner.pid)
+    if descriptor is None:
         _kill_self()
     threading.Thread(
-        target=_kill_self_after, args=(owner.pid, ended), name="end-with-owner", daemon=True
+        target=_kill_self_after, args=(owner.pid, descriptor), name="end-with-owner", daemon=True
     ).start()
 
 
 def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
     """Send this process a signal when its parent ends.
 
-    For `preexec_fn`, with `os.getpid()` of the parent. Does nothing on other systems than Linux.
-    The thread that starts the process has to wait for it.
+    It is for `preexec_fn`, and does nothing on other systems than Linux. The thread that starts the
+    process has to wait for it.
+
+    Args:
+        parent: Process id of the parent.
+        number: Number of the signal.
     """
     _signal_at_death_of_parent(number)
     if os.getppid() != parent:
@@ -74,38 +79,41 @@ def _signal_at_death_of_parent(number: int) -> None:
         _prctl(_PR_SET_PDEATHSIG, number)
 
 
-def _watch_of(pid: int) -> int | None:
-    """Return a descriptor that is readable once a process has ended.
+def _open_pidfd(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when a process ends.
 
-    It is −1 if the system has none, None if the process has ended.
+    It is −1 if the system has no such descriptors, None if the process has ended.
     """
     try:
         return os.pidfd_open(pid) if sys.platform.startswith("linux") else -1
     except ProcessLookupError:
         return None
-    except OSError:  # an old kernel, or no descriptor left
+    # An old kernel, or no descriptor left.
+    except OSError:
         return -1
 
 
-def _kill_self_after(pid: int, ended: int) -> None:
-    if ended >= 0:
-        watch = select.poll()  # select would refuse a descriptor above 1023
-        watch.register(ended, select.POLLIN)
-        watch.poll()
+def _kill_self_after(pid: int, descriptor: int) -> None:
+    if descriptor >= 0:
+        # select.select refuses descriptors above 1023.
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        poll.poll()
     else:
         parent = os.getppid()
         while os.getppid() == parent and process_exists(pid):
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_INTERVAL_S)
     _kill_self()
 
 
 def process_exists(pid: int) -> bool:
-    """Return whether a process of this machine has the number, under any account."""
+    """Return whether this machine has a process with the id, under any account."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # a process of another account has the number, so one exists
+    # It belongs to another account.
+    except PermissionError:
         return True
     return True
 
@@ -115,27 +123,27 @@ def _kill_self() -> None:
 
 
 def cores() -> int:
-    """Cores this process may use; those that a launcher has started on one machine share them."""
+    """Return the number of cores for this process, its share if a launcher started several."""
     affinity = getattr(os, "sched_getaffinity", None)
-    found = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def require_descriptors(count: int, what: str) -> None:
-    """Let this process and its children have `count` open files, where the system allows it.
+def require_descriptors(count: int, prefix: str) -> None:
+    """Raise the limit of open files of this process and its children, if it is too low.
 
     Args:
-        count: open files that are required.
-        what: what requires them, as messages name it.
+        count: Number of open files that are required.
+        prefix: Begins the message: the option that requires them.
 
     Raises:
-        DistInitError: names `what` and the limit if the hard limit is lower.
+        DistInitError: The hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count:
         return
     if hard != resource.RLIM_INFINITY and hard < count:
         raise DistInitError(
-            f"{what}: requires {count} open files, a process may have {hard}; raise that limit (ulimit -n)"
+            f"{prefix}: requires {count} open files, a process may have {hard}; raise that limit (ulimit -n)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

@@ -1,7 +1,7 @@
 """Progress of long work: reported by engines, shown by a console.
 
-Like a logger, `progress_bar` knows nothing of screens. The display that was installed last shows
-it; without a display nothing is shown.
+Like a logger, `progress_bar` is independent of screens. The display that was installed last shows
+the bar; without a display nothing is shown.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class ProgressBar:
-    """The progress of one piece of work; this one shows nothing, a console's do."""
+    """The progress of one task. This base class shows nothing; a console shows its own bars."""
 
     def advance(self, n: float = 1, **fields: object) -> None:
-        """Count n more units; `fields` replace the text behind the bar, as in loss=0.52."""
+        """Add n completed units; `fields` replace the text behind the bar, as in loss=0.52."""
 
     def update(self, text: str) -> None:
         """Replace the text behind the bar."""
 
     def set_total(self, total: float | None) -> None:
-        """Correct the total once it is known."""
+        """Set the total once it is known."""
 
 
 Display = Callable[[str, float | None, str], AbstractContextManager[ProgressBar]]
@@ -35,9 +35,9 @@ def progress_bar(
     """Open a progress bar; it is closed when the `with` block ends.
 
     Args:
-        description: What is done, as in "probing".
+        description: Name of the task, as in "probing".
         total: Number of units; None while it is not known.
-        unit: Name of what is counted, as in "videos".
+        unit: Name of the units, as in "videos".
 
     Example:
         with progress_bar("probing", len(paths), "videos") as bar:
@@ -50,7 +50,7 @@ def progress_bar(
 
 @contextmanager
 def show_progress(display: Display) -> Iterator[None]:
-    """Show the bars that are opened meanwhile by this display."""
+    """Show bars that are opened in the block with this display."""
     _displays.append(display)
     try:
         yield

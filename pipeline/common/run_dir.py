@@ -1,12 +1,12 @@
-"""The folder of a run or an ablation: the names of its files, and whether a command may write.
+"""The folder of a run or an ablation: the names of its files, and checks before a command writes.
 
 All checks raise a UsageError that names `--out`:
 
 - `claim_run_dir`: the folder of a training run, with or without `--resume`
-- `check_output_dir`: any folder with a config that tells whose it is
-- `check_page_dir`: the folder of a page, which itself tells whose it is
+- `check_output_dir`: any folder whose config names the command that wrote it
+- `check_page_dir`: the folder of a page, which names its generator
 - `config_next_to`: a store or a file, whose config is next to it
-- `require_writable`: whether a file can be written at all
+- `require_writable`: any folder in which files can be written
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from .locks import folder_lock
 from .streams import printable
 from .urls import check_local
 
-CONFIG = "config.yaml"  # as used; by it a folder is known as the work of its command
+# The options as used. This file identifies the command that wrote a folder.
+CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
-TRACKERS = "trackers.json"  # what W&B and trackio were given
+TRACKERS = "trackers.json"  # last steps that were sent to W&B and trackio
 RESULT = "result.json"
 LAST = "checkpoints/last.pt"
 STUDENT_FILE = "student.safetensors"  # of train-student
@@ -50,30 +51,30 @@ CELLS, SECONDS = "cells.json", "seconds.json"  # of an ablation
 STEP_FOLDERS = {"train-student": "students", "finetune": "finetunes"}
 
 # Pages of version 0.1 have no generator, but name it in the lead.
-_OURS = re.compile(
+_BY_DISTINIT = re.compile(
     r"<meta name=generator content=distinit>"
     r"|\bdistinit 0\.1\.\w+\. (Every accuracy is recomputed|Entropies are in nats)"
 )
 
 
 def claim_run_dir(run_dir: Path, *, resume: bool | Literal["auto"]) -> None:
-    """Make the folder of a run.
+    """Create the folder of a run.
 
     Raises:
         UsageError: It holds a run and `resume` is off, or it holds none and `resume` is True, or it
-            cannot be made.
+            cannot be created.
     """
     if not is_utf8(os.fspath(run_dir)):
-        # TensorBoard's writer cannot take it.
+        # TensorBoard's writer fails on such a path.
         raise UsageError(
             f"--out {printable(os.fspath(run_dir))}: the path is not UTF-8; choose another --out"
         )
     if resume is True and not any((run_dir / name).exists() for name in (*RUN_FILES, CONFIG)):
         raise UsageError(f"--resume: {run_dir} holds no run; --resume auto begins one")
-    found = [name for name in RUN_FILES if (run_dir / name).exists()]
-    if found and not resume:
+    run_files = [name for name in RUN_FILES if (run_dir / name).exists()]
+    if run_files and not resume:
         raise UsageError(
-            f"{run_dir} already holds a run ({found[0]}); add --resume to continue it, or choose another --out"
+            f"{run_dir} already holds a run ({run_files[0]}); add --resume to continue it, or choose another --out"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def run_dir_lock(run_dir: Path, *, resume: bool | Literal["auto"]) -> Iterator[N
     """
     claim_run_dir(run_dir, resume=resume)
     with folder_lock(run_dir):
-        # Another command may have begun a run there in the meantime.
+        # Another command may have begun a run in this folder in the meantime.
         claim_run_dir(run_dir, resume=resume)
         yield
 
@@ -98,10 +99,10 @@ def run_dir_lock(run_dir: Path, *, resume: bool | Literal["auto"]) -> Iterator[N
 def check_output_dir(
     folder: Path, command: str, writes: Iterable[str] = (), *, record: str = CONFIG
 ) -> None:
-    """Check that a command overwrites nothing in a folder but what it wrote itself.
+    """Check that a command overwrites nothing in a folder but its own files.
 
-    The record of a folder that a command wrote is its config there, see `write_config`: names of
-    other files and of folders prove nothing.
+    The config in a folder, see `write_config`, proves which command wrote it. Names of other files
+    and of folders prove nothing.
 
     Args:
         folder: Where the command would write.
@@ -110,8 +111,8 @@ def check_output_dir(
         record: Name of the file that holds the config.
 
     Raises:
-        UsageError: The config is another command's, or there is none and one of `writes` exists, or
-            the folder is a Zarr store or in one, where the files of a run have no place.
+        UsageError: The config is of another command, or it is missing and one of `writes` exists,
+            or the folder is a Zarr store or in one, where files of a run are not allowed.
     """
     require_no_store(folder)
     sections = recorded_sections(folder / record)
@@ -126,12 +127,13 @@ def check_output_dir(
 
 
 def config_next_to(path: str | os.PathLike[str]) -> Path:
-    """Return where the config is written of a command whose result is one file or store.
+    """Return the path of the config of a command whose result is one file or store.
 
     Raises:
         UsageError: That file exists and is no config of distinit.
     """
-    absolute = Path(os.path.abspath(path))  # "." has no name
+    # "." has no name, its absolute path does.
+    absolute = Path(os.path.abspath(path))
     record = absolute.with_name(f"{absolute.name}.config.yaml")
     if not recorded_sections(record):
         refuse_existing(record.parent, (record.name,), "distinit")
@@ -139,9 +141,9 @@ def config_next_to(path: str | os.PathLike[str]) -> Path:
 
 
 def check_page_dir(page: Path, names: Iterable[str] = ()) -> None:
-    """Check that a page, and files of these names next to it, overwrite nothing of others.
+    """Check that a page, and files of these names next to it, overwrite only files of distinit.
 
-    The page is the record: its first lines tell that distinit wrote it.
+    The first lines of an existing page name its generator.
 
     Raises:
         UsageError: One of the files exists and distinit did not write the page, or the folder is a
@@ -149,10 +151,12 @@ def check_page_dir(page: Path, names: Iterable[str] = ()) -> None:
     """
     check_local(page.parent)
     try:
-        ours = _OURS.search(page.read_text(encoding="utf-8", errors="replace")) is not None
+        by_distinit = (
+            _BY_DISTINIT.search(page.read_text(encoding="utf-8", errors="replace")) is not None
+        )
     except OSError:
-        ours = False
-    if not ours:
+        by_distinit = False
+    if not by_distinit:
         refuse_existing(page.parent, (page.name, *names), "distinit")
 
 
@@ -161,8 +165,8 @@ def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
 
     Args:
         folder: Where they would be written.
-        names: Of the files.
-        writer: Who did not write them, for the message.
+        names: Names of the files.
+        writer: The command that writes them, for the message.
 
     Raises:
         UsageError: One of them exists.
@@ -176,13 +180,13 @@ def refuse_existing(folder: Path, names: Iterable[str], writer: str) -> None:
 
 
 def recorded_sections(config: Path) -> set[str]:
-    """Return the commands of which a config has a section; none for any other file."""
+    """Return the commands whose sections a config has; none for any other file."""
     try:
         content = load_yaml(read_bytes(config).decode("utf-8"))
     except (SourceError, UnicodeDecodeError, yaml.YAMLError):
         return set()
-    known = isinstance(content, dict) and set(content) <= set(SECTIONS)
-    return set(content) if known else set()
+    is_config = isinstance(content, dict) and set(content) <= set(SECTIONS)
+    return set(content) if is_config else set()
 
 
 def require_no_store(folder: Path) -> None:
@@ -194,15 +198,15 @@ def require_no_store(folder: Path) -> None:
     check_local(folder)
     absolute = Path(os.path.realpath(folder))
     store = next(
-        (place for place in (absolute, *absolute.parents) if (place / "zarr.json").exists()), None
+        (path for path in (absolute, *absolute.parents) if (path / "zarr.json").exists()), None
     )
     if store is not None:
-        where = "is a Zarr store" if store == absolute else f"is in the Zarr store {store}"
-        raise UsageError(f"--out {folder}: {where}; choose another --out")
+        reason = "is a Zarr store" if store == absolute else f"is in the Zarr store {store}"
+        raise UsageError(f"--out {folder}: {reason}; choose another --out")
 
 
 def require_writable(folder: Path) -> None:
-    """Make the folder and check that a file can be written: before the work, not after it.
+    """Create the folder and check that files can be written, before the work is done.
 
     Raises:
         UsageError: It cannot be written.
@@ -213,7 +217,7 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"trial")
     except OSError as error:
-        why = error.strerror or error
+        reason = error.strerror or error
         raise UsageError(
-            f"--out {folder}: cannot be written: {why}; choose another --out"
+            f"--out {folder}: cannot be written: {reason}; choose another --out"
         ) from error

@@ -1,11 +1,11 @@
-"""A digest of a whole file, inside the file: a reader finds every byte that has changed.
+"""Store a digest of a whole file inside the file, so that readers detect every changed byte.
 
-The digest is the sha256 of the file in which its own 64 hex digits are zeros. They follow the mark
-`distinit-sha256` at a place where each format allows other text: in the metadata of safetensors, in
-the comment that ends a zip archive (which a checkpoint of torch is), in the user block before the
-first byte of HDF5. Any other reader of these formats passes over them.
+The digest is the sha256 of the file with zeros in place of its own 64 hex digits. They follow the
+mark `distinit-sha256` where the format allows other text: in the metadata of safetensors, in the
+comment at the end of a zip archive (such as a checkpoint of torch), in the user block before the
+first byte of HDF5. Other readers of these formats ignore them.
 
-Free of torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ log = logging.getLogger(__name__)
 KEY = "distinit-sha256"
 """The metadata key of safetensors, whose value `seal` replaces."""
 BLANK = "0" * 64
-USER_BLOCK = 512  # bytes; the smallest that HDF5 has
+USER_BLOCK = 512  # bytes; the minimum of HDF5
 _LINE = f"{KEY}: ".encode()
 _IN_JSON = f'"{KEY}":"'.encode()
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP, _ZIP_END, _ZIP_TAIL = b"PK\3\4", b"PK\5\6", 22
 _BLOCK = 2**20
-# Bytes of a file that is not read again where its size and times are what they were.
+# A file of this many bytes or more is read again only if its size or times have changed.
 _LARGE = 2**24
 
 
 def comment() -> bytes:
-    """Return the text that a format without keys carries, before it is sealed."""
+    """Return the mark and the zeros of a format without keys, which `seal` fills."""
     return _LINE + BLANK.encode()
 
 
 def add_comment(archive: IO[bytes]) -> None:
-    """Give a zip archive the comment that `seal` fills. It must have none."""
+    """Add the comment that `seal` fills to a zip archive, which must have none."""
     archive.seek(-_ZIP_TAIL, os.SEEK_END)
     if archive.read(4) != _ZIP_END:
         raise ValueError("no zip archive, or one with a comment")
@@ -56,19 +56,19 @@ def add_comment(archive: IO[bytes]) -> None:
 
 
 def seal(file: IO[bytes]) -> None:
-    """Write the digest of an open file into it. It must have a place for it."""
-    at = _place(file)
-    if at is None:
-        raise ValueError("no place for a digest")
-    digest = _sha256(file, at)
-    file.seek(at)
+    """Write the digest of an open file into the space that the file reserves for it."""
+    offset = _digest_offset(file)
+    if offset is None:
+        raise ValueError("no space for a digest")
+    digest = _sha256(file, offset)
+    file.seek(offset)
     file.write(digest.encode())
 
 
 def check_seal(path: str | os.PathLike[str], error: type[DistInitError]) -> bool:
-    """Compare a file with the digest in it; return False where it has none, as in version 0.1.
+    """Compare a file with its digest; return False if it has none, as in version 0.1.
 
-    A large file is read once for each of its states in this process.
+    A process reads a large file again only if the file has changed.
 
     Raises:
         error: The file differs from its digest, or cannot be read. The message begins with the
@@ -77,37 +77,35 @@ def check_seal(path: str | os.PathLike[str], error: type[DistInitError]) -> bool
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise error(f"{os.fspath(path)}: is no regular file")
-        found = (_remembered if status.st_size >= _LARGE else _check)(
+            raise error(f"{os.fspath(path)}: not a regular file")
+        intact = (_is_intact_cached if status.st_size >= _LARGE else _is_intact)(
             os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns
         )
     except OSError as problem:
         raise error(f"{os.fspath(path)}: {problem.strerror or problem}") from None
-    if found is False:
-        raise error(
-            f"{os.fspath(path)}: damaged: its bytes are not those that were written (their sha256 differs)"
-        )
-    return found is True
+    if intact is False:
+        raise error(f"{os.fspath(path)}: damaged: its sha256 is not the one that was written")
+    return intact is True
 
 
 @contextmanager
 def open_checked(path: str | os.PathLike[str], framework: str) -> Iterator[Any]:
-    """Open a safetensors file as `safe_open` does.
+    """Open a safetensors file with `safe_open`, after a check of its digest.
 
     Args:
         path: The file.
-        framework: "pt" or "np", the kind of its tensors.
+        framework: "pt" or "np", the library of the tensors.
 
     Raises:
-        CheckpointError: Another file, or a damaged one; also where reading it fails while it is
-            open.
+        CheckpointError: The file has another format, is damaged, or cannot be read, also within
+            the block.
     """
     sealed = check_seal(path, CheckpointError)
     try:
         with safe_open(path, framework=framework) as file:
             if not sealed and "distinit" in (file.metadata() or {}):
                 log.warning(
-                    "%s: written by distinit 0.1, without a digest: damage cannot be found", path
+                    "%s: written by distinit 0.1, without a digest: damage cannot be detected", path
                 )
             yield file
     except DistInitError:
@@ -117,31 +115,34 @@ def open_checked(path: str | os.PathLike[str], framework: str) -> Iterator[Any]:
 
 
 def sha256_of(path: str | os.PathLike[str], size: int | None = None) -> str:
-    """Return the sha256 of a file's first `size` bytes (default: all), in hex. OSError."""
+    """Return the sha256 of a file's first `size` bytes (default: all), in hex."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         _feed(digest, file, os.fstat(file.fileno()).st_size if size is None else size)
         return digest.hexdigest()
 
 
-def _check(path: str, *state: int) -> bool | None:
-    """Return whether a file has the digest that it records; None if it records none."""
+def _is_intact(path: str, *state: int) -> bool | None:
+    """Return whether a file has the digest that it records, None if it records none.
+
+    The state (inode, size, time) is a key of the cache.
+    """
     with open(path, "rb") as file:
-        at = _place(file)
-        if at is None:
+        offset = _digest_offset(file)
+        if offset is None:
             return None
-        file.seek(at)
-        return file.read(len(BLANK)) == _sha256(file, at).encode()
+        file.seek(offset)
+        return file.read(len(BLANK)) == _sha256(file, offset).encode()
 
 
-_remembered = lru_cache(maxsize=4096)(_check)
+_is_intact_cached = lru_cache(maxsize=4096)(_is_intact)
 
 
-def _place(file: IO[bytes] | BinaryIO) -> int | None:
-    """Return where the digits of a file's digest begin.
+def _digest_offset(file: IO[bytes] | BinaryIO) -> int | None:
+    """Return the offset of the digits of a file's digest, None for a file without one.
 
-    Known in HDF5 and zip by the room that was made for it as well, so that a mark with a flipped
-    bit is found.
+    In HDF5 and zip the space reserved for the digest is enough, so that a flipped bit in the mark
+    is detected as well.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -160,20 +161,20 @@ def _place(file: IO[bytes] | BinaryIO) -> int | None:
     if len(head) < 8 or length > _LONGEST_HEADER:
         return None
     file.seek(8)
-    # A quotation mark within a value is escaped in JSON, so that no value looks like the key.
-    found = re.search(re.escape(_IN_JSON) + rb'(?=.{64}")', file.read(length), re.DOTALL)
-    return 8 + found.end() if found else None
+    # JSON escapes a quotation mark within a value, so that no value can be taken for the key.
+    match = re.search(re.escape(_IN_JSON) + rb'(?=.{64}")', file.read(length), re.DOTALL)
+    return 8 + match.end() if match else None
 
 
-def _sha256(file: IO[bytes], at: int) -> str:
-    """Return the digest of the whole file, with zeros for the digits at `at`."""
+def _sha256(file: IO[bytes], offset: int) -> str:
+    """Return the digest of the whole file, with zeros for the digits at `offset`."""
     digest = hashlib.sha256()
     file.seek(0)
-    _feed(digest, file, at)
+    _feed(digest, file, offset)
     digest.update(BLANK.encode())
     size = file.seek(0, os.SEEK_END)
-    file.seek(at + len(BLANK))
-    _feed(digest, file, size - at - len(BLANK))
+    file.seek(offset + len(BLANK))
+    _feed(digest, file, size - offset - len(BLANK))
     return digest.hexdigest()
 
 

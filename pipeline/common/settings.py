@@ -1,6 +1,6 @@
-"""The base of all option models, and how a field of one becomes an option of the command line.
+"""The base of all option models, and the command-line form of their fields.
 
-Here are also the options that several commands have.
+Options that several commands share are defined here as well.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
 
     # Fields that version 0.1 did not have. At their defaults they are left out of identities and
-    # digests, so that those of stored runs stay what they are.
+    # digests, so that those of stored runs do not change.
     ADDED: ClassVar[frozenset[str]] = frozenset()
 
     def identity_dump(self, exclude: Any = None) -> dict[str, Any]:
-        """Return the JSON-able fields that identities and digests are made of.
+        """Return the fields of identities and digests, in JSON's types.
 
         Args:
-            exclude: as of `model_dump`.
+            exclude: Fields to leave out, as in `model_dump`.
         """
         return _without_new_defaults(self, self.model_dump(mode="json", exclude=exclude))
 
@@ -49,17 +49,18 @@ class Options(BaseModel):
 
 def _without_new_defaults(options: Options, dumped: dict[str, Any]) -> dict[str, Any]:
     """Return a dump without the fields of `ADDED` that have their default, in nested models too."""
-    kept = {}
-    for name, value in dumped.items():
-        own, field = getattr(options, name), type(options).model_fields[name]
+    result = {}
+    for name, dumped_value in dumped.items():
+        value, field = getattr(options, name), type(options).model_fields[name]
         default = field.get_default(call_default_factory=True)
-        if name not in options.ADDED or own != default:
-            kept[name] = _without_new_defaults(own, value) if isinstance(own, Options) else value
-    return kept
+        if name not in options.ADDED or value != default:
+            nested = isinstance(value, Options)
+            result[name] = _without_new_defaults(value, dumped_value) if nested else dumped_value
+    return result
 
 
 def paths_as_text(value: Any) -> Any:
-    """Return a value with its paths as texts: from Python a path may be given for any text."""
+    """Return a value with its paths as strings: Python callers may pass a path for any string."""
     if isinstance(value, list | tuple):
         return type(value)(paths_as_text(each) for each in value)
     if isinstance(value, dict):
@@ -68,13 +69,13 @@ def paths_as_text(value: Any) -> Any:
 
 
 def fields_of(model: type[Options]) -> dict[str, FieldInfo]:
-    """Return the fields of a model in the order of a help text: its own, then shared ones."""
+    """Return the fields of a model in the order of help texts: its own, then inherited ones."""
     shared = {name for base in model.__bases__ for name in getattr(base, "model_fields", ())}
     return dict(sorted(model.model_fields.items(), key=lambda field: field[0] in shared))
 
 
 def inner_model(annotation: Any) -> type[Options] | None:
-    """Return the model that a field is, or may be; None for a field of another type."""
+    """Return the options model in a field's type (alone or with None), None for other types."""
     branches = get_args(annotation)
     kinds = branches if type(None) in branches else (annotation,)
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, Options)), None)
@@ -82,12 +83,12 @@ def inner_model(annotation: Any) -> type[Options] | None:
 
 @dataclass(frozen=True)
 class ValueType:
-    """What a field takes when it is given as text.
+    """The type of a field whose value is given as text.
 
     Args:
         kind: bool, int, float or str; for choices the tuple of them.
-        repeated: Whether it takes several values.
-        parts: Number of words that one value has.
+        repeated: Whether the field takes several values.
+        parts: Number of words in one value.
     """
 
     kind: Any
@@ -96,7 +97,7 @@ class ValueType:
 
 
 def value_type(annotation: Any) -> ValueType:
-    """Return what a field of this type takes on the command line and from Python."""
+    """Return the type of the text of a field with this annotation."""
     values, origin = get_args(annotation), get_origin(annotation)
     if origin is Annotated:
         return value_type(values[0])
@@ -120,20 +121,20 @@ class CliOption:
     """How a field is given on the command line, as metadata of `Annotated`.
 
     Type, default, choices and help text come from the field itself, so that they are written once.
-    On a field that is a model, only `shown` counts: it is what all options of the model show as
-    their default.
+    On a field that is a model, only `shown` counts: all options of the model show it as their
+    default.
 
     Args:
-        name: with dashes, or without them for an argument; by default the name of the field.
-        group: heading of the help text that the option is listed under.
-        metavar: what stands for the value in the help text; by default the choices, or the type.
-        shown: the default in words, where the field's own is None.
-        replaces: fields of the same model whose values in a preset or file this option makes void.
-        parse: makes the value of what was typed; raises ValueError with what was expected. With
-            `parts` it takes the values of all of them.
-        repeated: whether it may be given more than once; by default for lists and mappings.
-        bare: the value of the option given without one.
-        parts: further options that fill the same field, each with its own help text.
+        name: With dashes, or without them for an argument; by default the name of the field.
+        group: Heading in the help text under which the option is listed.
+        metavar: Placeholder for the value in the help text; by default the choices, or the type.
+        shown: The default in words, for a field whose default is None.
+        replaces: Fields of the same model whose values in a preset or file this option makes void.
+        parse: Turns the typed text into the value; raises ValueError with the expected form. With
+            `parts` it takes the texts of all of them.
+        repeated: Whether it may be given more than once; by default for lists and mappings.
+        bare: The value of the option if it is given without one.
+        parts: Further options that set the same field: (flag, metavar, help text).
     """
 
     name: str = ""
@@ -148,7 +149,11 @@ class CliOption:
 
 
 def parse_pairs(values: tuple[str, ...]) -> dict[str, str]:
-    """Read `NAME=VALUE`, repeated. ValueError without `=`, or for a name that is given twice."""
+    """Read `NAME=VALUE`, repeated.
+
+    Raises:
+        ValueError: A text has no `=`, or two have the same name.
+    """
     result: dict[str, str] = {}
     for text in values:
         name, equals, value = text.partition("=")
@@ -180,13 +185,13 @@ def parse_size(text: str) -> list[int]:
 DEVICE = CliOption(group="Hardware", metavar="DEVICE")
 DEVICE_HELP = "auto, cpu, cuda or cuda:N"
 MAX_HOURS = CliOption(group="Output", metavar="H", shown="warn of more than 24 hours")
-MAX_HOURS_HELP = "refuse what is estimated to take longer, before it starts"
+MAX_HOURS_HELP = "refuse to start if the estimated time is longer"
 VIDEO_ROOTS = CliOption("--videos", "Inputs", "CORPUS=DIR", parse=parse_pairs)
 VIDEO_ROOTS_HELP = "where a corpus of the store is located now; repeatable"
 
 
 class ClusterOptions(Options):
-    """Where work is done side by side: in dask workers of this machine, or of a cluster."""
+    """Options of parallel work in dask workers, on this machine or on a cluster."""
 
     workers: Annotated[int | None, CliOption(group="Hardware", metavar="N")] = Field(
         None,
@@ -207,7 +212,7 @@ class ClusterOptions(Options):
 
 
 class DecodingOptions(Options):
-    """Limits of decoding processes, and when a run of failing videos ends."""
+    """Limits of decoding processes, and of videos that fail."""
 
     timeout_s: Annotated[float, CliOption("--timeout", "Hardware", "S")] = Field(
         120, gt=0, description="seconds without progress after which a video fails"
@@ -226,7 +231,8 @@ class DecodingOptions(Options):
     )
 
 
-# What takes longer than a day is more often a mistake than meant: without a limit it is warned of.
+# Work of more than a day is more often a mistake than intended: it is logged as a
+# warning if the user gives no limit.
 LONG_HOURS = 24.0
 
 
@@ -245,29 +251,29 @@ def describe_hours(hours: float) -> str:
 
 
 def limit_of(max_hours: float | None) -> float:
-    """Return the hours that something may take: the limit given, or those that are no surprise."""
+    """Return the limit of the user, or the hours above which a warning is logged."""
     return LONG_HOURS if max_hours is None else max_hours
 
 
-def check_hours(hours: float, max_hours: float | None, what: str, remedy: str) -> None:
-    """Refuse what is estimated to take more than `max_hours`; without a limit warn of LONG_HOURS.
+def check_hours(hours: float, max_hours: float | None, work: str, remedy: str) -> None:
+    """Refuse work of more than `max_hours`; without a limit, warn of more than LONG_HOURS.
 
     Args:
         hours: The estimate.
         max_hours: The limit of the user.
-        what: The subject of the message.
-        remedy: What to type for less.
+        work: Name of the work, as in "this extraction".
+        remedy: How to shorten it.
 
     Raises:
-        UsageError: It takes more than `max_hours`.
+        UsageError: The estimate is more than `max_hours`.
     """
     if hours <= limit_of(max_hours):
         return
-    takes = f"{what} takes about {describe_hours(hours)}"
+    estimate = f"{work} takes about {describe_hours(hours)}"
     if max_hours is not None:
         raise UsageError(
-            f"--max-hours {max_hours:g}: {takes}; {remedy}; a larger --max-hours allows it"
+            f"--max-hours {max_hours:g}: {estimate}; {remedy}; a larger --max-hours allows it"
         )
     log.warning(
-        f"{takes}, more than {LONG_HOURS:g} hours; {remedy}; --max-hours H refuses what takes longer"
+        f"{estimate}, more than {LONG_HOURS:g} hours; {remedy}; --max-hours H refuses longer work"
     )

@@ -1,8 +1,8 @@
-"""A stage as a function of Python: the options of its command as keyword arguments.
+"""The Python function of a stage, with the options of its command as keyword arguments.
 
     result = distinit.extract_targets("clips/", out="targets.zarr", teacher="resnet50")
 
-Names are those of the command line with underscores; texts are read as they are there.
+Names are those of the command line with underscores. Strings are parsed as on the command line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .settings import CliOption, Options, fields_of, inner_model, paths_as_text,
 
 
 class Result(Mapping[str, Any]):
-    """What a stage reports, as `--json` prints it: a mapping, whose keys are attributes as well.
+    """The result of a stage, as `--json` prints it: a mapping whose keys are attributes as well.
 
     Example:
         result = distinit.finetune(init="runs/student", dataset="csv:labels.csv", out="runs/ours")
@@ -57,7 +57,7 @@ class Result(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class _Keyword:
-    """A keyword argument: the dotted key that it fills, and how its field is given."""
+    """A keyword argument: the dotted key that it sets, and the command-line form of its field."""
 
     key: str
     text: str
@@ -66,16 +66,16 @@ class _Keyword:
     repeated: bool
 
 
-def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., Result]:
+def stage_function(command: str, model_path: str, stage_path: str) -> Callable[..., Result]:
     """Make the function of a stage.
 
     Args:
-        command: Name of the command, which is the section of a config file, too.
-        model_at: module:name of the options model, below `distinit`; importing it loads no torch.
-        stage_at: module:name of the stage, imported when the function is called.
+        command: Name of the command, which is also the section of a config file.
+        model_path: module:name of the options model, below `distinit`; importing it loads no torch.
+        stage_path: module:name of the stage, imported when the function is called.
     """
     name = command.replace("-", "_")
-    model = load(model_at)
+    model = load(model_path)
     keywords = _keywords(model)
     arguments = [word for word, each in keywords.items() if each.cli.name[:1] not in ("", "-")]
     argument = arguments[0] if arguments else None
@@ -92,25 +92,25 @@ def stage_function(command: str, model_at: str, stage_at: str) -> Callable[..., 
         from .console import Console
 
         options = _by_name(name, keywords, argument, positional, options)
-        given = {
+        values = {
             each.key: _value(word, each, options) for word, each in keywords.items() if each.key
         }
-        checked = load_config(
+        stage_config = load_config(
             model,
             command,
             preset=preset,
             file=None if config is None else os.fspath(config),
-            options={**given, **(set or {})},
-            dropped=[
+            options={**values, **(set or {})},
+            replaced=[
                 f"{each.key.rpartition('.')[0]}.{key}".lstrip(".")
                 for each in keywords.values()
-                if given.get(each.key) is not None
+                if values.get(each.key) is not None
                 for key in each.cli.replaces
             ],
             flags={each.key: word for word, each in keywords.items()},
         )
         with Console(quiet=quiet) as console:
-            return Result(name, load(stage_at)(checked, console))
+            return Result(name, load(stage_path)(stage_config, console))
 
     run.__name__ = run.__qualname__ = name
     run.__module__ = "distinit"
@@ -126,19 +126,23 @@ def _by_name(
     positional: Sequence[Any],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return all arguments of a call by name; TypeError as Python raises it for wrong ones."""
+    """Return all arguments of a call by name.
+
+    Raises:
+        TypeError: Wrong arguments, as Python raises it.
+    """
     unknown = next((word for word in options if word not in keywords), None)
     if unknown is not None:
-        near = difflib.get_close_matches(unknown, keywords, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        similar = difflib.get_close_matches(unknown, keywords, 1)
+        hint = f"; did you mean {similar[0]!r}?" if similar else ""
         raise TypeError(f"{function}() has no option {unknown!r}{hint}")
     if not positional:
         return dict(options)
     repeated = argument is not None and keywords[argument].repeated
-    one = not repeated or isinstance(positional[0], list | tuple)
-    if argument is None or argument in options or (len(positional) > 1 and one):
+    single = not repeated or isinstance(positional[0], list | tuple)
+    if argument is None or argument in options or (len(positional) > 1 and single):
         raise TypeError(f"{function}() takes positional arguments for: {argument or 'nothing'}")
-    return {**options, argument: positional[0] if one else list(positional)}
+    return {**options, argument: positional[0] if single else list(positional)}
 
 
 def _docstring(command: str, keywords: Mapping[str, _Keyword]) -> str:
@@ -164,21 +168,23 @@ def _docstring(command: str, keywords: Mapping[str, _Keyword]) -> str:
 
 
 def _signature(keywords: Mapping[str, _Keyword], argument: str | None) -> inspect.Signature:
-    kinds = inspect.Parameter
-    params = [] if argument is None else [kinds(argument, kinds.POSITIONAL_OR_KEYWORD)]
+    parameter = inspect.Parameter
+    params = [] if argument is None else [parameter(argument, parameter.POSITIONAL_OR_KEYWORD)]
     defaults = {word: each.default for word, each in keywords.items() if word != argument}
     defaults |= {"preset": None, "config": None, "set": None, "quiet": False}
-    params += [kinds(word, kinds.KEYWORD_ONLY, default=value) for word, value in defaults.items()]
+    params += [
+        parameter(word, parameter.KEYWORD_ONLY, default=value) for word, value in defaults.items()
+    ]
     return inspect.Signature(params)
 
 
 def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
-    found: dict[str, _Keyword] = {}
+    keywords: dict[str, _Keyword] = {}
     for name, field in fields_of(model).items():
         cli = next((each for each in field.metadata if isinstance(each, CliOption)), None)
         inner = inner_model(field.annotation)
         if inner is not None and cli is not None:
-            found |= _keywords(inner, f"{prefix}{name}.")
+            keywords |= _keywords(inner, f"{prefix}{name}.")
             continue
         if cli is None and prefix:
             continue
@@ -186,7 +192,7 @@ def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
         word = cli.name.lstrip("-").replace("-", "_") if cli.name.startswith("--") else name
         default = field.get_default(call_default_factory=True)
         default = inspect.Parameter.empty if field.is_required() else default
-        found[word] = _Keyword(
+        keywords[word] = _Keyword(
             prefix + name,
             field.description or "",
             default,
@@ -195,27 +201,29 @@ def _keywords(model: type[Options], prefix: str = "") -> dict[str, _Keyword]:
         )
         for flag, _, text in cli.parts:
             part = flag[2:].replace("-", "_")
-            found[part] = _Keyword("", text, None, CliOption(), True)
-    return found
+            keywords[part] = _Keyword("", text, None, CliOption(), True)
+    return keywords
 
 
 def _value(word: str, keyword: _Keyword, options: Mapping[str, Any]) -> Any:
-    """Return the value for the config: texts as on the command line, other values as they are."""
+    """Return the value for the config: strings parsed as on the command line, others unchanged."""
     value = paths_as_text(options.get(word))
     parts = [flag[2:].replace("-", "_") for flag, _, _ in keyword.cli.parts]
     if value is None and not any(part in options for part in parts):
         return None
     texts = value if isinstance(value, list | tuple) else () if value is None else (value,)
     if keyword.cli.parse is not None and all(isinstance(text, str) for text in texts):
-        given = [_texts(options.get(part)) for part in parts]
-        many = keyword.repeated if keyword.cli.repeated is None else keyword.cli.repeated
-        if not many and len(texts) != 1:
+        part_texts = [_texts(options.get(part)) for part in parts]
+        repeated = keyword.repeated if keyword.cli.repeated is None else keyword.cli.repeated
+        if not repeated and len(texts) != 1:
             return value
-        typed = tuple(texts) if many else texts[0]
-        return keyword.cli.parse(typed, *given)
+        typed = tuple(texts) if repeated else texts[0]
+        return keyword.cli.parse(typed, *part_texts)
     for part in parts:
         if options.get(part) is not None:
-            raise UsageError(f"{part} goes with {word} as text; give it inside of {short(value)}")
+            raise UsageError(
+                f"{part}: allowed only if {word} is a string, got {short(value)}; write it as part of that value"
+            )
     if keyword.repeated and isinstance(value, str):
         return [value]
     return value
@@ -229,7 +237,7 @@ def _texts(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def load(where: str) -> Any:
+def load(path: str) -> Any:
     """Import `module:name`, below `distinit`."""
-    module, _, name = where.partition(":")
+    module, _, name = path.partition(":")
     return getattr(importlib.import_module(f"distinit.{module}"), name)

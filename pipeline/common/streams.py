@@ -1,9 +1,9 @@
-"""Text for terminals and pages, in any encoding, without characters that command a terminal.
+"""Text for terminals and pages, in any encoding, without characters that control a terminal.
 
-Names of classes, videos and teachers, reasons and messages of libraries may come from files of
-other people. All text that leaves the program passes `printable`: in `console.Console` (lines,
-tables, progress), in `CleanStream` (what Python, click and libraries write to standard output and
-error) and in `files.write_page` (pages, Markdown, CSV, SVG).
+Names of classes, videos and teachers, reasons and messages of libraries may come from third-party
+files. All text that leaves the program passes `printable`: in `console.Console` (lines,
+tables, progress), in `CleanStream` (text that Python, click and libraries write to standard output
+and error) and in `files.write_page` (pages, Markdown, CSV, SVG).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
-# C0, DEL and C1; marks, embeddings, overrides and isolates that turn the order of text; line and
+# C0, DEL and C1; marks, embeddings, overrides and isolates that change the order of text; line and
 # paragraph separators; annotations; halves of surrogate pairs, which stand for bytes of file names
 # that are not UTF-8.
 _UNSAFE = re.compile(
@@ -36,9 +36,9 @@ def counted(count: int, noun: str, plural: str = "s") -> str:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""Return the text with characters escaped (as `\x1b`) that are not for display.
+    r"""Return the text with unprintable characters escaped, as in `\x1b`.
 
-    These are control characters, those that reorder text, and undecodable bytes.
+    These are control characters, characters that reorder text, and undecodable bytes.
 
     Args:
         text: Any text.
@@ -54,21 +54,22 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:
-    """Return JSON in printable ASCII: `json` escapes all other characters itself but DEL."""
+    """Return a value as JSON in printable ASCII."""
+    # `json` escapes every other unprintable character itself.
     return json.dumps(value, allow_nan=False, indent=indent).replace("\x7f", "\\u007f")
 
 
 class CleanStream:
-    """A text stream whose characters are `printable`: for what is not written through a `Console`.
+    """A text stream that escapes unprintable characters, for text that no `Console` writes.
 
-    Line feeds, tabs and carriage returns pass: the progress bars of libraries are made of them.
+    Line feeds, tabs and carriage returns pass, since the progress bars of libraries need them.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text, escaped; returns its length as it was given."""
+        """Write the text, escaped, and return the length of the original."""
         self.stream.write(
             text if text.isprintable() else re.sub(r"[^\n\r\t]+", lambda m: printable(m[0]), text)
         )
@@ -85,7 +86,7 @@ class CleanStream:
 
 @contextmanager
 def clean_streams() -> Iterator[None]:
-    """Let all that is written to standard output and error pass a `CleanStream`."""
+    """Write standard output and error through a `CleanStream` during the block."""
     never_fail_to_encode(sys.stdout, sys.stderr)
     out, err = (cast(TextIO, CleanStream(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
@@ -95,13 +96,13 @@ def clean_streams() -> Iterator[None]:
 def raw_stream(stream: TextIO) -> TextIO:
     """Return the stream below a `CleanStream`.
 
-    For a writer that cleans by itself and sends escape codes of its own.
+    It is for a writer that escapes text itself and sends its own escape codes.
     """
     return stream.stream if isinstance(stream, CleanStream) else stream
 
 
 def never_fail_to_encode(*streams: TextIO | None) -> None:
-    """Write what a stream's encoding lacks (Latin-1, ASCII) as escapes.
+    """Let the streams escape characters that their encodings (Latin-1, ASCII) lack.
 
     A character must not end a job.
     """

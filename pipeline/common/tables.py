@@ -1,6 +1,6 @@
-"""One table, three ways to show it: on a terminal, as Markdown and as CSV.
+"""A table that can be shown on a terminal, as Markdown and as CSV.
 
-Pages show it by the macro `table` of reporting/templates.
+HTML pages show it with the macro `table` of reporting/templates.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from rich.text import Text
 
 from .streams import printable
 
-# A table of more columns of text than NARROW has its titles wrapped to TITLE_WIDTH or more.
+# In tables wider than NARROW characters, titles of numbers are wrapped to TITLE_WIDTH or more.
 NARROW, TITLE_WIDTH = 80, 9
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; numbers are aligned to the right."""
+    """A column's heading, and whether it holds numbers, which are aligned to the right."""
 
     title: str
     number: bool = False
 
 
 def columns(*titles: str) -> list[Column]:
-    """Return columns of these titles, numbers where one begins with `>`, as in a format string.
+    """Return columns with these titles; `>` before a title marks numbers, as in a format string.
 
     Example:
         >>> columns("run", ">clips")
@@ -41,14 +41,14 @@ def columns(*titles: str) -> list[Column]:
 
 @dataclass
 class Table:
-    """A table of texts, as a person reads them.
+    """A table of strings, formatted for people.
 
     Args:
-        title: Above the table.
+        title: The line above the table.
         columns: The headings.
         rows: Cells, a list per row.
         notes: Lines below the table.
-        headings: Index of a row → the heading above it, which a CSV does without.
+        headings: Index of a row → the heading above it, which a CSV does not have.
     """
 
     title: str
@@ -78,28 +78,31 @@ class Table:
         Rich's own title and caption would be wrapped to the width of a narrow table.
         """
         table = RichTable()
-        cells = [[len(row[at]) for row in self.rows] for at in range(len(self.columns))]
-        longest = [max(lengths, default=0) for lengths in cells]
-        natural = (
-            max(len(column.title), n) + 3 for column, n in zip(self.columns, longest, strict=True)
+        widths = [
+            max((len(row[index]) for row in self.rows), default=0)
+            for index in range(len(self.columns))
+        ]
+        outer_widths = (
+            max(len(column.title), width) + 3
+            for column, width in zip(self.columns, widths, strict=True)
         )
         # Numbers are never cut or wrapped. In a wide table their titles are wrapped, since names
         # would otherwise be squeezed to nothing.
-        wide = sum(natural) >= NARROW
-        for column, n in zip(self.columns, longest, strict=True):
+        wide = sum(outer_widths) >= NARROW
+        for column, width in zip(self.columns, widths, strict=True):
             title = column.title
             if wide and column.number:
-                title = textwrap.fill(title, max(n, TITLE_WIDTH), break_long_words=False)
+                title = textwrap.fill(title, max(width, TITLE_WIDTH), break_long_words=False)
             table.add_column(
                 _text(title),
                 justify="right" if column.number else "left",
                 no_wrap=column.number,
                 overflow="fold",
             )
-        for at, row in enumerate(self.rows):
-            if at in self.headings:
+        for index, row in enumerate(self.rows):
+            if index in self.headings:
                 table.add_section()
-                table.add_row(_text(self.headings[at], style="bold"))
+                table.add_row(_text(self.headings[index], style="bold"))
             table.add_row(*(_text(cell) for cell in row))
         return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes))
 
@@ -109,10 +112,11 @@ class Table:
             _markdown_row([column.title for column in self.columns]),
             "|" + "|".join("---:" if column.number else "---" for column in self.columns) + "|",
         ]
-        for at, row in enumerate(self.rows):
-            if at in self.headings:
+        for index, row in enumerate(self.rows):
+            if index in self.headings:
                 lines.append(
-                    f"| **{markdown_cell(self.headings[at])}** |" + " |" * (len(self.columns) - 1)
+                    f"| **{markdown_cell(self.headings[index])}** |"
+                    + " |" * (len(self.columns) - 1)
                 )
             lines.append(_markdown_row(row))
         notes = [f"\n{markdown_text(note)}" for note in self.notes]
@@ -127,7 +131,7 @@ class Table:
         return out.getvalue()
 
     def records(self) -> list[dict[str, str]]:
-        """Return a dict per row, by the columns' titles."""
+        """Return a dict per row, from column titles to cells."""
         return [
             dict(zip((column.title for column in self.columns), row, strict=True))
             for row in self.rows
@@ -149,5 +153,5 @@ def markdown_cell(text: str) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Return the text so that Markdown shows it unchanged: on one line, no HTML in it."""
+    """Return the text on one line, escaped so that Markdown shows it unchanged."""
     return text.replace("\\", "\\\\").replace("<", "&lt;").replace("\n", " ")

@@ -1,7 +1,4 @@
-"""Which URLs may be opened, and how one is shown.
-
-Passwords and queries are shown nowhere.
-"""
+"""Check which URLs may be opened, and hide their passwords and queries in all output."""
 
 from __future__ import annotations
 
@@ -25,23 +22,23 @@ QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
-    """Check whether the address of a store is a URL.
+    """Return whether the address of a store is a URL.
 
-    An existing local path is no URL, whatever its name.
+    An existing local path is not a URL.
     """
     text = os.fspath(text)
     return URL.match(text) is not None and local_path(text) == text and not os.path.exists(text)
 
 
 def local_path(text: str) -> str:
-    """Return a path without the `file://` that it may begin with."""
+    """Return a path without a leading `file://`."""
     return text[len("file://") :] if text.lower().startswith("file://") else text
 
 
 def check_local(out: str | os.PathLike[str]) -> None:
-    """Check that a place to write is local.
+    """Check that an output path is local.
 
-    A URL that was made a `Path`, which turns `s3://` into `s3:/`, is found as well.
+    A URL that was turned into a `Path`, as in `s3:/bucket`, is refused as well.
 
     Raises:
         UsageError: It is a URL, `file://` included, and no existing folder has this name.
@@ -68,11 +65,12 @@ def check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
         malformed = not parts.netloc or not url.isprintable() or " " in url or (parts.port or 0) < 0
-    except ValueError:  # a port that is no number, brackets that do not match
+    # A port that is no number, or brackets that do not match.
+    except ValueError:
         malformed = True
     if scheme not in PROTOCOLS or "::" in re.sub(r"://(?:[^/]*@)?\[[^/\]]*\]", "", url):
         raise UsageError(
-            f"{public_url(url)}: not a URL that is opened; allowed are {allowed}, and no chain with '::'"
+            f"{public_url(url)}: this kind of URL is not opened; allowed are {allowed}, without a chain of '::'"
         )
     if malformed:
         raise UsageError(
@@ -93,32 +91,30 @@ def public_url(text: str) -> str:
         return text
     try:
         _ = urlsplit(text).port
-    except ValueError:  # where the password ends is not known
+    # The end of the password is unknown.
+    except ValueError:
         return f"{text.partition('://')[0]}://…"
     bare = re.split(r"[?#]", text, maxsplit=1)[0]
     return bare if re.match("hf://[^/:]*@", bare) else LOGIN.sub("", bare)
 
 
 def hide_secrets(text: str) -> str:
-    """Return the text with users, passwords and queries taken out of all URLs in it."""
+    """Return the text without the users, passwords and queries of the URLs in it."""
     return QUERY.sub(r"\1?…", LOGIN.sub("", text))
 
 
 def canonical_url(url: str) -> str:
-    """Return one name for all ways to write a URL.
-
-    It lacks what only gives access: user, password, signature.
-    """
+    """Return the same text for all spellings of a URL, without user, password and signature."""
     parts = urlsplit(url)
-    scheme, place = parts.scheme.lower(), parts.netloc
+    scheme, host = parts.scheme.lower(), parts.netloc
     if scheme in DEFAULT_PORTS:
-        place = f"{parts.hostname}:{parts.port or DEFAULT_PORTS[scheme]}"
+        host = f"{parts.hostname}:{parts.port or DEFAULT_PORTS[scheme]}"
     query = [
         (k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not SECRET.search(k)
     ]
-    return f"{scheme}://{place}{parts.path.rstrip('/')}?{urlencode(query)}"
+    return f"{scheme}://{host}{parts.path.rstrip('/')}?{urlencode(query)}"
 
 
 StoreAddress = Annotated[str, PlainSerializer(public_url), Field(repr=False)]
-"""The folder or URL of a store as an option; no dump of the options (`config.yaml`, `--dry-run`)
-holds its password."""
+"""The folder or URL of a store as an option. Dumps of the options (`config.yaml`, `--dry-run`)
+do not contain its password."""

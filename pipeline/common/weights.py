@@ -1,16 +1,15 @@
-"""Weights from files of strangers, and what identifies them.
+"""Weights from third-party files, and the digests that identify them.
 
-A checkpoint is data: safetensors, or torch's formats through its weights-only unpickler. Anything
-that would need a free unpickle is refused.
+A checkpoint is data: safetensors, or torch's formats through its weights-only unpickler. A file
+that requires unrestricted unpickling is refused.
 
 Two digests, both sha256 in hex:
 
-- of the **file**, as `sha256sum FILE` prints it: what a user passes and what is kept for people;
-- of the **state** that was loaded: what identifies a teacher. It covers every tensor of the state
-  in the order of the names' UTF-8 bytes: name, dtype, shape, and the bytes as little-endian,
-  contiguous. BatchNorm's batch counters are left out, for no output depends on them and older files
-  lack them. So the same weights have the same identity whatever file, library or machine they came
-  from.
+- of the **file**, as `sha256sum FILE` prints it: users pass it, and it is recorded for people;
+- of the **state** that was loaded: it identifies a teacher. It covers every tensor of the state in
+  the order of the names' UTF-8 bytes: name, dtype, shape, and the bytes as little-endian,
+  contiguous. BatchNorm's batch counters are left out, since no output depends on them and older
+  files lack them. The same weights have the same digest in every file, library and machine.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from .sealed import check_seal, sha256_of
 
 _NESTED = ("state_dict", "model")
 _COUNTER = "num_batches_tracked"
-# What torch's reader raises for a pickle of more than tensors, or one by Python 2.
-_NOT_PLAIN = (
+# Exceptions of torch's reader for a pickle of more than tensors, or one by Python 2.
+_UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     UnicodeDecodeError,
     TypeError,
@@ -59,10 +58,10 @@ class WeightsFile:
 
 
 def file_sha256(path: str | Path) -> str:
-    """sha256 of a file, in hex.
+    """Return the sha256 of a file, in hex.
 
     Raises:
-        WeightsError: the file is missing or cannot be read.
+        WeightsError: The file is missing or cannot be read.
     """
     try:
         return sha256_of(path)
@@ -71,7 +70,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """sha256 of a state in the canonical form of this module's docstring, in hex."""
+    """Return the sha256 of a state in the canonical form of this module's docstring, in hex."""
     digest = hashlib.sha256()
     for name in sorted(state, key=lambda key: key.encode()):
         if name.rsplit(".", 1)[-1] == _COUNTER:
@@ -83,32 +82,33 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_sha256(what: str, found: str, expected: str | None) -> None:
-    """Compare a digest with the one a user gave, if any.
+def check_sha256(prefix: str, digest: str, expected: str | None) -> None:
+    """Compare a digest with the one of the user, if there is one.
 
-    Upper case and spaces around do not matter.
+    Upper case and surrounding spaces do not matter.
 
     Raises:
-        WeightsError: They differ. Names `what`, the digest and the expected one.
+        WeightsError: They differ. The message begins with `prefix` and has both.
     """
-    if expected is not None and found != expected.strip().lower():
-        raise WeightsError(f"{what}: sha256 is {found}, expected {expected.strip().lower()}")
+    if expected is not None and digest != expected.strip().lower():
+        raise WeightsError(f"{prefix}: sha256 is {digest}, expected {expected.strip().lower()}")
 
 
 def load_weights(path: str | Path, sha256: str | None = None) -> WeightsFile:
-    """Read a state dict from a safetensors or torch checkpoint, never unpickling freely.
+    """Read a state dict from a safetensors or torch checkpoint, without unrestricted unpickling.
 
-    The digest is checked before the file is parsed. A state may lie under `state_dict` or `model`
-    and its names may all begin with `module.`, as DataParallel leaves them.
+    The digest is checked before the file is parsed. A state may be stored under `state_dict` or
+    `model`, and its names may all begin with `module.`, which DataParallel adds.
 
     Raises:
-        WeightsError: missing file, another sha256, not a checkpoint, or one that would need a free
-            unpickle.
+        WeightsError: The file is missing, has another sha256, is no checkpoint, or requires
+            unrestricted unpickling.
     """
     path = Path(path)
     digest = file_sha256(path)
     check_sha256(f"weights file {path}", digest, sha256)
-    check_seal(path, WeightsError)  # a file of our own, such as an exported student
+    # The file may be one of distinit, such as an exported student.
+    check_seal(path, WeightsError)
     if path.suffix == ".safetensors":
         try:
             content: object = load_file(path)
@@ -122,31 +122,32 @@ def load_weights(path: str | Path, sha256: str | None = None) -> WeightsFile:
 
 
 def _load_torch(path: Path) -> object:
-    """torch.load, weights-only; once more as latin1 for pickles written by Python 2."""
+    """Load a torch file, weights only; pickles written by Python 2 are read as latin1."""
     with warnings.catch_warnings():
         # torch warns that it ignores `encoding`; it does pass it to the weights-only reader.
         warnings.simplefilter("ignore", UserWarning)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except _NOT_PLAIN as error:
-            first = error
+        except _UNPICKLING_ERRORS as error:
+            refusal = error
         except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise WeightsError(
                 f"weights file {path}: not a torch checkpoint ({first_line(error)})"
             ) from None
         try:
             return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
-        except Exception:  # whatever a hostile pickle makes the reader raise, it is refused
+        # A hostile pickle can make the reader raise any exception.
+        except Exception:
             raise WeightsError(
                 f"weights file {path}: not a checkpoint of tensors alone, and it is never unpickled freely; "
-                f"save its state dict as safetensors ({_refused(first)})"
+                f"save its state dict as safetensors ({_refused_content(refusal)})"
             ) from None
 
 
-def _refused(error: Exception) -> str:
-    """Return what torch's weights-only reader met, without its advice to read the file anyway."""
-    found = re.search(r"[Uu]nsupported [^\n]{1,200}", str(error))
-    return found[0].rstrip(".") if found else "neither torch nor safetensors can read it"
+def _refused_content(error: Exception) -> str:
+    """Return the content that torch's weights-only reader refuses, without the reader's advice."""
+    match = re.search(r"[Uu]nsupported [^\n]{1,200}", str(error))
+    return match[0].rstrip(".") if match else "neither torch nor safetensors can read it"
 
 
 def _state_in(content: object, path: Path) -> dict[str, Tensor]:
@@ -160,10 +161,10 @@ def _state_in(content: object, path: Path) -> dict[str, Tensor]:
             f"weights file {path}: holds a {type(content).__name__} and no state dict; "
             f"allowed: a state dict, alone or under {' or '.join(_NESTED)}"
         )
-    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if strange:
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
         raise WeightsError(
-            f"weights file {path}: {strange[0]!r} is not a tensor, so this is no state dict"
+            f"weights file {path}: {others[0]!r} is not a tensor, so this is no state dict"
         )
     names = [str(key) for key in content]
     prefix = "module." if all(name.startswith("module.") for name in names) else ""
@@ -172,57 +173,61 @@ def _state_in(content: object, path: Path) -> dict[str, Tensor]:
     }
 
 
-def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
     """Load a whole state; BatchNorm's batch counters may be missing.
 
     Raises:
-        WeightsError: a tensor is missing, unexpected or of another shape. Names the first of each.
+        WeightsError: A tensor is missing, unexpected or of another shape. The message begins with
+            `prefix` and names the first of each kind.
     """
-    own = module.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith(_COUNTER)]
-    extra = [name for name in state if name not in own]
-    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
-    found = []
+    current = module.state_dict()
+    missing = [name for name in current if name not in state and not name.endswith(_COUNTER)]
+    extra = [name for name in state if name not in current]
+    shapes = [
+        name for name in current if name in state and current[name].shape != state[name].shape
+    ]
+    problems = []
     if missing:
-        found.append(f"{len(missing)} tensors missing (first {missing[0]})")
+        problems.append(f"{len(missing)} tensors missing (first {missing[0]})")
     if extra:
-        found.append(f"{len(extra)} unexpected (first {extra[0]})")
+        problems.append(f"{len(extra)} unexpected (first {extra[0]})")
     if shapes:
         name = shapes[0]
-        found.append(
+        problems.append(
             f"{len(shapes)} of another shape (first {name}: {list(state[name].shape)}, "
-            f"the model's is {list(own[name].shape)})"
+            f"the model's is {list(current[name].shape)})"
         )
-    if found:
-        raise WeightsError(f"{what}: does not fit {type(module).__name__}: {', '.join(found)}")
+    if problems:
+        raise WeightsError(f"{prefix}: does not fit {type(module).__name__}: {', '.join(problems)}")
     module.load_state_dict(state, strict=False)
 
 
 def hub_folder() -> Path:
-    """Where torch hub keeps checkpoints: TORCH_HOME, or the user's cache."""
+    """Return the folder of torch hub's checkpoints, in TORCH_HOME or the user's cache."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def library_weights(
-    choice: Any, sha256: str | None = None, *, who: str, remedy: str, fetch: bool = True
+    choice: Any, sha256: str | None = None, *, prefix: str, remedy: str, fetch: bool = True
 ) -> WeightsFile:
-    """Return the weights of a member of torchvision's enums, as ResNet18_Weights.IMAGENET1K_V1.
+    """Return the weights of a torchvision enum member such as ResNet18_Weights.IMAGENET1K_V1.
 
     Args:
         choice: The member of the enum.
-        sha256: What the file's must be, if given.
-        who: Who requires them, for the message where they cannot be had.
-        remedy: What to do with a file, for the same message.
-        fetch: Whether they may be downloaded.
+        sha256: The required sha256 of the file; None allows any.
+        prefix: Begins the message: the option or model that requires the weights.
+        remedy: Ends the message: how to pass a file.
+        fetch: Whether the weights may be downloaded.
 
     Raises:
-        WeightsError: Not in the cache and cannot be fetched, another sha256, or damaged.
+        WeightsError: The weights are not in the cache and cannot be fetched, have another sha256,
+            or are damaged.
     """
     path = hub_folder() / Path(urlparse(choice.url).path).name
     if not path.is_file():
         if not fetch:
             raise WeightsError(
-                f"{who}: {path.name} is not in {path.parent} and is not downloaded here; {remedy}"
+                f"{prefix}: {path.name} is not in {path.parent} and is not downloaded here; {remedy}"
             )
         try:
             choice.get_state_dict(
@@ -230,7 +235,7 @@ def library_weights(
             )
         except (OSError, RuntimeError) as error:
             raise WeightsError(
-                f"{who}: {path.name} is not in {path.parent} and cannot be fetched "
+                f"{prefix}: {path.name} is not in {path.parent} and cannot be fetched "
                 f"({first_line(error)}); "
                 f"get {choice.url} and {remedy}"
             ) from None

@@ -1,7 +1,7 @@
-"""Which file each loader process is reading, and which files are refused, in shared memory.
+"""Record in shared memory which file each loader process reads, and which files are refused.
 
-A decoder that crashes or hangs in C cannot report it: the process that waits for it looks here and
-names the file.
+A decoder that crashes or hangs in C cannot report it. The process that waits for it finds the file
+here.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import Any
 
 from .errors import VideoError
 
-_HEAD = struct.Struct("<II")  # number of this read (0: no file is being read), bytes of the path
+# Number of the read (0: no file is being read), and bytes of the path.
+_HEAD = struct.Struct("<II")
 _ROW = 4096
 _MAX_PATH = _ROW - _HEAD.size
 
 
 class WorkerStatus:
-    """A row per worker, written by the worker; goes to it as an argument, however it is started."""
+    """A row per worker, which the worker writes; it is passed to each worker as an argument."""
 
     def __init__(self, context: BaseContext, workers: int) -> None:
         self._memory: Any = context.RawArray("c", workers * _ROW)
         self._reads = 0
 
     def reading(self, worker: int) -> tuple[str, int] | None:
-        """Return the file that a worker is reading and the number of this read; None for none."""
+        """Return the file that a worker is reading and the number of the read, None for no file."""
         row = self._row(worker)
         number, length = _HEAD.unpack_from(row)
         if number == 0 or length > _MAX_PATH:
@@ -36,7 +37,7 @@ class WorkerStatus:
         return os.fsdecode(bytes(row[_HEAD.size : _HEAD.size + length])), number
 
     def note(self, worker: int, path: str | None) -> None:
-        """Record in the row of `worker` which file it reads from now on, None for none."""
+        """Record in the row of `worker` which file it reads from now on, None for no file."""
         row = self._row(worker)
         _HEAD.pack_into(row, 0, 0, 0)
         if path is not None:
@@ -69,18 +70,18 @@ def refused_files() -> Mapping[str, str]:
 
 @contextmanager
 def refusing(files: Mapping[str, str]) -> Iterator[None]:
-    """Refuse these files (path → reason), here and in loader processes started meanwhile."""
-    before = _Process.refused
-    _Process.refused = {**before, **files}
+    """Refuse these files (path → reason) in the block, and in loader processes started in it."""
+    previous = _Process.refused
+    _Process.refused = {**previous, **files}
     try:
         yield
     finally:
-        _Process.refused = before
+        _Process.refused = previous
 
 
 @contextmanager
-def at(path: str) -> Iterator[None]:
-    """Record that this file is read meanwhile.
+def record_read(path: str) -> Iterator[None]:
+    """Record that this file is read in the block.
 
     Raises:
         VideoError: The file is refused.

@@ -267,7 +267,7 @@ def _run_shards(
         for result in fill(tasks(plan, shards, teachers), bar.advance):
             for segment in np.flatnonzero(index.shard == result.shard).tolist():
                 video = int(index.video[segment])
-                watch.see(video, _reason(result, segment), plan.path(video))
+                watch.add(video, _reason(result, segment), plan.path(video))
             held.append(result)
             done += result.rows
             if not watch.watching:

@@ -127,7 +127,7 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_fai
             for (i, _), probe in zip(
                 slab, pool.probe([videos.absolute(i) for i, _ in slab]), strict=True
             ):
-                watch.see(i, probe.error, videos.absolute(i))
+                watch.add(i, probe.error, videos.absolute(i))
                 probes.append(probe)
                 bar.advance(1)
             if at + PROBED_AT_ONCE >= len(new) and not (plan.writer.index.state == OK).any():

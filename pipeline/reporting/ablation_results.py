@@ -52,7 +52,7 @@ class CellRecord(Form):
 
 
 class _File(Form):
-    what = "the cells of an ablation"
+    noun = "the cells of an ablation"
     title: str
     paper: PaperNumbers | None = None
     axes: list[str] = []

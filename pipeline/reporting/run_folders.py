@@ -63,7 +63,7 @@ class _Targets(Form):
 class _Config(Form):
     """The part of a run's config.yaml that a report reads."""
 
-    what = "the config of a run"
+    noun = "the config of a run"
 
     store: str | None = None
     init: str | None = None
@@ -77,7 +77,7 @@ class _Config(Form):
 class _Result(Form):
     """The part of result.json that a report reads."""
 
-    what = "the result of a run"
+    noun = "the result of a run"
 
     split: int | str | None = None
     seconds: float | None = None
@@ -102,7 +102,7 @@ RENAMED_RESULTS = {
 class _Logged(Form):
     """The required members of a line of metrics.jsonl; other numbers may be missing or null."""
 
-    what = "a record of a training"
+    noun = "a record of a training"
 
     kind: str
     step: Size

@@ -22,7 +22,7 @@ KINDS = {"train-student": "student", "finetune": "finetune"}
 class _Header(Form):
     """The part of an exported model's header that a report reads."""
 
-    what = "the header of a model"
+    noun = "the header of a model"
     heads: dict[str, Any] = {}
     options: dict[str, Any] = {}
     meta: dict[str, Any] | None = None

@@ -146,7 +146,7 @@ def _inflated(
         fitting_student(int(where.removeprefix("resnet")), wanted, f"--init {init}")
         choice = get_model_weights(where)["IMAGENET1K_V1"]
         state = library_weights(
-            choice, who=f"--init {init}", remedy="take --init inflate:FILE"
+            choice, prefix=f"--init {init}", remedy="take --init inflate:FILE"
         ).state
     elif not os.path.exists(where):
         names = " or ".join(f"inflate:{name}" for name in INFLATABLE)
@@ -176,7 +176,9 @@ def _kinetics(init: str, where: str, wanted: StudentOptions | None) -> Initializ
     # Before anything is fetched: they exist in one form.
     exist = StudentOptions(architecture=architecture)
     check_options(_with_wanted(exist, wanted, "--init kinetics"), exist, "--init kinetics")
-    state = library_weights(choice, who="--init kinetics", remedy="take --init kinetics:FILE").state
+    state = library_weights(
+        choice, prefix="--init kinetics", remedy="take --init kinetics:FILE"
+    ).state
     return _in_video_names(state, "--init kinetics", wanted)
 
 

@@ -139,7 +139,7 @@ def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:
     return library_weights(
         choice,
         spec.sha256,
-        who=f"teacher {spec.name!r}",
+        prefix=f"teacher {spec.name!r}",
         remedy=f"pass --teacher-weights {spec.name}=FILE",
         fetch=spec.fetch,
     )

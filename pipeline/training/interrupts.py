@@ -45,7 +45,7 @@ def sigterm_noted() -> Iterator[Callable[[], bool]]:
 class _CrashRecord(Form):
     """By path of a video, the reason of each end of a loader process that was reading it."""
 
-    what: ClassVar[str] = "a record of crashes"
+    noun: ClassVar[str] = "a record of crashes"
     videos: dict[str, list[str]] = {}
 
 

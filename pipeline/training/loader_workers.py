@@ -121,7 +121,7 @@ def _start(
             ours, theirs = multiprocessing.Pipe()
             process = context.Process(
                 target=_run_worker,
-                args=(theirs, Owner.here(), status, worker_status.refused_files()),
+                args=(theirs, Owner.current(), status, worker_status.refused_files()),
                 kwargs={"read": read, "batches": batches, "number": number, "workers": workers},
                 daemon=True,
             )

@@ -171,10 +171,10 @@ def test_names_numbers_and_addresses_make_no_other_reason(reason: str) -> None:
     paths = [f"/some where/a b{n}.mp4" for n in range(3)]
     reasons = [reason.format(path=path, name=Path(path).name, n=n) for n, path in enumerate(paths)]
     for n in (0, 1):
-        watch.see(n, reasons[n], paths[n])
+        watch.add(n, reasons[n], paths[n])
     with pytest.raises(DistInitError):
-        watch.see(2, reasons[2], paths[2])
+        watch.add(2, reasons[2], paths[2])
     watch = SameFailure(3)
-    watch.see(0, "one reason", "a.mp4")
-    watch.see(1, "another", "b.mp4")
+    watch.add(0, "one reason", "a.mp4")
+    watch.add(1, "another", "b.mp4")
     assert not watch.watching

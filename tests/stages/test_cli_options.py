@@ -138,7 +138,7 @@ def test_an_option_voids_the_keys_it_replaces(tmp_path: Path) -> None:
         "extract-targets",
         file=str(file),
         options={"sources": ["x"], "out": "s", "sampling.fps": 2.0},
-        dropped=["sampling.every", "sampling.keyframes"],
+        replaced=["sampling.every", "sampling.keyframes"],
     )
     assert (config.sampling.every, config.sampling.fps) == (None, 2.0)
 

@@ -134,7 +134,7 @@ def test_progress_in_a_notebook_is_one_line_that_is_replaced(
         seen.append((data["text/plain"], update))
 
     monkeypatch.setattr(shell.display_pub, "publish", publish)
-    monkeypatch.setattr(module, "NOTEBOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(module, "NOTEBOOK_INTERVAL_S", 0.0)
     try:
         console = Console(stdout=io.StringIO(), stderr=io.StringIO())
         console._err.is_jupyter = True

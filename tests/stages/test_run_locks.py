@@ -127,7 +127,7 @@ WRITERS: dict[str, Callable[[Folder, Path], None]] = {
 def test_a_second_writer_is_refused_and_names_the_folder(
     command: str, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "OUTLIVED_S", 0.3)
+    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.3)
     out = tmp_path / "busy"
     with folder_lock(out), pytest.raises(UsageError) as refused:
         WRITERS[command](folder, out)
@@ -140,7 +140,7 @@ def test_a_second_writer_is_refused_and_names_the_folder(
 def test_a_run_that_is_written_can_be_read_and_not_be_tested(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "OUTLIVED_S", 0.3)
+    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.3)
     run = tmp_path / "run"
     shutil.copytree(folder.root / "run", run)
     before = contents(run)

@@ -94,7 +94,7 @@ def test_the_intruder_would_be_let_in_by_a_cluster_without_keys() -> None:
 def test_a_cluster_with_tls_is_used_with_the_keys_of_dasks_own_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "ANSWER_WITHIN", "3s")
+    monkeypatch.setattr(workers, "CONNECT_TIMEOUT", "3s")
     keys = Security.temporary()
     (tmp_path / "ca.pem").write_text(keys.tls_ca_file)
     (tmp_path / "key.pem").write_text(keys.tls_client_key)

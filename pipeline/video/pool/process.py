@@ -181,7 +181,7 @@ class WorkerProcess:
                 "views": [view.model_dump() for view in views],
                 "bytes": layout.total_bytes,
                 "memory_gb": memory_gb,
-                "owner": asdict(Owner.here()),
+                "owner": asdict(Owner.current()),
             }
         )
 

@@ -63,12 +63,12 @@ def test_the_next_writer_of_a_store_removes_what_zarr_left(tiny_store: Any, tmp_
 @pytest.mark.slow
 def test_zarrs_own_names_are_the_ones_that_are_swept(tmp_path: Path) -> None:
     """As long as zarr names its temporary files so."""
-    from distinit.pipeline.common.files import _IN_STORE
+    from distinit.pipeline.common.files import _TEMPORARY_IN_STORE
 
     warm.run(tmp_path / "a", code=KILLED)
     names = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert len(names) == 1
-    assert _IN_STORE.fullmatch(names[0])
+    assert _TEMPORARY_IN_STORE.fullmatch(names[0])
 
 
 def test_the_next_writer_of_a_run_removes_what_was_left(tmp_path: Path) -> None:

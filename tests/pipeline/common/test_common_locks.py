@@ -61,7 +61,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_folder_is_locked_by_one_process_and_its_forks_have_no_part_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "OUTLIVED_S", 0.3)
+    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.3)
     out = tmp_path / "new" / "run"
     sleeper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     try:

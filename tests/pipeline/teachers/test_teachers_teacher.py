@@ -414,8 +414,8 @@ def test_devices() -> None:
     ):
         resolve_device("gpu")
     beyond = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(DeviceError, match=f"'{beyond}' is not there.*available: cpu"):
+    with pytest.raises(DeviceError, match=f"'{beyond}' is not available.*allowed: cpu"):
         resolve_device(beyond)
     if not torch.cuda.is_available():
-        with pytest.raises(DeviceError, match="'cuda' is not there"):
+        with pytest.raises(DeviceError, match="'cuda' is not available"):
             resolve_device("cuda")

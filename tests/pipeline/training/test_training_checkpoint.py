@@ -58,7 +58,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     save(tmp_path, 4)
     done = warm.run(tmp_path, code=FULL_DISK)
     assert done.returncode == 0, done.stderr
-    assert "last.pt: File too large; the one before is untouched" in done.stdout
+    assert "last.pt: File too large; the existing file is unchanged" in done.stdout
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
     assert start(tmp_path).step == 4
     assert start(tmp_path).unreadable == {"a\udcff": "x"}

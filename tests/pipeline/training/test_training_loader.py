@@ -217,7 +217,7 @@ class Videos(Examples):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         try:
-            with worker_status.at(f"v{key[1]}.mp4"):
+            with worker_status.record_read(f"v{key[1]}.mp4"):
                 return super().__getitem__(key)
         except VideoError as error:
             return super().__getitem__((1, key[1])) | {"name": str(error)}
@@ -257,7 +257,7 @@ def test_a_refused_file_is_not_read(workers):
         "its decoder crashed",
         *"56789",
     ]
-    with worker_status.at("v4.mp4"):
+    with worker_status.record_read("v4.mp4"):
         pass  # not refused any more
 
 
