@@ -111,14 +111,10 @@ def start_set(rule: PickRule, cached: NDArray[np.int64], frames: int, clip_frame
     lo = np.maximum(lo, 0)
     hi = np.minimum(hi, last_start)
     keep = lo <= hi
-    lo, hi = lo[keep], hi[keep]
-    if len(lo) == 0:
-        return StartSet(lo.astype(np.int64), hi.astype(np.int64))
-    # Both ends ascend, so neighbours that touch merge in one pass.
-    new = np.concatenate([[True], lo[1:] > np.maximum.accumulate(hi)[:-1] + 1])
-    begin = np.flatnonzero(new)
-    end = np.concatenate([begin[1:] - 1, [len(lo) - 1]])
-    return StartSet(lo[begin].astype(np.int64), hi[end].astype(np.int64))
+    lo, hi = lo[keep].astype(np.int64), hi[keep].astype(np.int64)
+    # Both ends ascend, so each interval that does not touch the one before begins another.
+    gaps = np.flatnonzero(lo[1:] > hi[:-1] + 1) + 1
+    return StartSet(np.concatenate([lo[:1], lo[gaps]]), np.concatenate([hi[gaps - 1], hi[-1:]]))
 
 
 def window(cached: NDArray[np.int64], start: int, clip_frames: int) -> tuple[int, int]:
