@@ -1,4 +1,4 @@
-"""What a clip looks like: size, resize, mirror, where it is cut. Free of torch until it cuts."""
+"""Options of a clip: size, resize, mirror, crop. torch is imported when a clip is cut."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import Field, field_validator
 from ..common.settings import CliOption, Options
 from ..video.region import Region
 
-# Mean and standard deviation by the number of channels of a clip: of RGB in 0 … 1 in Kinetics, as
-# torchvision's video models expect it, and of flow in pixels, x and y, as in Caffe2's operator.
-# Clips are normalised by them, and exported students name them.
+# Mean and standard deviation by the number of channels of a clip: 3 for RGB in 0 … 1 (Kinetics, as
+# torchvision's video models expect it), 2 for flow in pixels, x and y (Caffe2's operator). Clips
+# are normalised with them, and exported students record them.
 NORMALIZATION: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     3: ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
     2: ((0.0046635, 0.0046261), (0.972347, 0.755146)),

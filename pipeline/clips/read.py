@@ -26,7 +26,7 @@ from .transforms import of_channels
 class Clips(NamedTuple):
     """Clips [N, C, T, H, W] of one video, see `read_clip`.
 
-    Of the `distinct` frames, `repeated` are damaged and shown as the one before.
+    They show `distinct` frames, `repeated` of which are damaged and shown as the frame before.
     """
 
     clips: Tensor

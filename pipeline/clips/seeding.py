@@ -93,8 +93,8 @@ def position(seed: int, nth: int, *, n: int, group: int = 0) -> int:
 def held_out_share(share: float | None, n: int) -> float:
     """Return the share of `n` videos to hold out, decided by their number where it is None.
 
-    A fiftieth, but no fewer than 30 videos, since fewer tell little, and no more than 1000; never
-    above a tenth. Of fewer than 200 videos none.
+    A fiftieth, at least 30 videos, since fewer tell little, at most 1000, and never more than a
+    tenth. Fewer than 200 videos are all trained on.
     """
     if share is not None:
         return share

@@ -1,6 +1,6 @@
-"""From frames to the input of a video model: crop, mirror, normalise.
+"""Crop, mirror and normalise frames into the input of a video model.
 
-No module of this package but this one and `read` imports torch.
+This module and `read` are the only ones of this package that import torch.
 
 Shapes: B clips, C channels, T frames, H W pixels.
 """
@@ -35,7 +35,7 @@ def center_crop(images: np.ndarray, size: int) -> torch.Tensor:
 
 
 def of_channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
-    """Convert a cropped clip to what a student of so many channels sees.
+    """Convert a cropped clip to the input of a student with `channels` channels.
 
     For 3 channels it is the clip itself; for 2 its optical flow (see `flow.flow_of`): uint8
     [3, T + 1, H, W] becomes float32 [2, T, H, W] in pixels.

@@ -1,8 +1,8 @@
-"""Frames of prepared copies, asked for as frames of their sources.
+"""Read frames of prepared copies by the frame numbers of their sources.
 
 A copy is decoded without opening its container: its map says which bytes to read and how the
 decoder is set up, so that a clip costs one read and the frames from the key frame before it.
-Timestamps of the copy are never looked at; copy frame k is the source frame that the map names.
+Timestamps of the copy are ignored: frame k of the copy is the source frame that the map names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The map that a prepared copy carries: from its frames to the source's, and to its own bytes.
+"""The map inside a prepared copy: from its frames to the source's, and to its own bytes.
 
 It is the last box of the copy itself, an mp4 file: a copy and its map are one file, written and
 renamed as one, and players skip the box. docs/prepare.md describes the bytes.
@@ -158,7 +158,8 @@ class FrameMap:
     def unpack(cls, packed: bytes) -> FrameMap:
         """Read a map from the bytes that `pack` compressed.
 
-        Raise ValueError, KeyError or the like for others.
+        Raises:
+            ValueError, KeyError, IndexError or another: The bytes are something else.
         """
         unzip = zlib.decompressobj()
         data = unzip.decompress(packed, _MOST)
@@ -247,7 +248,7 @@ def check_copy(path: str) -> bool:
 
 
 def map_of(descriptor: int, path: str) -> FrameMap:
-    """Return the map of an open copy; this process caches those read last."""
+    """Return the map of an open copy. The maps read last are cached in this process."""
     status = os.fstat(descriptor)
     key = (path, status.st_size, status.st_mtime_ns)
     frame_map = _maps.get(key)
@@ -278,7 +279,7 @@ def _load(descriptor: int, size: int) -> FrameMap:
         frame_map = FrameMap.unpack(packed)
     except VideoError:
         raise
-    # What JSON, zlib and numpy raise for another's bytes is of many kinds.
+    # JSON, zlib and numpy raise exceptions of many kinds for other bytes.
     except Exception as error:
         raise VideoError(f"the copy's map is damaged: {reason(error)}") from error
     if frame_map.offset[0] < 0 or frame_map.offset[-1] > size - box:

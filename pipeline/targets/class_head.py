@@ -1,7 +1,7 @@
 """Heads: classifiers that turn cached features into logits when clips are drawn.
 
-A head is a linear classifier, or embeddings of class names with the scale of a text-image model. A
-vocabulary of one's own classes so needs no teacher: the features are in the store.
+A head is a linear classifier, or embeddings of class names with the scale of a text-image model. So
+no teacher is required for a vocabulary of new classes: the features are in the store.
 
 Shapes: n rows, K classes, D features.
 """
@@ -30,7 +30,7 @@ class ClassHead:
     """Logits of features: logit_scale · weight · x + bias, with x of length 1 if `normalize`.
 
     weight: float32 [K, D]. bias: float32 [K] or None. classes: their names [K]. digest: sha256 of
-    the file that it was read from, "" of none.
+    the file that it was read from, "" without one.
 
     Example:
         `ClassHead.read("classes.safetensors")(store.outputs("clip.features", rows))` → [n, K]
@@ -49,8 +49,8 @@ class ClassHead:
         if self.normalize:
             length = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
             x = np.asarray(x / np.maximum(length, np.float32(1e-12)), np.float32)
-        # Not a product of matrices: that one rounds differently with the number of rows and of
-        # threads, and targets are a function of the row alone.
+        # A matrix product would round differently with the number of rows and threads; targets
+        # must be a function of the row alone.
         logits = np.einsum("nd,kd->nk", x, self.weight, optimize=False)
         if self.logit_scale != 1:
             logits *= np.float32(self.logit_scale)
@@ -58,13 +58,13 @@ class ClassHead:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ClassHead:
-        """Read a safetensors file as `write` writes it, or as anyone else does.
+        """Read a safetensors file by `write` or by another program.
 
         Tensors `weight` [K, D] and, optionally, `bias` [K]; metadata `classes`, a JSON list of K
         names, and optionally `logit_scale`, a number, and `normalize`, true or false.
 
         Raises:
-            UsageError: It is no such file.
+            UsageError: The file is of another kind.
         """
         where = f"--head {os.fspath(path)}"
         try:
@@ -76,9 +76,9 @@ class ClassHead:
             raise UsageError(f"{where}: cannot be read as safetensors ({error})") from None
         weight, bias = tensors.get("weight"), tensors.get("bias")
         if weight is None or weight.ndim != 2 or 0 in weight.shape:
-            found = ", ".join(f"{k} {list(v.shape)}" for k, v in tensors.items()) or "no tensors"
+            shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in tensors.items()) or "no tensors"
             raise UsageError(
-                f"{where}: requires a tensor weight [classes, features]; it has {found}"
+                f"{where}: requires a tensor weight [classes, features]; it has {shapes}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise UsageError(
@@ -149,7 +149,7 @@ def read_heads(
     Args:
         files: teacher → file of its head.
         widths: teacher → numbers per row.
-        outputs: teacher → "logits" or "features"; of all teachers that are learned from.
+        outputs: teacher → "logits" or "features", for all teachers that are learned from.
 
     Raises:
         UsageError: A teacher is not among them or gives logits, or a file does not fit.
@@ -177,7 +177,7 @@ def read_heads(
 
 
 def class_names(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return class names of a list's lines; blank lines and those that begin with # are none."""
+    """Return the class names of a list, without blank lines and lines that begin with #."""
     return tuple(
         dict.fromkeys(
             text.strip() for text in texts if text.strip() and not text.strip().startswith("#")

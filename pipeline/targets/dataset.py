@@ -25,7 +25,7 @@ from .class_head import read_heads
 from .picks import PickRule
 from .sampler import REMEMBERED, ClipSample, TargetSampler
 
-# For one sample: a corpus that has moved away ends a run at its first batch.
+# Videos tried for one sample. A corpus that has moved ends a run at its first batch.
 MAX_UNREADABLE_IN_A_ROW = 20
 
 
@@ -38,12 +38,13 @@ class StudentClips(Dataset[Any]):
       sampler with ahead=1; zeros where no head counts it (it was not decoded)
     - "targets": teacher → mean picked outputs float32 [K]
     - "weight": teacher → float32 scalar, 1 or 0
-    - "dropped": teacher → bool, of a sampler that drops teachers
+    - "dropped": teacher → bool, where the sampler drops teachers
     - "video": id in the store; "name": its path; "start": first frame
-    - "rejected": draws that the filter rejected; "unreadable": [(path, reason)] of unreadable files
+    - "rejected": draws that the filter rejected; "unreadable": [(path, reason)] per file
 
-    A video that cannot be read, or is not the one the teachers saw, is drawn again; the caller
-    counts them. A held-out one (a `fixed` sampler) is None instead.
+    Another clip is drawn in place of a video that cannot be read or is not the one that the
+    teachers saw; the caller counts them. With a `fixed` sampler (held-out videos) the example is
+    None.
 
     Args:
         sampler: Draws clips and targets.
@@ -91,8 +92,8 @@ class StudentClips(Dataset[Any]):
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | None]:
         """Return the examples of a batch, as a DataLoader asks for them."""
-        # All draws and targets first: right after a decoder, which leaves nothing of them in the
-        # processor's caches, they take three times as long.
+        # All draws and targets come first. Right after decoding, which clears the processor's
+        # caches, they would take three times as long.
         plans = [self._plan(key) for key in keys]
         return [self._get(key, plan) for key, plan in zip(keys, plans, strict=True)]
 
@@ -145,7 +146,7 @@ class StudentClips(Dataset[Any]):
         Raises:
             UsageError: None of them exists: the corpus has moved.
         """
-        store, found = self.sampler.store, list[str]()
+        store, sentences = self.sampler.store, list[str]()
         corpus = store.column("corpus")[self.sampler.videos]
         for number, name in enumerate(store.corpora):
             videos = self.sampler.videos[corpus == number][:tries]
@@ -158,8 +159,8 @@ class StudentClips(Dataset[Any]):
                 )
             if gone:
                 some = f"{len(gone)} of the first {len(paths)} videos of corpus {name!r}"
-                found.append(f"{some} do not exist, as {gone[0]}")
-        return found
+                sentences.append(f"{some} do not exist, as {gone[0]}")
+        return sentences
 
     def name(self, video: int) -> str:
         """Return the path of a video or of its copy, as text that can be printed."""
@@ -188,8 +189,7 @@ class StudentClips(Dataset[Any]):
     def _read(self, plan: _Plan) -> torch.Tensor | str:
         """Return the clip, uint8 [3, T, H, W] or float32 [2, T, H, W], or why it cannot be read.
 
-        A failure is remembered, and comes to the same as failing again: the draws depend on nothing
-        but the key.
+        A failure is remembered. Draws depend on the key alone, so that this changes no result.
         """
         draw = plan.draw
         if not draw.counts:
@@ -252,7 +252,7 @@ class _Plan(NamedTuple):
 
 def _expected(draw: ClipSample) -> tuple[Any, Any] | None:
     """Return (indices, pts) of the picked frames: the clip must show what the teachers saw."""
-    # A frame picked beyond the clip, as in no video today, is not decoded and cannot be compared.
+    # A frame picked beyond the clip (no rule does so today) is not decoded and cannot be compared.
     first, last = draw.start, draw.indices[-1]
     if first <= draw.picked[0] and draw.picked[-1] <= last:
         return draw.picked, draw.picked_pts
@@ -293,7 +293,7 @@ def student_clips(
         picks: center, random, random:N or uniform:N cached frames of the clip.
         max_entropy: teacher → nats; a clip above it in every teacher is rejected.
         filter_mode: Draw a rejected clip again, or give it weight zero.
-        seed: Of all draws.
+        seed: Seed of all draws.
         epoch_clips: Samples per epoch, default one per video.
         video_roots: corpus → folder where it is located now, or of copies or flow by `distinit
             prepare`.

@@ -1,4 +1,4 @@
-"""Which video a sample takes, where corpora have a share of the clips each."""
+"""Choose the video of a sample where each corpus has a share of the clips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 1000  # clips in which the shares come out exactly; they are rounded to 
 
 
 class Mixture:
-    """Groups of videos, each gone through in seeded permutations of its own, mixed by their shares.
+    """Groups of videos, each visited in its own seeded permutations, mixed by their shares.
 
     Every 1000 clips in a row hold the same number of each group, in a seeded order:
 
@@ -61,9 +61,9 @@ def by_corpus(
     names: Sequence[str],
     weights: Mapping[str, float],
 ) -> tuple[list[NDArray[np.int64]], list[float]]:
-    """Return the groups of videos of a mixture, a corpus each, and their shares.
+    """Return the groups of videos of a mixture, one per corpus, and their shares.
 
-    They come in the order of `names`, so that the order of `weights` changes no draw.
+    They are in the order of `names`, so that the order of `weights` changes no draw.
 
     Args:
         videos: Ids to draw from.
@@ -79,10 +79,10 @@ def by_corpus(
         if name not in names:
             raise UsageError(f"targets.corpora names {name!r}; the store has: {', '.join(names)}")
     for name in (name for name in names if name in weights):
-        found = videos[corpus[videos] == list(names).index(name)]
-        if len(found) == 0:
+        members = videos[corpus[videos] == list(names).index(name)]
+        if len(members) == 0:
             raise UsageError(f"targets.corpora: {name!r} has no video to draw from")
-        groups.append(found)
+        groups.append(members)
         shares.append(weights[name])
     return groups, shares
 

@@ -1,4 +1,4 @@
-"""Which cached frames of a clip give its target, and where a clip may start.
+"""Choose the cached frames that give a clip its target, and where a clip may start.
 
 A clip of T consecutive frames covers the window [start, start + T) of its video. The store holds
 some of the video's frames; a pick is always one of those inside the window, and n picks are
@@ -91,7 +91,7 @@ def start_set(rule: PickRule, cached: NDArray[np.int64], frames: int, clip_frame
     """Return the valid starts of clips in a video.
 
     Args:
-        rule: Which picks a window must have room for.
+        rule: How frames are picked; a window must hold enough of them.
         cached: Frames that the store holds, ascending [N].
         frames: Frames of the video.
         clip_frames: Frames of a clip.
@@ -158,6 +158,6 @@ def pick(
     if rule.kind == "uniform":
         # The middles of n equal parts of the cached frames in the window.
         return a + (2 * np.arange(rule.n, dtype=np.int64) + 1) * (b - a) // (2 * rule.n)
-    if rule.n == 1:  # the same number as below, at a fifth of the time
+    if rule.n == 1:  # the same number as below, in a fifth of the time
         return np.array([a + int(rng.integers(b - a))], np.int64)
     return a + np.sort(rng.choice(b - a, size=rule.n, replace=False)).astype(np.int64)

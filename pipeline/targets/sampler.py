@@ -99,7 +99,7 @@ class TargetSampler:
         picks: Which cached frames of a clip make its targets.
         clip_frames: T.
         videos: Ids to draw from, at least one.
-        seed: Of all draws.
+        seed: Seed of all draws.
         epoch_clips: Samples per epoch.
         flip: Probability that a clip is mirrored.
         view: What clips look like: teachers with cells average those under a clip's crop; all cells
@@ -110,15 +110,15 @@ class TargetSampler:
         filter_mode: "skip" draws another video, at most 100 times, when every head rejects a clip
             (after that the clip has weight zero); "zero-weight" keeps the clip with weight zero
             (as in the paper).
-        fixed: For held-out videos. Sample i is videos[i], the middle start, no flip, the middle
+        fixed: Set for held-out videos. Sample i is videos[i], the middle start, no flip, the middle
             crop, picks by the video's id; nothing is drawn again.
         ahead: Frames read after a clip's own, which must exist too (flow requires one); never
             picked.
         teacher_dropping: Probability with which each teacher is dropped from a clip, unless its
             loss there is the highest; see `dropped`.
         heads: teacher → what makes logits of its features.
-        shares: Mixes groups of videos by their shares of the clips, in place of all `videos` alike;
-            a rejected clip is drawn again from the same group.
+        shares: Groups of videos and their shares of the clips, in place of drawing all `videos`
+            equally often; a rejected clip is drawn again from the same group.
 
     Raises:
         UsageError: There is no video to draw from.
@@ -172,10 +172,10 @@ class TargetSampler:
     def draw(self, epoch: int, sample: int, attempt: int = 0) -> ClipSample:
         """Return the clip of a sample, from attempt `attempt` on.
 
-        For an unreadable file, the caller asks for the attempt after its own.
+        The caller asks for the next attempt if the file is unreadable.
 
         Raises:
-            TrainingError: More than 100 attempts (of a held-out video one) have no window that
+            TrainingError: More than 100 attempts (one for a held-out video) have no window that
                 holds enough cached frames.
         """
         rejected = windowless = 0
@@ -218,7 +218,7 @@ class TargetSampler:
     def entropies(self, epoch: int, sample: int) -> NDArray[np.float32] | None:
         """Return the entropy in nats of the first attempt at a sample for each teacher.
 
-        NaN of features without a head; None without a window.
+        NaN for features without a head; None without a window.
         """
         clip = self._clip(epoch, sample, 0)
         if clip is None:
@@ -278,7 +278,7 @@ class TargetSampler:
 
     def _clip(self, epoch: int, sample: int, attempt: int) -> _Clip | None:
         """Return one attempt at a sample; None if its video has no window with enough frames."""
-        if self.fixed:  # by the video, not by its place: the same clip whatever the list
+        if self.fixed:  # keyed by the video, so that the list of videos does not matter
             video = int(self.videos[sample % len(self.videos)])
             random = seeding.rng_at(self.seed, epoch, video, attempt, stream=seeding.HELD_OUT)
         else:
@@ -364,9 +364,9 @@ def measure_entropies(sampler: TargetSampler, count: int) -> Iterator[NDArray[np
     They begin with epoch 0; draws without a window are left out. A quantile is taken over them.
     """
     for k in range(count):
-        found = sampler.entropies(k // sampler.epoch_clips, k % sampler.epoch_clips)
-        if found is not None:
-            yield found
+        entropies = sampler.entropies(k // sampler.epoch_clips, k % sampler.epoch_clips)
+        if entropies is not None:
+            yield entropies
 
 
 def _article(number: int) -> str:

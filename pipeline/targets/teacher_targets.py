@@ -1,7 +1,7 @@
-"""What clips are given as targets by one teacher: the store's outputs, or a head's logits of them.
+"""The targets of clips from one teacher: the store's outputs, or logits that a head makes of them.
 
-Of a mirrored clip they are those of the mirrored frames, where the store has these. Of cells they
-are the average under the clip's crop.
+A mirrored clip takes the outputs of the mirrored frames if the store has them. Outputs per cell are
+averaged under the clip's crop.
 
 The paper (equation 1) averages the picked frames' logits first and takes one softmax of the mean;
 the mean of softmaxes is another target. Entropies are in nats and always at temperature 1, whatever
@@ -122,8 +122,8 @@ class TeacherTargets:
     ) -> tuple[NDArray[np.float32] | None, float]:
         """Return the mean logits [K], if they had to be read, and their entropy in nats.
 
-        The entropy of a single frame is in the store, from the teacher's own float32 logits. That
-        of features is NaN: there is none.
+        The entropy of a single frame is stored, from the teacher's own float32 logits. Features
+        have none: it is NaN.
         """
         if self.output == "features":
             return None, float("nan")

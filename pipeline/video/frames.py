@@ -26,7 +26,7 @@ _Key = tuple[str, int, int]
 
 
 class LruCache(Generic[M]):
-    """The tables read last in this process, `MAX_FRAMES` frames in all.
+    """The tables read last in this process, for `MAX_FRAMES` frames in total.
 
     Keys are (path, size, mtime_ns).
     """
@@ -145,10 +145,10 @@ def _frames(
 
 
 def _read(path: str, use: Callable[[VideoReader], T]) -> T:
-    """Use the file with a reader that knows its header, else with one that has read all packets.
+    """Use the file with a reader of its header, else with one that reads all packets.
 
-    The second is used where the header is not enough or something is wrong. What was learnt of the
-    file is cached for its next clip.
+    The second is used where the header is not enough or something is wrong. The table of packets is
+    cached for the next clip of the file.
     """
     key = _key(path)
     stored_index = _indices.get(key)
