@@ -10,8 +10,8 @@ from typing import Any
 
 from ..pipeline.ablation.ablate_options import AblateConfig
 from ..pipeline.ablation.cost import show_cost
-from ..pipeline.ablation.execution import Progress, Work, derives_schedules, run_on_workers
-from ..pipeline.ablation.plan import cells, read_plan
+from ..pipeline.ablation.execution import CellSteps, Progress, derives_schedules, run_on_workers
+from ..pipeline.ablation.plan import list_cells, read_plan
 from ..pipeline.ablation.steps import Step, StepMaker, step_options
 from ..pipeline.common.config import write_config
 from ..pipeline.common.console import Console
@@ -53,27 +53,28 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
     derived = derives_schedules(out)
     roots = {name: os.path.abspath(folder) for name, folder in config.video_roots.items()}
     maker = StepMaker(store, roots, derive=derived)
-    work = []
-    for cell in cells(
+    cell_steps = []
+    for cell in list_cells(
         plan,
         datasets=datasets,
         seeds=config.seeds or plan.seeds,
         splits=config.splits or plan.splits,
     ):
         student = maker.student(cell) if cell.needs_student else None
-        work.append(Work(cell, student, maker.finetuning(cell, student)))
+        cell_steps.append(CellSteps(cell, student, maker.finetuning(cell, student)))
     check_output_dir(out, "ablate", (CELLS, SECONDS))
-    progress = Progress(out, plan, work, derived=derived)
-    steps = list(dict.fromkeys(step for each in work for step in each.steps))
+    progress = Progress(out, plan, cell_steps, derived=derived)
+    steps = list(dict.fromkeys(step for each in cell_steps for step in each.steps))
     open_steps = [step for step in steps if step.result(out) is None]
     console.info(
-        f"{plan.title}: {len(work)} cells of {len(steps)} runs, {len(steps) - len(open_steps)} of these done already"
+        f"{plan.title}: {len(cell_steps)} cells of {len(steps)} runs, "
+        f"{len(steps) - len(open_steps)} of these done already"
     )
     long = sum(step.clips for step in open_steps) >= LONG_CLIPS or config.max_hours is not None
     if config.dry_run or (open_steps and long):
         costs = show_cost(
             progress.records(),
-            [each.steps for each in work],
+            [each.steps for each in cell_steps],
             out,
             progress.seconds,
             config.max_hours,
@@ -95,8 +96,8 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
 def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
     """Run one step after the other in this process."""
     for number, step in enumerate(steps, 1):
-        if step.needs in progress.failed:
-            progress.failed[step.key] = progress.failed[step.needs]
+        if step.student_key in progress.failed:
+            progress.failed[step.key] = progress.failed[step.student_key]
             continue
         console.info(f"[{number}/{len(steps)}] {step.kind} {step.folder}")
         started = time.monotonic()

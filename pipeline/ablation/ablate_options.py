@@ -18,7 +18,7 @@ from ..common.urls import StoreAddress
 
 
 class AblateConfig(ClusterOptions):
-    """All options of `distinit ablate`; missing ones are those of the plan."""
+    """All options of `distinit ablate`; missing ones are taken from the plan."""
 
     plan: Annotated[str, CliOption("PLAN")] = Field(
         description="a YAML file, or the name of a plan that ships with the package"

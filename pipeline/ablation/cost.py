@@ -28,7 +28,8 @@ SHORTER = (
     "--set base.train-student.preset=small --set base.finetune.preset=small selects a narrow student and "
     "a schedule that follows the number of videos, --set base.train-student.loop.budget=CLIPS a shorter one"
 )
-CPU_CLIPS = 4  # on a CPU larger batches take memory and time, and are hardly faster per clip
+# On a CPU, larger batches take more memory and time, and are hardly faster per clip.
+MAX_CPU_CLIPS = 4
 
 
 def show_cost(
@@ -39,9 +40,9 @@ def show_cost(
     max_hours: float | None,
     cells: bool,
 ) -> dict[str, Any]:
-    """Show the finished runs of each cell and the hours of the others, without running anything.
+    """Show the finished runs of each cell and the estimated hours of the others, and run nothing.
 
-    The rate of a run, tests included, is that of finished runs of the same kind and network. If
+    The rate of a run is measured on finished runs of the same kind and network, tests included. If
     there are none, the network is timed on clips of noise, without decoding and tests.
 
     Args:
@@ -49,32 +50,32 @@ def show_cost(
         steps: The steps of each cell.
         out: The folder of the ablation.
         seconds: Duration of each finished step by key.
-        max_hours: The most hours that may be left; None: a warning of many.
+        max_hours: Maximum number of hours that may be left; None only warns of many.
         cells: Whether to show each cell.
 
     Returns:
-        `cells` with `hours_left` each, the total, and whether a rate was measured on noise.
+        `cells`, each with `hours_left`, the total, and whether a rate was measured on noise.
 
     Raises:
         UsageError: More than `max_hours` are left.
     """
-    rates = _known_rates(steps, out, seconds)
+    rates = _measured_rates(steps, out, seconds)
     titles = ("cell", "data set", "split", "seed", "student", "finetuning", "hours left")
     table = Table("Cells", [Column(title) for title in titles])
     # Runs that cells share are counted once.
-    counted: set[str] = set()
+    counted_keys: set[str] = set()
     total, on_noise = 0.0, False
     for record, cell_steps in zip(records, steps, strict=True):
         hours = 0.0
         for step in cell_steps:
-            if step.result(out) is not None or step.key in counted:
+            if step.result(out) is not None or step.key in counted_keys:
                 continue
-            counted.add(step.key)
-            name = _network(step)
-            if name not in rates:
-                rates[name] = measure(step.network)
+            counted_keys.add(step.key)
+            network = _network_key(step)
+            if network not in rates:
+                rates[network] = measure_rate(step.network)
                 on_noise = True
-            hours += step.clips / rates[name] / 3600
+            hours += step.clips / rates[network] / 3600
         total += hours
         states = {
             step.kind: "done" if step.result(out) is not None else "to do" for step in cell_steps
@@ -87,7 +88,7 @@ def show_cost(
     if cells:
         log.info(table)
     caveat = (
-        "; runs without a finished one of their kind were timed on noise, without decoding and tests"
+        "; kinds of runs of which none is finished were timed on noise, without decoding and tests"
         if on_noise
         else ""
     )
@@ -100,21 +101,24 @@ def _hours(hours: float) -> str:
     return f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"
 
 
-def _network(step: Step) -> str:
+def _network_key(step: Step) -> str:
+    """Return the kind and network of a step as text; steps with equal texts have equal rates."""
     return json.dumps([step.kind, step.network], sort_keys=True)
 
 
-def _known_rates(steps: list[list[Step]], out: Path, seconds: dict[str, float]) -> dict[str, float]:
-    """Return clips per second of finished steps by kind and network."""
+def _measured_rates(
+    steps: list[list[Step]], out: Path, seconds: dict[str, float]
+) -> dict[str, float]:
+    """Return the median clips per second of finished steps, by kind and network."""
     rates: dict[str, list[float]] = {}
     for step in {step for cell_steps in steps for step in cell_steps}:
         if step.key in seconds and seconds[step.key] > 0 and step.result(out) is not None:
-            rates.setdefault(_network(step), []).append(step.clips / seconds[step.key])
-    return {name: statistics.median(each) for name, each in rates.items()}
+            rates.setdefault(_network_key(step), []).append(step.clips / seconds[step.key])
+    return {network: statistics.median(values) for network, values in rates.items()}
 
 
-def measure(network: dict[str, Any]) -> float:
-    """Measure the training clips per second of a network on batches of noise, for some seconds.
+def measure_rate(network: dict[str, Any]) -> float:
+    """Measure the clips per second of a training step on batches of noise, for some seconds.
 
     Raises:
         TrainingError: A batch does not fit into the memory of the GPU.
@@ -125,7 +129,7 @@ def measure(network: dict[str, Any]) -> float:
     loop = LoopOptions(precision=network["precision"], device=network["device"])
     batch, size = network["micro_batch_size"], network["size"]
     if device.type == "cpu":
-        batch = min(batch, CPU_CLIPS)
+        batch = min(batch, MAX_CPU_CLIPS)
     shape = (batch, options.channels, network["clip_frames"], size, size)
     clips = torch.randint(256, shape, dtype=torch.uint8)
     try:

@@ -1,7 +1,8 @@
 """The state of the steps of an ablation, and how they run in parallel.
 
-Dask schedules them, each is a separate command. A process per step releases its memory, that of a
-GPU in particular, sees one GPU, and a crash fails only that step. It ends with its worker.
+Dask schedules the steps, and each runs as a command in a process of its own. That process sees one
+GPU, releases all memory (also that of the GPU) when it ends, and ends with its worker. A crash
+fails only its step.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ DERIVED = "derived"
 
 
 @dataclass(frozen=True)
-class Work:
+class CellSteps:
     """A cell and its steps; `student` is None if the cell trains none."""
 
     cell: Cell
@@ -52,9 +53,9 @@ class Work:
 
 
 def derives_schedules(out: Path) -> bool:
-    """Return whether schedules that plans leave open follow the number of videos in a folder.
+    """Return whether schedules that a plan does not set are derived from the number of videos.
 
-    A folder of version 0.1 keeps the defaults that its finished runs have.
+    A folder that version 0.1 wrote keeps the default schedules of its finished runs.
     """
     content = read_bytes(out / CELLS, out)
     try:
@@ -69,12 +70,14 @@ class Progress:
     Args:
         out: The folder of the ablation.
         plan: Its plan.
-        work: Its cells and their steps.
-        derived: Whether open schedules follow the number of videos, see `derives_schedules`.
+        cells: Its cells and their steps.
+        derived: Whether schedules that the plan does not set are derived, see `derives_schedules`.
     """
 
-    def __init__(self, out: Path, plan: Plan, work: list[Work], *, derived: bool = True) -> None:
-        self.out, self.plan, self.work, self.derived = out, plan, work, derived
+    def __init__(
+        self, out: Path, plan: Plan, cells: list[CellSteps], *, derived: bool = True
+    ) -> None:
+        self.out, self.plan, self.cells, self.derived = out, plan, cells, derived
         self.failed: dict[str, str] = {}
         try:
             self.seconds = TypeAdapter(dict[str, FiniteFloat]).validate_json(
@@ -84,18 +87,18 @@ class Progress:
             self.seconds = {}
 
     def add_seconds(self, step: Step, seconds: float) -> None:
-        """Add to the duration of a step; one that was interrupted has several parts."""
+        """Add to the duration of a step, which an interruption divides into several parts."""
         self.seconds[step.key] = self.seconds.get(step.key, 0.0) + seconds
         write_whole(self.out / SECONDS, json.dumps(self.seconds, indent=1).encode())
 
     def records(self) -> list[dict[str, Any]]:
         """Return a record per cell, as described in docs/ablate.md."""
-        return [self._record(work) for work in self.work]
+        return [self._record(each) for each in self.cells]
 
     def write(self) -> None:
         """Write OUT/cells.json atomically."""
         paper = self.plan.paper
-        # Cells may be of other splits than the plan.
+        # The cells may have other splits than the plan, for example those of --split.
         if paper is not None and paper.splits is None:
             paper = paper.model_copy(update={"splits": self.plan.splits})
         content = {
@@ -107,23 +110,22 @@ class Progress:
         }
         write_whole(self.out / CELLS, json.dumps(content, indent=1).encode())
 
-    def _record(self, work: Work) -> dict[str, Any]:
-        reason = next(
-            (self.failed[step.key] for step in work.steps if step.key in self.failed), None
-        )
-        done = work.finetuning.result(self.out) is not None
-        known = [self.seconds[step.key] for step in work.steps if step.key in self.seconds]
+    def _record(self, cell_steps: CellSteps) -> dict[str, Any]:
+        cell, steps = cell_steps.cell, cell_steps.steps
+        reason = next((self.failed[step.key] for step in steps if step.key in self.failed), None)
+        finished = cell_steps.finetuning.result(self.out) is not None
+        durations = [self.seconds[step.key] for step in steps if step.key in self.seconds]
         return {
-            "row": work.cell.row,
-            "axes": work.cell.axes,
-            "seed": work.cell.seed,
-            "dataset": work.cell.dataset.partition("=")[0],
-            "split": work.cell.split,
-            "student": work.student.folder if work.student else None,
-            "finetune": work.finetuning.folder,
-            "status": "done" if done else "failed" if reason else "missing",
-            "reason": None if done else reason,
-            "seconds": round(sum(known), 1) if done and known else None,
+            "row": cell.row,
+            "axes": cell.axes,
+            "seed": cell.seed,
+            "dataset": cell.dataset.partition("=")[0],
+            "split": cell.split,
+            "student": cell_steps.student.folder if cell_steps.student else None,
+            "finetune": cell_steps.finetuning.folder,
+            "status": "done" if finished else "failed" if reason else "missing",
+            "reason": None if finished else reason,
+            "seconds": round(sum(durations), 1) if finished and durations else None,
         }
 
 
@@ -133,20 +135,20 @@ def run_on_workers(
     steps: list[Step],
     progress: Progress,
 ) -> None:
-    """Run steps on a dask cluster, each after the student it needs, and record their progress."""
+    """Run steps on a dask cluster, each after the training of its student, and record progress."""
     from distributed import as_completed
 
     if not steps:
         return
     with cluster(workers, scheduler) as client:
         futures: dict[str, Any] = {}
-        # Students are listed before the steps that need them.
+        # The step of a student is listed before the steps that start from it.
         for step in steps:
             futures[step.key] = client.submit(
                 run_as_command,
                 step,
                 str(progress.out),
-                futures.get(step.needs or ""),
+                futures.get(step.student_key or ""),
                 key=step.key,
                 retries=1,
             )
@@ -163,13 +165,14 @@ def run_on_workers(
                 bar.advance(1)
 
 
-def run_as_command(step: Step, out: str, after: float | None) -> float:
+def run_as_command(step: Step, out: str, student_seconds: float | None) -> float:
     """Run one step as a command, in a worker.
 
     Args:
         step: The step.
         out: The folder of the ablation.
-        after: Result of the student that the step needs, for which dask waits.
+        student_seconds: Duration of the training of its student. It is not used: as an argument it
+            makes dask wait for that training.
 
     Returns:
         The duration in seconds.
@@ -203,7 +206,7 @@ def run_as_command(step: Step, out: str, after: float | None) -> float:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment with a GPU per worker of this machine, by the number in its name."""
+    """Return the environment of a command, with the GPU of its worker if the worker has one."""
     if "CUDA_VISIBLE_DEVICES" in os.environ or (gpu := gpu_of_worker()) is None:
         return dict(os.environ)
     return {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}

@@ -40,11 +40,11 @@ SECTIONS = ("train-student", "finetune")
 STUDENT = "student"  # the value of finetune.init for the student of the cell
 
 Keys = dict[str, Any]
-"""Dotted key, its section first → value."""
+"""Map from a dotted key, which begins with its section, to a value."""
 
 
 class Plan(Options):
-    """The content of a plan file, see the module."""
+    """The content of a plan file; the docstring of the module has an example."""
 
     title: str
     paper: PaperNumbers | None = None
@@ -55,7 +55,7 @@ class Plan(Options):
     splits: list[int] = Field([1], min_length=1)
 
     @model_validator(mode="after")
-    def _known_sections(self) -> Plan:
+    def _check_sections(self) -> Plan:
         keys = [f"{section}." for section in self.base]
         for name, values in self.axes.items():
             if not values:
@@ -73,15 +73,15 @@ class Plan(Options):
         return self
 
     def combinations(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-        """Yield the names of a value per axis, and the sections with these values."""
+        """Yield the name of a value per axis, and the resulting sections, for every combination."""
         choices = []
         for name, values in self.axes.items():
-            named = (
+            named_values = (
                 values.items()
                 if isinstance(values, dict)
-                else [(_name(v), {name: v}) for v in values]
+                else [(_value_name(value), {name: value}) for value in values]
             )
-            choices.append([(name, label, keys) for label, keys in named])
+            choices.append([(name, label, keys) for label, keys in named_values])
         for combination in itertools.product(*choices):
             sections: dict[str, Any] = {
                 section: dict(self.base.get(section, {})) for section in SECTIONS
@@ -94,7 +94,7 @@ class Plan(Options):
 
 @dataclass(frozen=True)
 class Cell:
-    """A finetuning with its training, if any; `sections` are without seed and data set."""
+    """A finetuning with its training, if any; `sections` have neither seed nor data set."""
 
     axes: dict[str, str]
     sections: dict[str, Any]
@@ -113,22 +113,22 @@ class Cell:
         return bool(self.sections["finetune"].get("init", STUDENT) == STUDENT)
 
 
-def read_plan(where: str, base: Mapping[str, Any]) -> Plan:
+def read_plan(source: str, base: Mapping[str, Any]) -> Plan:
     """Read a plan.
 
     Args:
-        where: A file, or the name of a plan that ships with the package.
+        source: A file, or the name of a plan that ships with the package.
         base: Sections that are merged over the base of the plan.
 
     Raises:
-        UsageError: There is no such plan, or its content is not one.
+        UsageError: The plan does not exist, or its content is invalid.
     """
-    path = Path(where)
-    shipped = PLANS / f"{where}.yaml"
-    if not path.exists() and re.fullmatch(r"[\w-]+", where):
+    path = Path(source)
+    shipped = PLANS / f"{source}.yaml"
+    if not path.exists() and re.fullmatch(r"[\w-]+", source):
         if not shipped.exists():
             raise UsageError(
-                f"{where}: no such plan, expected a file or one of: {', '.join(shipped_plans())}"
+                f"{source}: no such plan, expected a file or one of: {', '.join(shipped_plans())}"
             )
         path = shipped
     content = read_yaml(path, "plan")
@@ -138,9 +138,9 @@ def read_plan(where: str, base: Mapping[str, Any]) -> Plan:
         return Plan.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        location = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            f"{path}: {place or 'plan'}: {first['msg'].removeprefix('Value error, ')}"
+            f"{path}: {location or 'plan'}: {first['msg'].removeprefix('Value error, ')}"
         ) from None
 
 
@@ -149,7 +149,9 @@ def shipped_plans() -> list[str]:
     return sorted(path.stem for path in PLANS.glob("*.yaml"))
 
 
-def cells(plan: Plan, *, datasets: list[str], seeds: list[int], splits: list[int]) -> list[Cell]:
+def list_cells(
+    plan: Plan, *, datasets: list[str], seeds: list[int], splits: list[int]
+) -> list[Cell]:
     """Return all cells of a plan, ordered by row, data set, split and seed.
 
     Raises:
@@ -169,5 +171,5 @@ def cells(plan: Plan, *, datasets: list[str], seeds: list[int], splits: list[int
     return cells
 
 
-def _name(value: Any) -> str:
+def _value_name(value: Any) -> str:
     return "none" if value is None else str(value)

@@ -1,9 +1,9 @@
 """The runs of the cells of an ablation; equal runs are shared.
 
 A step is one run of train-student or finetune. Its key is the digest of everything that decides its
-outcome: the config without paths and without options that may change on a resume, the identity of
-the store, and for finetune the labels and the initialisation (key of the student's step, or digest
-of a file). Steps with equal keys are one run, whatever cells and plans they belong to.
+outcome: the config without paths and without options that may change on a resume; for train-student
+the identity of the store; for finetune the labels and the initialisation (the key of the student's
+step, or the digest of a file). Steps with equal keys share one run, also across cells and plans.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Step:
     """One run.
 
     Attributes:
-        kind: Its command.
+        kind: Name of its command.
         key: Digest of everything that decides its outcome.
         config: Options of the command.
         clips: Number of clips to train on.
         network: Settings that decide its speed: `StudentOptions` and the shape of a batch.
-        needs: Key of the student that it starts from.
+        student_key: Key of the step of the student that it starts from, if any.
         store: Address of the store, which is not in `config` because it may have a password.
     """
 
@@ -60,7 +60,7 @@ class Step:
     config: dict[str, Any] = field(compare=False)
     clips: int = field(compare=False)
     network: dict[str, Any] = field(compare=False)
-    needs: str | None = None
+    student_key: str | None = None
     store: str | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -82,8 +82,9 @@ class StepMaker:
     Args:
         store: The target store.
         video_roots: Where its corpora are located now.
-        derive: Whether a schedule and a share of held-out videos that a plan leaves open follow the
-            number of videos, as they do in the commands; else they are those of version 0.1.
+        derive: Whether schedules and shares of held-out videos that the plan does not set are
+            derived from the number of videos, as the commands do; otherwise the defaults of version
+            0.1 apply.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class StepMaker:
     ) -> None:
         self.store, self.video_roots, self.derive = store, video_roots, derive
         self._labels: dict[tuple[Any, ...], Labels] = {}
-        self._left: dict[tuple[Any, ...], Exclusion] = {}
+        self._exclusions: dict[tuple[Any, ...], Exclusion] = {}
 
     def student(self, cell: Cell) -> Step:
         """Return the training of the student of a cell.
@@ -105,7 +106,7 @@ class StepMaker:
         teachers = config.targets.teachers or self.store.target_names()
         identity = self.store.identity()
         usable = self.store.usable([name for name in teachers if name in self.store.teachers])
-        seen = {
+        inputs = {
             "store": identity["store_id"],
             "sampling": identity["sampling"],
             "teachers": {
@@ -116,77 +117,85 @@ class StepMaker:
         if config.exclude is not None:
             config = config.model_copy(update={"exclude": canonical_exclude(config.exclude)})
             exclusion = self._exclusion(config.exclude, config.exclude_split)
-            seen["leave_out"] = exclusion.digest
+            inputs["leave_out"] = exclusion.digest
             usable = exclusion.remove_from(usable)
         share = config.held_out or 0.0
         if self.derive:
             share = held_out_share(config.held_out, len(usable))
         config = config.model_copy(update={"held_out": share})
         config, loop = self._scheduled(config, int(len(usable) * (1 - share)))
-        bare = _bare(config, TRAIN)
-        # `seen` has the teachers, whether the plan names them or uses all of the store.
+        identity_options = _identity_options(config, TRAIN)
+        # `inputs` has the names of the teachers. Naming all teachers of the store must give the key
+        # of a plan that names none.
         if list(teachers) == [name for name in self.store.target_names() if name in teachers]:
-            bare["targets"]["teachers"] = None
-        key = _digest(bare, seen)
-        clips, address = loop.total_steps * loop.step_clips, self.store.files.address
-        return Step(TRAIN, key, _given(config), clips, _network(config, config), store=address)
+            identity_options["targets"]["teachers"] = None
+        key = _digest(identity_options, inputs)
+        num_clips, address = loop.total_steps * loop.step_clips, self.store.files.address
+        network = _network(config, config)
+        return Step(TRAIN, key, _explicit_options(config), num_clips, network, store=address)
 
     def finetuning(self, cell: Cell, student: Step | None) -> Step:
         """Return the finetuning of a cell, from its student if it has one."""
         dataset, equals, root = cell.dataset.partition("=")
         # Absolute paths, since a worker may run in another folder.
-        forced: dict[str, Any] = {"dataset": canonical(dataset), "split": cell.split, "out": "."}
-        forced |= {"root": os.path.abspath(root)} if equals else {}
+        overrides: dict[str, Any] = {"dataset": canonical(dataset), "split": cell.split, "out": "."}
+        overrides |= {"root": os.path.abspath(root)} if equals else {}
         if student is not None:
-            forced["init"] = "."
-        ours = self._config(TRAIN, cell, {"store": self.store.name, "out": "."})
-        # Without a student, network and clips are those of the students of other cells.
+            overrides["init"] = "."
+        train_config = self._config(TRAIN, cell, {"store": self.store.name, "out": "."})
+        # Without a student, the network and the clips are those that the other cells train with.
         if student is None:
-            section = filled_in(cell.sections[TUNE], cell.split)
-            forced |= (
-                {} if "student" in section else {"student": ours.student.model_dump(mode="json")}
+            section = fill_split(cell.sections[TUNE], cell.split)
+            overrides |= (
+                {}
+                if "student" in section
+                else {"student": train_config.student.model_dump(mode="json")}
             )
-            clips = {
-                k: v
-                for k, v in ours.clips.model_dump(mode="json").items()
-                if k in ("clip_frames", "size", "resize")
+            clip_options = {
+                key: value
+                for key, value in train_config.clips.model_dump(mode="json").items()
+                if key in ("clip_frames", "size", "resize")
             }
-            forced["clips"] = merge(clips, section.get("clips", {}))
-        config = self._config(TUNE, cell, forced)
+            overrides["clips"] = merge(clip_options, section.get("clips", {}))
+        config = self._config(TUNE, cell, overrides)
         labels = self._labels_of(config)
         config, loop = self._scheduled(config, len(labels.train))
-        begins = student.key if student is not None else _of_file(config.init)
-        seen = {"begins": begins, "labels": labels_digest(labels)}
+        init_key = student.key if student is not None else _init_digest(config.init)
+        inputs = {"begins": init_key, "labels": labels_digest(labels)}
         if labels.val:
-            seen["validation"] = videos_digest(labels.val)
-        key = _digest(_bare(config, TUNE), seen)
+            inputs["validation"] = videos_digest(labels.val)
+        key = _digest(_identity_options(config, TUNE), inputs)
         epochs = epochs_of_search(config) if config.search else loop.epochs
-        total = epochs * loop.clips_per_epoch
-        needs = student.key if student is not None else None
-        return Step(TUNE, key, _given(config), total, _network(ours, config), needs)
+        num_clips = epochs * loop.clips_per_epoch
+        student_key = student.key if student is not None else None
+        network = _network(train_config, config)
+        return Step(TUNE, key, _explicit_options(config), num_clips, network, student_key)
 
-    def _config(self, command: str, cell: Cell, forced: dict[str, Any]) -> Any:
-        section = filled_in(cell.sections[command], cell.split)
+    def _config(self, command: str, cell: Cell, overrides: dict[str, Any]) -> Any:
+        section = fill_split(cell.sections[command], cell.split)
         preset = section.pop("preset", None)
         if command == TUNE and section.get("init") == STUDENT:
             section.pop("init")
         layers = [(f"preset {preset}", preset_section(preset, command))] if preset else []
         loop = section.get("loop", {})
         if layers and (loop.get("budget") or loop.get("minutes")):
-            # As on the command line: a budget replaces the schedule of a preset.
-            below = layers[0][1]
-            below["loop"] = {k: v for k, v in below.get("loop", {}).items() if k not in SCHEDULE}
-        forced = merge({"loop": {"seed": cell.seed}}, forced)
+            # As on the command line, a budget replaces the schedule of a preset.
+            defaults = layers[0][1]
+            defaults["loop"] = {
+                key: value for key, value in defaults.get("loop", {}).items() if key not in SCHEDULE
+            }
+        overrides = merge({"loop": {"seed": cell.seed}}, overrides)
         return load_config(
             MODELS[command],
             command,
-            layers=[*layers, (f"plan, {cell.row}", section), ("", forced)],
+            layers=[*layers, (f"plan, {cell.row}", section), ("", overrides)],
         )
 
     def _scheduled(self, config: Any, videos: int) -> tuple[Any, LoopOptions]:
-        """Return the config with the schedule that follows from the number of videos, and its loop.
+        """Return the config, and its loop with the schedule for a number of videos.
 
-        The config keeps a schedule that the plan gives, since digests of stored runs have it.
+        A derived schedule is part of the returned config. One that the plan sets stays in the
+        config as it is, since the keys of existing runs depend on it.
         """
         derived = config.loop.with_derived_schedule() if self.derive else config.loop
         loop = derived.for_videos(videos)
@@ -196,12 +205,12 @@ class StepMaker:
         return config, loop
 
     def _exclusion(self, source: str, split: int | str | None) -> Exclusion:
-        if (source, split) not in self._left:
-            self._left[source, split] = exclude(self.store, source, split, self.video_roots)
-        return self._left[source, split]
+        if (source, split) not in self._exclusions:
+            self._exclusions[source, split] = exclude(self.store, source, split, self.video_roots)
+        return self._exclusions[source, split]
 
     def _labels_of(self, config: Any) -> Labels:
-        place = (
+        cache_key = (
             config.dataset,
             config.split,
             config.copies,
@@ -209,7 +218,7 @@ class StepMaker:
             config.partial,
             config.held_out,
         )
-        if place not in self._labels:
+        if cache_key not in self._labels:
             split = config.split if isinstance(config.split, int) else None
             labels = load_labels(
                 config.dataset,
@@ -218,58 +227,60 @@ class StepMaker:
                 root=config.root,
                 partial=config.partial,
             )
-            self._labels[place] = hold_out(labels, config.held_out)
-        return self._labels[place]
+            self._labels[cache_key] = hold_out(labels, config.held_out)
+        return self._labels[cache_key]
 
 
 def step_options(step: Step, out: Path) -> Any:
-    """Return the options of the command that does a step."""
+    """Return the validated options of the command that runs a step."""
     return MODELS[step.kind].model_validate(prepared_config(step, out))
 
 
 def prepared_config(step: Step, out: Path) -> dict[str, Any]:
-    """Return the options of the command of a step, with its paths."""
-    init = {} if step.needs is None else {"init": str(out / STEP_FOLDERS[TRAIN] / step.needs)}
+    """Return the options of the command that runs a step, with its paths."""
+    init = {}
+    if step.student_key is not None:
+        init["init"] = str(out / STEP_FOLDERS[TRAIN] / step.student_key)
     store = {} if step.store is None else {"store": step.store}
     return {**step.config, **init, **store, "out": str(out / step.folder), "resume": "auto"}
 
 
-def filled_in(section: Any, split: int) -> Any:
-    """Replace {split} in the texts of a section, for options that depend on the split."""
+def fill_split(section: Any, split: int) -> Any:
+    """Replace {split} in the strings of a section, for options that depend on the split."""
     if isinstance(section, dict):
-        return {key: filled_in(value, split) for key, value in section.items()}
+        return {key: fill_split(value, split) for key, value in section.items()}
     if isinstance(section, list):
-        return [filled_in(value, split) for value in section]
+        return [fill_split(value, split) for value in section]
     return section.replace("{split}", str(split)) if isinstance(section, str) else section
 
 
-def _given(config: Options) -> dict[str, Any]:
-    """Return the keys set by preset and plan; finetune takes others from the initialisation."""
-    given = dict(config.model_dump(mode="json", exclude_unset=True))
+def _explicit_options(config: Options) -> dict[str, Any]:
+    """Return the options set by preset and plan; finetune takes others from the initialisation."""
+    options = dict(config.model_dump(mode="json", exclude_unset=True))
     loop = config.loop  # type: ignore[attr-defined]
-    # A schedule that the plan leaves to the defaults is that of the cell's digest, and no other.
+    # Without a budget, default schedules are written out: the run must use the one in its key.
     if loop.budget is None and loop.minutes is None:
-        given["loop"] = {key: getattr(loop, key) for key in SCHEDULE} | given.get("loop", {})
-    return given
+        options["loop"] = {key: getattr(loop, key) for key in SCHEDULE} | options.get("loop", {})
+    return options
 
 
-def _network(trained: TrainConfig, tuned: Any) -> dict[str, Any]:
-    """Return the settings that decide the speed of a run."""
-    options = tuned.loop
+def _network(train_config: TrainConfig, config: Any) -> dict[str, Any]:
+    """Return the settings that decide the speed of a run of `config`."""
+    options = config.loop
     return {
-        "student": trained.student.model_dump(mode="json"),
-        "clip_frames": trained.clips.clip_frames,
-        "size": trained.clips.size,
+        "student": train_config.student.model_dump(mode="json"),
+        "clip_frames": train_config.clips.clip_frames,
+        "size": train_config.clips.size,
         "micro_batch_size": options.clips_at_once(options.gpus),
         "precision": options.precision,
         "device": options.device,
     }
 
 
-def _bare(config: Any, kind: str) -> dict[str, Any]:
-    """Return the options that decide the outcome, under the names of version 0.1.
+def _identity_options(config: Any, kind: str) -> dict[str, Any]:
+    """Return the options that decide the outcome.
 
-    A digest never changes.
+    They have the names of version 0.1, so that the keys of existing runs never change.
     """
     free = {**dict.fromkeys(PATHS[kind], True), "loop": set(FREE)}
     return first_keys(config.identity_dump(exclude=free))
@@ -280,14 +291,14 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _of_file(init: str) -> str:
-    """Return the name of an initialisation, or the digest of its file if it has one."""
+def _init_digest(init: str) -> str:
+    """Return the digest of the file of an initialisation, or its name if it has no file."""
     if is_hub_init(init):
         init = str(student_file(init))
-    kind, colon, rest = init.partition(":")
-    for path in (init, rest) if colon else (init,):
+    kind, colon, name = init.partition(":")
+    for path in (init, name) if colon else (init,):
         path = os.path.join(path, STUDENT_FILE) if os.path.isdir(path) else path
         if os.path.isfile(path):
             with open(path, "rb") as file:
-                return f"{kind if path == rest else ''}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+                return f"{kind if path == name else ''}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     return init

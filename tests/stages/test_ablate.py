@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from distinit.pipeline.ablation.ablate_options import AblateConfig
-from distinit.pipeline.ablation.cost import measure
+from distinit.pipeline.ablation.cost import measure_rate
 from distinit.pipeline.ablation.execution import derives_schedules
-from distinit.pipeline.ablation.plan import cells, read_plan, shipped_plans
+from distinit.pipeline.ablation.plan import list_cells, read_plan, shipped_plans
 from distinit.pipeline.ablation.steps import StepMaker
 from distinit.pipeline.common.config import load_config, write_config
 from distinit.pipeline.common.console import Console
@@ -172,7 +172,9 @@ def test_keys_follow_what_decides_an_outcome(tiny_store, home):
     def keys(seeds: tuple[int, ...] = (0,), base: Mapping[str, Any] | None = None) -> list[str]:
         maker._labels.clear()
         plan = read_plan(str(home / "plan.yaml"), base or {})
-        found = cells(plan, datasets=[f"csv:{home / 'labels.csv'}"], seeds=list(seeds), splits=[1])
+        found = list_cells(
+            plan, datasets=[f"csv:{home / 'labels.csv'}"], seeds=list(seeds), splits=[1]
+        )
         return [
             maker.finetuning(c, maker.student(c) if c.needs_student else None).key for c in found
         ]
@@ -213,7 +215,7 @@ def test_cells_without_a_schedule_derive_theirs_and_stored_ablations_keep_theirs
     def clips(derive: bool, base: Mapping[str, Any] | None = None) -> tuple[list[int], list[str]]:
         maker = StepMaker(TargetStore.open(tiny_store.path), {}, derive=derive)
         read = read_plan(str(home / "plan.yaml"), base or {})
-        cell = cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1])[0]
+        cell = list_cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1])[0]
         student = maker.student(cell)
         steps = [student, maker.finetuning(cell, student)]
         return [step.clips for step in steps], [step.key for step in steps]
@@ -265,7 +267,7 @@ def test_each_cell_chooses_on_its_validation_side_and_never_on_the_test(tiny_sto
     first = chosen("one")
     assert list(first) == ["0.0", "0.5"]
     maker = StepMaker(TargetStore.open(tiny_store.path), {})
-    cell = cells(
+    cell = list_cells(
         read_plan(str(home / "plan.yaml"), {}),
         datasets=[f"csv:{home / 'labels.csv'}"],
         seeds=[0],
@@ -305,7 +307,9 @@ def test_students_of_a_split_leave_out_its_test_videos(tiny_store, home):
     (home / "plan.yaml").write_text(yaml.safe_dump(plan))
     read = read_plan(str(home / "plan.yaml"), {})
     maker = StepMaker(store, {})
-    first_row = cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1, 2])[:2]
+    first_row = list_cells(read, datasets=[f"csv:{home / 'labels.csv'}"], seeds=[0], splits=[1, 2])[
+        :2
+    ]
     made = [maker.student(cell) for cell in first_row]
     assert [step.config["exclude"] for step in made] == [
         str(home / f"test{split}.txt") for split in (1, 2)
@@ -364,7 +368,7 @@ def test_one_ablation_at_a_time_in_a_folder(tiny_store, home):
 @pytest.mark.parametrize("name", shipped_plans())
 def test_shipped_plans_are_whole(name):
     plan = read_plan(name, {})
-    found = cells(plan, datasets=plan.datasets, seeds=plan.seeds, splits=plan.splits)
+    found = list_cells(plan, datasets=plan.datasets, seeds=plan.seeds, splits=plan.splits)
     assert plan.paper is None or set(plan.paper.rows) <= {cell.row for cell in found}
     assert plan.datasets
     for cell in found:
@@ -398,4 +402,7 @@ def test_the_cost_of_a_large_batch_is_measured_on_what_fits() -> None:
     """A paper's step of 1536 clips, in one piece, is more than this machine's memory; here it is a
     million clips."""
     network = {"student": {"architecture": "r3d_18", "width": 0.0625}, "clip_frames": 4, "size": 32}
-    assert measure({**network, "micro_batch_size": 10**6, "precision": "fp32", "device": "cpu"}) > 0
+    assert (
+        measure_rate({**network, "micro_batch_size": 10**6, "precision": "fp32", "device": "cpu"})
+        > 0
+    )

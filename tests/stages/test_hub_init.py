@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from distinit.pipeline.ablation.steps import _of_file
+from distinit.pipeline.ablation.steps import _init_digest
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.common.errors import CheckpointError, DistInitError
 from distinit.pipeline.evaluation.evaluation_options import EmbedConfig, EvaluateConfig
@@ -63,7 +63,7 @@ def test_an_address_is_the_file_that_it_names_and_no_folder_of_transformers(snap
         assert report.path == address
         for name, tensor in load_student(file).backbone.state_dict().items():
             assert torch.equal(fresh.backbone.state_dict()[name], tensor)
-        assert _of_file(address) == _of_file(file), "an ablation knows it by its bytes"
+        assert _init_digest(address) == _init_digest(file), "an ablation knows it by its bytes"
     wide = StudentOptions(architecture="r3d_18", width=1.0)
     with pytest.raises(CheckpointError, match="hf://org/name"):
         resolve_init(ADDRESS, wide).fill(build_student(wide, {"label": 2}))
