@@ -156,7 +156,7 @@ def main() -> None:
         kind, _, way = name.partition(": ")
         if way not in ("", "centre"):
             off = [m - c for m, c in zip(measures, found[f"{kind}: centre"], strict=True)][:2]
-            each = [estimate_mean(d.astype(np.float64), video, least=-1) for d in off]
+            each = [estimate_mean(d.astype(np.float64), video, min_mean=-1) for d in off]
             gains.append([name, *(f"{e.value:+.4f} [{e.low:+.4f}, {e.high:+.4f}]" for e in each)])
     print(table(["minus the centre", "cosine", "KL, nats"], gains))
 

@@ -23,7 +23,7 @@ from ..pipeline.common.hdf5 import Hdf5Writer
 from ..pipeline.corpus.sources import escape_path
 from ..pipeline.evaluation.evaluation_options import EmbedConfig
 from ..pipeline.evaluation.feature_files import FORMAT, FORMAT_VERSION
-from ..pipeline.evaluation.own_videos import claim_file, clips_of, list_paths, log_problems
+from ..pipeline.evaluation.own_videos import claim_file, list_paths, log_problems, make_clips
 from ..pipeline.evaluation.predictions import FAILED, OK
 from ..pipeline.evaluation.predictor import require_finite, video_outputs
 from ..pipeline.students.student import Student
@@ -96,7 +96,7 @@ def _fill(
     """Fill the tables of numbers, and return status and reason of each video."""
     device = resolve_device(config.device)
     student.to(device)
-    clips = clips_of(student, paths, clips=config.clips, crops=config.crops)
+    clips = make_clips(student, paths, clips=config.clips, crops=config.crops)
     # A single video is read without a loader process.
     workers = min(pick_workers(config.workers, device), len(paths) - 1)
     status, reasons = [FAILED] * len(paths), [""] * len(paths)

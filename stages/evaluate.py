@@ -43,7 +43,7 @@ from ..pipeline.evaluation.protocol import (
 )
 from ..pipeline.evaluation.run_labels import RunLabels
 from ..pipeline.evaluation.splits import split_folder, split_folders, summarise_splits
-from ..pipeline.evaluation.test_overlap import overlap, require_own_labels
+from ..pipeline.evaluation.test_overlap import overlap, require_same_labels
 from ..pipeline.students.student import Student
 from ..pipeline.students.student_files import load_student
 from ..pipeline.students.student_hub import hub_model, is_hub_address
@@ -256,7 +256,7 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
         # Files that are read after the test are checked before it.
         for name in (*TEST_FILES, LAST):
             is_regular_file(folder / name, folder)
-        require_own_labels(folder, read_identity(folder), labels, "give --out to test on them")
+        require_same_labels(folder, read_identity(folder), labels, "give --out to test on them")
     elif used and config.dataset is None and config.split is None:
         notes = tuple(_other_labels(_folder(run), labels))
     clips = used.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}

@@ -54,7 +54,7 @@ from ..pipeline.evaluation.splits import split_folder, split_folders, summarise_
 from ..pipeline.evaluation.test_overlap import (
     record_and_compare,
     refuse_overlap,
-    require_own_labels,
+    require_same_labels,
 )
 from ..pipeline.students.initialization import (
     Initialization,
@@ -247,7 +247,7 @@ def _train_and_test(
             lambda: load_weights(run_dir, "best", student, weights=config.loop.weights)
         )
     ranks.on_main(lambda: _export(config, labels, student, run_dir))
-    looks = ranks.on_main(lambda: count_looks(run_dir, again=not result.already_finished))
+    looks = ranks.on_main(lambda: count_looks(run_dir, is_new_test=not result.already_finished))
     metrics = evaluate_student(
         student,
         labels,
@@ -303,7 +303,7 @@ def _record_run(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> dic
     if config.init.startswith("inflate:"):
         ranks.on_main(lambda: save_start(run_dir / START, job.student))
     return ranks.on_main(
-        lambda: record_and_compare(config.init, labels, run_dir, again=saved is not None)
+        lambda: record_and_compare(config.init, labels, run_dir, resumed=saved is not None)
     )
 
 
@@ -343,7 +343,7 @@ def _search(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> SearchR
 def _chosen(config: FinetuneConfig, labels: Labels, record: SearchRecord) -> _Job:
     """Return the last training of a search: the chosen options, on train and validation videos."""
     chosen = record.config(config)
-    return _assemble(chosen, labels.with_val_trained())
+    return _assemble(chosen, labels.with_val_in_train())
 
 
 def _exported(job: _Job) -> str:
@@ -565,7 +565,7 @@ def _check_same(
     run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], labels: Labels
 ) -> None:
     """Check the identity of a checkpoint: labels first, whose differences are described best."""
-    require_own_labels(run_dir, saved, labels, "choose another --out")
+    require_same_labels(run_dir, saved, labels, "choose another --out")
     check_identity(run_dir, saved, identity)
 
 

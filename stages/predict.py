@@ -18,9 +18,9 @@ from ..pipeline.evaluation.ensemble import probabilities
 from ..pipeline.evaluation.evaluation_options import PredictConfig
 from ..pipeline.evaluation.own_videos import (
     claim_file,
-    clips_of,
     list_paths,
     log_problems,
+    make_clips,
     require_parquet,
     write_rows,
 )
@@ -91,7 +91,9 @@ def _score(
         protocol=options.protocol(),
         identity={},
     )
-    clips = clips_of(student, paths, clips=options.clips, crops=options.crops, order=options.frames)
+    clips = make_clips(
+        student, paths, clips=options.clips, crops=options.crops, order=options.frames
+    )
     # A single video is read without a loader process.
     workers = min(pick_workers(options.workers, device), len(paths) - 1)
     with (
@@ -105,7 +107,7 @@ def _score(
             batch_size=options.batch_size,
             workers=workers,
             device=device,
-            done=bar.advance,
+            advance=bar.advance,
         )
     return predictions
 
@@ -142,7 +144,7 @@ def _show(rows: list[dict[str, Any]], predictions: Predictions, console: Console
                 then,
             )
         console.table(table.to_rich())
-    log_problems(predictions.failures(), predictions.damaged())
+    log_problems(predictions.failures(), predictions.truncated())
 
 
 def _write(out: Path, result: dict[str, Any], predictions: Predictions, top: int) -> None:

@@ -88,7 +88,7 @@ def _unfit(results: list[ProbeResult]) -> dict[str, ProbeResult]:
         known = best.setdefault(result.teacher, result)
         if result.accuracy.low - result.most_frequent > known.accuracy.low - known.most_frequent:
             best[result.teacher] = result
-    return {name: result for name, result in best.items() if not result.tells_apart}
+    return {name: result for name, result in best.items() if not result.beats_most_frequent}
 
 
 def _show(
@@ -141,5 +141,5 @@ def _as_dict(result: ProbeResult) -> dict[str, Any]:
         "frames": ALL_FRAMES if result.frames is None else result.frames,
         "accuracy": result.accuracy.as_dict(),
         "most_frequent_class": result.most_frequent,
-        "tells_apart": result.tells_apart,
+        "tells_apart": result.beats_most_frequent,
     }

@@ -20,7 +20,8 @@ from .splits import split_folders
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # classes with the largest gains and losses in the table; the result has all
+# Rows of the largest gains, and of the largest losses, in the table; the result has all classes.
+NUM_SHOWN = 10
 
 
 def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None) -> dict[str, Any]:
@@ -43,20 +44,20 @@ def fuse(runs: Sequence[str], weights: Sequence[float] | None, out: str | None) 
     if out is None:
         raise UsageError("--fuse requires --out DIR, where the fused predictions are written")
     parts = [_read_run(run) for run in runs]
-    used = list(weights) if weights is not None else [1.0] * len(parts)
-    fused = fuse_predictions(parts, list(runs), used)
+    run_weights = list(weights) if weights is not None else [1.0] * len(parts)
+    fused = fuse_predictions(parts, list(runs), run_weights)
     folder = Path(out)
     check_result_dir(folder, {"fused": list(runs)})
     with folder_lock(folder):
         fused.write(folder / PREDICTIONS)
         metrics = metrics_from_file(folder / PREDICTIONS)
-        named = ", ".join(
-            f"{weight:g} × {Path(run).name}" for run, weight in zip(runs, used, strict=True)
+        terms = ", ".join(
+            f"{weight:g} × {Path(run).name}" for run, weight in zip(runs, run_weights, strict=True)
         )
-        show_metrics(f"late fusion of {named}", len(fused.classes), metrics)
+        show_metrics(f"late fusion of {terms}", len(fused.classes), metrics)
         result = {
             "fused": list(runs),
-            "weights": used,
+            "weights": run_weights,
             "predictions": str(folder / PREDICTIONS),
             "metrics": metrics,
         }
@@ -84,7 +85,7 @@ def compare(a: str, b: str, out: str | None) -> dict[str, Any]:
         check_result_dir(Path(out), {"a": a, "b": b})
     parts = _read_run(a), _read_run(b)
     comparison = compare_predictions(*parts, (a, b))
-    protocols = [single for part in parts for single in part.protocol.get("fused", [part.protocol])]
+    protocols = [each for part in parts for each in part.protocol.get("fused", [part.protocol])]
     if any(protocol != protocols[0] for protocol in protocols):
         log.warning(
             f"{a} and {b} were tested with different protocols: see `protocol` in each result.json"
@@ -129,16 +130,16 @@ def _show_measures(comparison: Comparison, part: Predictions, a: str, b: str) ->
         f"A = {a}, B = {b}: {len(part.videos)} test videos",
         columns("accuracy, %", ">A", ">B", ">A − B", ">95 % interval", ">p"),
     )
-    for name, shown in MEASURES.items():
+    for name, label in MEASURES.items():
         if name in comparison.measures:
-            g = comparison.measures[name]
+            gain = comparison.measures[name]
             table.add(
-                shown,
-                f"{100 * g.a:.1f}",
-                f"{100 * g.b:.1f}",
-                signed(g.estimate.value),
-                signed_brackets(g.estimate.low, g.estimate.high),
-                f"{g.p:.4f}",
+                label,
+                f"{100 * gain.a:.1f}",
+                f"{100 * gain.b:.1f}",
+                signed(gain.estimate.value),
+                signed_brackets(gain.estimate.low, gain.estimate.high),
+                f"{gain.p:.4f}",
             )
     table.notes.append(intervals_note(part.resampled))
     log.info(table)
@@ -149,14 +150,19 @@ def _show_classes(comparison: Comparison) -> None:
         "top 1 of each class, %", columns("class", ">videos", ">A", ">B", ">A − B", ">p")
     )
     names = list(comparison.classes)
-    if len(names) > 2 * SHOWN:
+    if len(names) > 2 * NUM_SHOWN:
         classes.notes.append(
-            f"The {SHOWN} largest gains and losses of {len(names)} classes; --json lists all."
+            f"The {NUM_SHOWN} largest gains and losses of {len(names)} classes; --json lists all."
         )
-        names = names[:SHOWN] + names[-SHOWN:]
+        names = names[:NUM_SHOWN] + names[-NUM_SHOWN:]
     for name in names:
-        g = comparison.classes[name]
-        cells = (f"{100 * g.a:.1f}", f"{100 * g.b:.1f}", signed(g.estimate.value), f"{g.p:.4f}")
+        gain = comparison.classes[name]
+        cells = (
+            f"{100 * gain.a:.1f}",
+            f"{100 * gain.b:.1f}",
+            signed(gain.estimate.value),
+            f"{gain.p:.4f}",
+        )
         classes.add(name, str(comparison.videos[name]), *cells)
     classes.notes.append(
         "p is not corrected for the number of classes: among many, some are small by chance."

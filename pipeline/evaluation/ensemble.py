@@ -59,7 +59,7 @@ class Comparison:
     """The gains of model A over model B.
 
     Attributes:
-        measures: Gain by measure: top1, top5, class_mean, and per_clip if both models have it.
+        measures: Gain in top1, top5, class_mean, and in per_clip if both models have it.
         classes: Gain in top 1 by class, the largest first.
         videos: Number of test videos by class.
     """
@@ -72,9 +72,9 @@ class Comparison:
 def fuse_predictions(
     parts: Sequence[Predictions], names: Sequence[str], weights: Sequence[float]
 ) -> Predictions:
-    """Average the video probabilities of several models, as predictions of one clip per video.
+    """Average the probabilities of several models into predictions with one clip per video.
 
-    A video that is unreadable for one of the models counts as wrong.
+    A video that one of the models could not read counts as wrong.
 
     Args:
         parts: Predictions of each model.
@@ -103,8 +103,10 @@ def fuse_predictions(
         identity={"fused": [part.identity for part in parts]},
         sources=first.sources,
     )
-    each = np.stack([probabilities(part)[order] for part, order in zip(parts, orders, strict=True)])
-    total = np.average(each.astype(np.float64), axis=0, weights=weights)
+    stacked = np.stack(
+        [probabilities(part)[order] for part, order in zip(parts, orders, strict=True)]
+    )
+    mean = np.average(stacked.astype(np.float64), axis=0, weights=weights)
     fused.frames = first.frames
     for video in range(len(first.videos)):
         reasons = [
@@ -116,7 +118,7 @@ def fuse_predictions(
             fused.fail(video, "; ".join(reasons))
             continue
         fused.status[video] = OK
-        fused.clip_scores[video, 0] = total[video]
+        fused.clip_scores[video, 0] = mean[video]
     return fused
 
 
@@ -136,8 +138,8 @@ def compare_predictions(
 ) -> Comparison:
     """Compute the gain of A over B, paired by video, with a bootstrap over recordings or videos.
 
-    p-values of classes are not corrected for the number of classes: of K classes without a
-    difference, a twentieth is below 0.05.
+    The p-values of classes are not corrected for the number of classes: one in twenty classes
+    without a difference has p < 0.05.
 
     Args:
         a: Predictions of model A.
@@ -156,8 +158,8 @@ def compare_predictions(
         del values_a["per_clip"]
     ones = np.ones((len(labels), 1))
 
-    def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-        return bootstrap_ratios(by_group(above, groups), by_group(below, groups))
+    def ratios(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+        return bootstrap_ratios(by_group(numerators, groups), by_group(denominators, groups))
 
     num_units = len(by_group(ones, groups))
     measures = {
@@ -170,17 +172,17 @@ def compare_predictions(
         for name, value in values_a.items()
     }
     k = len(a.classes)
-    right_a, present = class_values(values_a["top1"], labels, k)
-    right_b, _ = class_values(values_b["top1"], labels, k)
+    correct_a, present = class_values(values_a["top1"], labels, k)
+    correct_b, _ = class_values(values_b["top1"], labels, k)
     # Classes without a test video have no accuracy.
     tested = np.flatnonzero(present.any(axis=0))
-    right_a, right_b, present = right_a[:, tested], right_b[:, tested], present[:, tested]
-    resampled = ratios(right_a - right_b, present)
-    videos = present.sum(axis=0)
-    accuracy_a, accuracy_b = right_a.sum(axis=0) / videos, right_b.sum(axis=0) / videos
+    correct_a, correct_b, present = correct_a[:, tested], correct_b[:, tested], present[:, tested]
+    resampled = ratios(correct_a - correct_b, present)
+    num_videos = present.sum(axis=0)
+    accuracy_a, accuracy_b = correct_a.sum(axis=0) / num_videos, correct_b.sum(axis=0) / num_videos
     measures["class_mean"] = _gain(accuracy_a, accuracy_b, np.nanmean(resampled, axis=1), num_units)
     units = (by_group(present, groups) > 0).sum(axis=0)
-    names_of = [a.classes[c] for c in tested]
+    class_names = [a.classes[c] for c in tested]
     classes = {
         name: _gain(
             accuracy_a[[i]],
@@ -188,16 +190,17 @@ def compare_predictions(
             resampled[np.isfinite(resampled[:, i]), i],
             int(units[i]),
         )
-        for i, name in enumerate(names_of)
+        for i, name in enumerate(class_names)
     }
-    ordered = dict(sorted(classes.items(), key=lambda item: -item[1].estimate.value))
-    return Comparison(measures, ordered, dict(zip(names_of, map(int, videos), strict=True)))
+    by_gain = dict(sorted(classes.items(), key=lambda item: -item[1].estimate.value))
+    videos = dict(zip(class_names, map(int, num_videos), strict=True))
+    return Comparison(measures, by_gain, videos)
 
 
 def _gain(a: np.ndarray, b: np.ndarray, resampled: np.ndarray, units: int) -> Gain:
     """Return the gain of mean a [n] over mean b [n] from resampled differences [R]."""
     mean_a, mean_b = float(a.mean()), float(b.mean())
-    estimate = Estimate(mean_a - mean_b, *interval(resampled, units, least=-1))
+    estimate = Estimate(mean_a - mean_b, *interval(resampled, units, min_mean=-1))
     return Gain(mean_a, mean_b, estimate, p_value(resampled, units))
 
 
@@ -209,14 +212,14 @@ def p_value(resampled: np.ndarray, units: int) -> float:
 
     Args:
         resampled: Resampled differences [R].
-        units: Number n of resampled units. p is at least 2 · 2⁻ⁿ, that of a sign test in which all
-            units agree: a single video proves nothing.
+        units: Number n of resampled units. p is at least 2 · 2⁻ⁿ, the p-value of a sign test in
+            which all units agree, so that a single video proves nothing.
     """
-    below, above = (
+    share_below, share_above = (
         (count + 1) / (len(resampled) + 1)
         for count in ((resampled <= 0).sum(), (resampled >= 0).sum())
     )
-    return float(min(1.0, max(2 * min(below, above), 2 * 0.5**units)))
+    return float(min(1.0, max(2 * min(share_below, share_above), 2 * 0.5**units)))
 
 
 def matching_rows(a: Predictions, b: Predictions, name_a: str, name_b: str) -> list[int]:
@@ -230,18 +233,18 @@ def matching_rows(a: Predictions, b: Predictions, name_a: str, name_b: str) -> l
     rows = {video: i for i, video in enumerate(b.videos)}
     unpaired = sorted(set(a.videos) ^ set(b.videos))
     if unpaired:
-        owner = name_a if unpaired[0] in set(a.videos) else name_b
+        tested_by = name_a if unpaired[0] in set(a.videos) else name_b
         raise LabelsError(
             f"{name_a} and {name_b} were tested on different videos: {len(unpaired)} are in only one of them, the "
-            f"first is {escape_path(unpaired[0])} of {owner}"
+            f"first is {escape_path(unpaired[0])} of {tested_by}"
         )
     order = [rows[video] for video in a.videos]
-    differing = [
+    relabelled = [
         video for video, k, i in zip(a.videos, a.labels, order, strict=True) if k != b.labels[i]
     ]
-    if differing:
+    if relabelled:
         raise LabelsError(
-            f"{name_a} and {name_b} have different labels for {len(differing)} videos, the first is "
-            f"{escape_path(differing[0])}"
+            f"{name_a} and {name_b} have different labels for {len(relabelled)} videos, the first is "
+            f"{escape_path(relabelled[0])}"
         )
     return order

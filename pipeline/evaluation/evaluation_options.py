@@ -18,7 +18,8 @@ from ..common.settings import (
 )
 from ..common.urls import StoreAddress
 
-ALL_FRAMES = "all"  # of a video, for a probe
+# Text of an option for all cached frames of a video.
+ALL_FRAMES = "all"
 FrameOrder = Literal["ordered", "shuffled", "frozen"]
 PARTIAL_HELP = "accept videos without a label and labels without a video (wrong in the test)"
 COPIES_HELP = "folder of `distinit prepare`: clips are read from its copies of the videos"
@@ -27,10 +28,10 @@ COPIES_HELP = "folder of `distinit prepare`: clips are read from its copies of t
 class EvaluationOptions(Options):
     """How videos are tested.
 
-    `clips`, `crops`, `scores` and `frames` are the protocol; the other options change no score by
-    more than rounding. `frames` tests the use of motion: `shuffled` puts the frames of each clip
-    into a random order, `frozen` repeats its middle frame. The accuracy of a model that uses no
-    motion is that of `ordered` with both.
+    `clips`, `crops`, `scores` and `frames` are the protocol; the other options change scores by
+    rounding at most. `frames` tests the use of motion: `shuffled` puts the frames of each clip into
+    a random order, `frozen` repeats its middle frame. A model that uses no motion has the same
+    accuracy with both as with `ordered`.
     """
 
     clips: Annotated[int, CliOption("--test-clips", "Test", "N")] = Field(
@@ -57,7 +58,7 @@ class EvaluationOptions(Options):
 
 
 class EvaluateConfig(Options):
-    """All options of `distinit evaluate`; missing ones are those of the tested run."""
+    """All options of `distinit evaluate`; missing ones are taken from the tested run."""
 
     runs: Annotated[list[str], CliOption("RUN")] = Field(
         min_length=1,
@@ -104,7 +105,7 @@ class EvaluateConfig(Options):
     test: Annotated[EvaluationOptions | None, CliOption(shown="the run's")] = None
 
     @model_validator(mode="after")
-    def _one_job(self) -> EvaluateConfig:
+    def _check_runs(self) -> EvaluateConfig:
         if self.fuse and self.compare:
             raise UsageError(
                 "--fuse and --compare exclude each other; --compare accepts the folder of --fuse --out"
@@ -178,7 +179,7 @@ class ProbeConfig(Options):
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
     dataset: Annotated[str, CliOption(metavar="NAME")] = Field(
-        description="csv:FILE with columns path, label and perhaps source and splitN; folder:DIR "
+        description="csv:FILE with columns path, label and optionally source and splitN; folder:DIR "
         "with train/CLASS and test/CLASS; kinetics:FILE; hmdb51; ucf101"
     )
     root: Annotated[str | None, CliOption(metavar="DIR")] = Field(
@@ -192,13 +193,13 @@ class ProbeConfig(Options):
     ] = Field(default=None, description="probe this teacher of the store; repeatable")
     frames: Annotated[str, CliOption("--frames", "Sampling", "N,N,all")] = Field(
         default="1,2,6,all",
-        description="numbers of cached frames per video, evenly spread, whose outputs are averaged",
+        description="numbers of evenly spread cached frames per video to average outputs over",
     )
     sample: Annotated[int, CliOption(group="Sampling", metavar="N")] = Field(
-        default=5000, ge=2, description="most videos used, drawn at random by --seed"
+        default=5000, ge=2, description="maximum number of videos, drawn at random with --seed"
     )
     folds: Annotated[int, CliOption(group="Test", metavar="N")] = Field(
-        default=5, ge=2, description="folds, none of which shares a source with another"
+        default=5, ge=2, description="number of folds; no two share a source"
     )
     seed: Annotated[int, CliOption(group="Test", metavar="S")] = Field(
         default=0, ge=0, description="seed of the folds and the sample"
@@ -208,7 +209,7 @@ class ProbeConfig(Options):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> ProbeConfig:
+    def _check_frames(self) -> ProbeConfig:
         self.frame_counts()
         return self
 
@@ -235,10 +236,12 @@ class CompareConfig(Options):
         tuple[str, ...] | None, CliOption("--teacher", "Teacher", "NAME", shown="all")
     ] = Field(default=None, description="compare this teacher of the store; repeatable")
     videos: Annotated[int, CliOption("--disputed", "Output", "N")] = Field(
-        default=10, ge=0, description="videos listed on which the teachers disagree most"
+        default=10,
+        ge=0,
+        description="number of videos to list, those on which the teachers disagree most",
     )
     sample: Annotated[int, CliOption(group="Sampling", metavar="N")] = Field(
-        default=5000, ge=3, description="most cached frames used"
+        default=5000, ge=3, description="maximum number of cached frames"
     )
     seed: Annotated[int, CliOption(group="Sampling", metavar="S")] = Field(
         default=0, ge=0, description="seed of the sample"

@@ -1,4 +1,4 @@
-"""Files of features that `distinit embed` writes: what is in them, and how they are read.
+"""Read the files of features that `distinit embed` writes.
 
 Layout (HDF5; V videos, N clips, D features; row v of every table is `videos[v]`):
 
@@ -36,7 +36,7 @@ _TABLES: Tables = {
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """Features float64 [V, D], means over clips, of the videos that were read, and `about` them."""
+    """Mean features over clips, float64 [V, D], of readable videos; `about` describes the model."""
 
     videos: list[str]
     features: np.ndarray
@@ -63,7 +63,7 @@ def read_features(path: str | os.PathLike[str]) -> FeatureFile:
 
 
 def _parse(file: Any) -> FeatureFile:
-    """Return the content of an open file; any error is damage."""
+    """Parse an open file; `open_hdf5` turns every exception into one about a damaged file."""
     kind, version = file.attrs.get("format"), int(file.attrs.get("format_version", 0))
     if (kind, version) != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"format {kind!r}, version {version}")
@@ -73,6 +73,7 @@ def _parse(file: Any) -> FeatureFile:
     if features.ndim == 3:
         features = features.mean(axis=1)
     about = plain_data(json.loads(file.attrs["about"]))
-    good = (np.abs(features) < 1e15).all(axis=1)  # finite, and so are their squares
-    names = [video for video, ok in zip(videos, good, strict=True) if ok]
-    return FeatureFile(names, features[good], about if isinstance(about, dict) else {})
+    # Features of unreadable videos are NaN. The bound keeps the squares of all others finite.
+    usable = (np.abs(features) < 1e15).all(axis=1)
+    names = [video for video, is_usable in zip(videos, usable, strict=True) if is_usable]
+    return FeatureFile(names, features[usable], about if isinstance(about, dict) else {})

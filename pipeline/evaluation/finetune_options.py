@@ -22,7 +22,7 @@ class FinetuneClips(ClipView):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> FinetuneClips:
-        # A size that is not given is that of the initialisation, which is read later.
+        # By default the size is that of the initialisation, which is read later.
         if "size" in self.model_fields_set:
             self.frame_view()
         return self
@@ -31,12 +31,13 @@ class FinetuneClips(ClipView):
 class FinetuneLoop(LoopOptions):
     """The paper's finetuning (section 4).
 
-    It has 8 epochs of 40 000 clips and a rate of 0.002, divided by 10 every 2 epochs. From scratch
-    the paper uses 45 epochs and a rate of 0.01, divided by 10 every 10 epochs: preset `scratch`.
+    It has 8 epochs of 40 000 clips and a learning rate of 0.002, divided by 10 every 2 epochs. From
+    scratch the paper uses 45 epochs and a learning rate of 0.01, divided by 10 every 10 epochs, as
+    preset `scratch` does.
     """
 
     ADAMW_DEFAULTS: ClassVar[dict[str, float]] = {"lr": 0.0003, "weight_decay": 0.05}
-    # The paper's 320 000 clips are 90 of each video of HMDB-51, in 8 epochs with drops every 2.
+    # The paper's 320 000 clips are 90 per video of HMDB-51, in 8 epochs with a drop every 2.
     BUDGET: ClassVar[Budget] = Budget(90, 3_000, 320_000, 8, 0, 2)
 
     epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
@@ -59,26 +60,26 @@ class FinetuneLoop(LoopOptions):
 
 
 def parse_search(texts: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Read `KEY=VALUE,VALUE`, repeated; values are YAML. Raises ValueError."""
-    # It loads YAML, which `--help` does without.
+    """Parse texts `KEY=VALUE,VALUE` with YAML values. Raises ValueError."""
+    # Imported here since it loads YAML, which `--help` does not need.
     from ..common.config import parse_setting
 
-    found: dict[str, list[Any]] = {}
+    choices: dict[str, list[Any]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
         if not (key and equals and values):
             raise ValueError(f"expected KEY=VALUE,VALUE, as in lr=0.02,0.06, got {text!r}")
-        if key in found:
+        if key in choices:
             raise ValueError(f"{key!r} is given twice")
-        found[key] = [parse_setting(f"{key}={value}")[1] for value in values.split(",")]
-    return found
+        choices[key] = [parse_setting(f"{key}={value}")[1] for value in values.split(",")]
+    return choices
 
 
 class FinetuneConfig(Options):
     """All options of `distinit finetune`.
 
-    `student` and the frames and size of clips are by default those of the initialisation; a student
-    that differs from the file is refused.
+    The defaults of `student` and of the frames and size of clips are those of the initialisation.
+    A student that differs from its file is refused.
     """
 
     ADDED: ClassVar[frozenset[str]] = frozenset(
@@ -93,11 +94,11 @@ class FinetuneConfig(Options):
     )
     inflation: Annotated[Inflation, CliOption(group="Student")] = Field(
         default="scaled",
-        description="how inflate: repeats kernels over time: divided by their length, or unchanged",
+        description="how inflate: repeats kernels over time; scaled divides them by their length",
     )
     dataset: Annotated[str, CliOption(metavar="NAME")] = Field(
         description="csv:FILE with columns path, label and splitN (train, val or test); "
-        "folder:DIR with train/CLASS, test/CLASS and maybe val/CLASS; kinetics:FILE; hmdb51; ucf101"
+        "folder:DIR with train/CLASS, test/CLASS and optionally val/CLASS; kinetics:FILE; hmdb51; ucf101"
     )
     root: Annotated[str | None, CliOption(metavar="DIR")] = Field(
         default=None, description="folder of the videos of hmdb51, ucf101, kinetics: or csv:"

@@ -1,4 +1,4 @@
-"""What `finetune` adds to a training: its objective, its validation side and its dry run.
+"""The objective, the validation and the dry run of `finetune`.
 
 Shapes: B clips, K classes.
 """
@@ -35,22 +35,23 @@ from .predictor import HEAD, predict
 
 log = logging.getLogger(__name__)
 
-TINY = 1e-12
+# Keeps the loss of a video finite if its label has a probability of 0.
+MIN_PROBABILITY = 1e-12
 
 
 class Classification:
     """objective(model, batch, counts): cross-entropy of the labels, and accuracy of the clips."""
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the number of clips, int64 [1]; all of them count."""
+        """Return the number of clips, int64 [1]; every clip is part of the loss."""
         return torch.tensor([len(batch["label"])])
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor) -> LossReport:
-        """Return the mean loss over `counts` clips, and the share that is classified correctly."""
+        """Return the mean loss over `counts` clips, and the share of correctly classified clips."""
         logits = model(normalize_clip(batch["clip"], torch.float32))[HEAD].float()
-        right = (logits.detach().argmax(dim=1) == batch["label"]).sum()
+        num_correct = (logits.detach().argmax(dim=1) == batch["label"]).sum()
         loss = functional.cross_entropy(logits, batch["label"], reduction="sum")
-        return LossReport(loss / counts[0], {"accuracy": right / counts[0]})
+        return LossReport(loss / counts[0], {"accuracy": num_correct / counts[0]})
 
 
 def validation(
@@ -64,10 +65,11 @@ def validation(
     device: torch.device,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that measures the student as it is then.
+    """Return a function that validates the current weights of a student.
 
-    Its "loss" is the mean cross-entropy of the scores of the videos, averaged over their clips, and
-    its "accuracy" their top-1 accuracy. Unreadable videos are wrong, and not part of the loss.
+    It returns "loss", the mean cross-entropy of the scores of the videos, which are averages over
+    their clips, and "accuracy", the top-1 accuracy of the videos. An unreadable video counts as
+    wrong and is not part of the loss.
 
     Args:
         student: The model, which may be trained between two calls.
@@ -129,9 +131,9 @@ def _measures(predictions: Predictions) -> dict[str, float]:
     scores, labels = scores[readable], predictions.labels[readable]
     if predictions.protocol.get("scores") == LOGITS:
         scores = softmax(scores)
-    of_label = scores[np.arange(len(labels)), labels]
+    probabilities = scores[np.arange(len(labels)), labels]
     return {
-        "loss": float(-np.log(np.maximum(of_label, TINY)).mean()),
+        "loss": float(-np.log(np.maximum(probabilities, MIN_PROBABILITY)).mean()),
         "accuracy": float((scores.argmax(axis=1) == labels).sum() / len(readable)),
     }
 
@@ -141,14 +143,16 @@ def dry_run(
 ) -> dict[str, Any]:
     """Log config, schedule, memory and computation of a step, and write RUN/first-batch.png.
 
+    Nothing is trained. The picture shows the first batch of the run.
+
     Args:
         config: The resolved config.
-        options: Of the loop, with the schedule.
+        options: Options of the loop, with the schedule.
         clips: The training clips.
         student: The student.
 
     Returns:
-        What --json prints. Nothing is trained; the picture is of the run's first batch.
+        The result for --json.
 
     Raises:
         TrainingError: The clips of the batch cannot be read, or the picture cannot be written.
@@ -156,7 +160,7 @@ def dry_run(
     log_config(config.model_copy(update={"loop": options}))
     log.info(options.describe_epochs())
     log.info(f"{options.describe_steps(options.gpus)}; {options.describe_rate()}")
-    size = log_memory(options, student)
+    memory = log_memory(options, student)
 
     render = partial(render_labels, classes=clips.labels.classes)
     return {
@@ -166,5 +170,5 @@ def dry_run(
         "epochs": options.epochs,
         "steps": options.total_steps,
         "clips": options.total_steps * options.step_clips,
-        **size,
+        **memory,
     }

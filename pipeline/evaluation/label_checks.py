@@ -18,7 +18,7 @@ from .listing import SIDES, VAL, Listing, Row, first_few, videos_in
 
 
 class _File(NamedTuple):
-    """An existing file of a listed video: the video itself, or its copy if it no longer exists."""
+    """The file of a listed video: the video itself, or its copy if it no longer exists."""
 
     row: Row
     path: str
@@ -42,7 +42,7 @@ def check_rows(
 
     Raises:
         LabelsError: The listing cannot be used.
-        UsageError: There is a copy of none of the videos.
+        UsageError: None of the videos has a copy.
     """
     origin, notes = listing.origin, list(listing.notes)
     for side in sides:
@@ -57,19 +57,19 @@ def check_rows(
             )
     files, missing = _find_files(listing, copies)
     _check_missing(listing, missing, partial, notes)
-    kept = _one_row_per_file(origin, files)
-    _check_contents(listing, kept, notes)
-    # A missing test video stays: it is unreadable, and so it counts as wrong.
-    rows = [file.row for file in kept] + [row for row in missing if row.side == "test"]
+    unique_files = _one_row_per_file(origin, files)
+    _check_contents(listing, unique_files, notes)
+    # A missing test video stays in the list, so that it counts as wrong like any unreadable one.
+    rows = [file.row for file in unique_files] + [row for row in missing if row.side == "test"]
     if copies is not None and not any(_has_copy(copies, listing.root, row.path) for row in rows):
         raise UsageError(
-            f"--copies {copies.folder}: has a copy of none of the {len(rows)} videos of {origin}"
+            f"--copies {copies.folder}: has no copy of any of the {len(rows)} videos of {origin}"
         )
     return rows, notes
 
 
 def class_names(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
-    """Return the classes in order.
+    """Return the class names in the order of their indices.
 
     Raises:
         LabelsError: A class is on one side only; the validation side may lack some.
@@ -91,15 +91,15 @@ def class_names(listing: Listing, rows: list[Row]) -> tuple[str, ...]:
         )
     if listing.classes is not None:
         return listing.classes
-    # Numbered classes are in the order of their numbers, others in that of their names.
-    numbered = all(re.fullmatch(r"[0-9]+", name) for name in train)
-    return tuple(sorted(sorted(train), key=int) if numbered else sorted(train))
+    # Classes that are all numbers are sorted by value.
+    numeric = all(re.fullmatch(r"[0-9]+", name) for name in train)
+    return tuple(sorted(sorted(train), key=int) if numeric else sorted(train))
 
 
 def note_shared_sources(listing: Listing, rows: list[Row], notes: list[str]) -> int:
-    """Count test videos cut from recordings of the other sides, and add a note on shared ones.
+    """Count test videos cut from recordings of the other sides, and add notes on shared recordings.
 
-    Published lists are used as they are: what the names of their files suggest is only a guess.
+    Published lists are used as they are, since their recordings are guessed from names of files.
     """
     if listing.official:
         return 0
@@ -107,23 +107,23 @@ def note_shared_sources(listing: Listing, rows: list[Row], notes: list[str]) -> 
         side: {row.source for row in rows if row.side == side and row.source}
         for side in (*SIDES, VAL)
     }
-    if both := sources["train"] & sources[VAL]:
+    if shared := sources["train"] & sources[VAL]:
         notes.append(
-            f"{len(both)} of {len(sources[VAL])} recordings of the validation side are also on the train side "
-            f"({first_few(sorted(both))}); what is chosen on it may not hold for unseen recordings"
+            f"{len(shared)} of {len(sources[VAL])} recordings of the validation side are also on the train side "
+            f"({first_few(sorted(shared))}); choices by validation loss may not hold for unseen recordings"
         )
-    # A search trains on the validation videos in the end.
-    train = sources["train"] | sources[VAL]
-    test = [row for row in rows if row.side == "test" and row.source]
-    shared = [row for row in test if row.source in train]
-    if shared:
-        both, every = {row.source for row in shared}, {row.source for row in test}
+    # The last training of a search uses the validation videos, too.
+    train_sources = sources["train"] | sources[VAL]
+    test_rows = [row for row in rows if row.side == "test" and row.source]
+    shared_rows = [row for row in test_rows if row.source in train_sources]
+    if shared_rows:
+        shared = {row.source for row in shared_rows}
         notes.append(
-            f"{len(shared)} of {len(test)} test videos are cut from recordings of training videos "
-            f"({len(both)} of {len(every)} test recordings: {first_few(sorted(both))}); "
+            f"{len(shared_rows)} of {len(test_rows)} test videos are cut from recordings of training videos "
+            f"({len(shared)} of {len(sources['test'])} test recordings: {first_few(sorted(shared))}); "
             "accuracies are not those of unseen recordings"
         )
-    return len(shared)
+    return len(shared_rows)
 
 
 def _find_files(listing: Listing, copies: CopyFolder | None) -> tuple[list[_File], list[Row]]:
@@ -134,7 +134,8 @@ def _find_files(listing: Listing, copies: CopyFolder | None) -> tuple[list[_File
             try:
                 files.append(_File(row, path, os.stat(path)))
                 break
-            except (OSError, ValueError):  # ValueError: a null byte in the name
+            except (OSError, ValueError):
+                # ValueError: the name has a null byte.
                 continue
         else:
             missing.append(row)
@@ -157,19 +158,19 @@ def _has_copy(copies: CopyFolder, root: str, path: str) -> bool:
 def _check_missing(listing: Listing, missing: list[Row], partial: bool, notes: list[str]) -> None:
     """Refuse labels without videos and videos without labels; with `partial` add notes instead.
 
-    A user's list may cover a part of a folder on purpose: videos that it does not name are always
-    a note.
+    Videos that a user's list does not name are always a note, since the list may cover a part of a
+    folder on purpose.
     """
     if missing and not partial:
         raise LabelsError(
             f"{listing.origin}: {len(missing)} of {len(listing.rows)} paths do not exist; the first is "
-            f"{escape_path(missing[0].path)} ({missing[0].where}), expected in {listing.root}"
+            f"{escape_path(missing[0].path)} ({missing[0].location}), expected in {listing.root}"
             f"{_hint(listing.root, missing[0].path)}"
         )
     if listing.unlabelled and listing.official and not partial:
         raise LabelsError(
             f"{listing.origin}: {len(listing.unlabelled)} videos next to the listed ones have no label, "
-            f"{first_few(listing.unlabelled)}; {listing.get}, or give --partial"
+            f"{first_few(listing.unlabelled)}; {listing.download_hint}, or give --partial"
         )
     effects = {
         "train": "they are not used",
@@ -187,7 +188,7 @@ def _check_missing(listing: Listing, missing: list[Row], partial: bool, notes: l
 
 
 def _hint(root: str, path: str) -> str:
-    """Return a likely reason why a path does not exist, "" without one."""
+    """Return a likely reason why a path does not exist, "" if none is known."""
     if not is_utf8(path):
         return "; the name is not UTF-8: save the list in UTF-8 if the file's name is"
     stem = os.path.splitext(path)[0]
@@ -201,20 +202,19 @@ def _hint(root: str, path: str) -> str:
 
 def _one_row_per_file(origin: str, files: list[_File]) -> list[_File]:
     """Drop repeated rows, and refuse files with two labels or on both sides."""
-    kept: dict[tuple[int, int], _File] = {}
+    unique_files: dict[tuple[int, int], _File] = {}
     for file in files:
-        # By device and inode instead of the name: a link in the test list to a training video is a
-        # leak as well.
-        first = kept.setdefault((file.status.st_dev, file.status.st_ino), file).row
+        # Files are identified by device and inode, since a link to a training video is a leak too.
+        first = unique_files.setdefault((file.status.st_dev, file.status.st_ino), file).row
         row = file.row
         if first.label != row.label:
             raise LabelsError(
                 f"{origin}: {escape_path(row.path)} has two labels, "
-                f"{first.label!r} ({first.where}) and {row.label!r} ({row.where})"
+                f"{first.label!r} ({first.location}) and {row.label!r} ({row.location})"
             )
         if first.side != row.side:
             raise LabelsError(_leak(origin, first, row))
-    return list(kept.values())
+    return list(unique_files.values())
 
 
 def _check_contents(listing: Listing, files: list[_File], notes: list[str]) -> None:
@@ -223,39 +223,40 @@ def _check_contents(listing: Listing, files: list[_File], notes: list[str]) -> N
     A published split is used as it is; its leaks are notes.
     """
     leaks, relabelled = [], []
-    for first, again in _repeated_contents(files):
-        if first.side != again.side:
-            leaks.append(_leak(listing.origin, first, again))
-        elif first.label != again.label:
+    for first, row in _repeated_contents(files):
+        if first.side != row.side:
+            leaks.append(_leak(listing.origin, first, row))
+        elif first.label != row.label:
             relabelled.append(
                 f"{listing.origin}: the same file has two labels, {escape_path(first.path)} is "
-                f"{first.label!r} ({first.where}) and {escape_path(again.path)} is {again.label!r} ({again.where})"
+                f"{first.label!r} ({first.location}) and {escape_path(row.path)} is {row.label!r} ({row.location})"
             )
-    for what, problems in (("leaks", leaks), ("files with two labels", relabelled)):
+    for kind, problems in (("leaks", leaks), ("files with two labels", relabelled)):
         if not problems:
             continue
         if not listing.official:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise LabelsError(problems[0] + more)
+            suffix = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise LabelsError(problems[0] + suffix)
         notes.append(
-            f"{len(problems)} {what} of the official split, kept as published; the first: {problems[0]}"
+            f"{len(problems)} {kind} of the official split, unique_files as published; the first: {problems[0]}"
         )
 
 
 def _repeated_contents(files: list[_File]) -> Iterator[tuple[Row, Row]]:
-    """Yield the row of each file whose content an earlier file has, after the row of that file.
+    """Yield (row of the first file, row of a later file) for every later file of equal content.
 
     Only files of equal size are read.
     """
     sizes = Counter(file.status.st_size for file in files)
-    seen: dict[str, list[_File]] = {}
+    by_digest: dict[str, list[_File]] = {}
     for file in files:
         if sizes[file.status.st_size] == 1:
             continue
         try:
-            candidates = seen.setdefault(digest(file.path), [])
+            candidates = by_digest.setdefault(digest(file.path), [])
         except VideoError:
-            continue  # an unreadable file is reported when it is decoded
+            # An unreadable file is reported when it is decoded.
+            continue
         first = next((other for other in candidates if same_content(other.path, file.path)), None)
         if first is None:
             candidates.append(file)
@@ -263,8 +264,8 @@ def _repeated_contents(files: list[_File]) -> Iterator[tuple[Row, Row]]:
             yield first.row, file.row
 
 
-def _leak(origin: str, first: Row, again: Row) -> str:
+def _leak(origin: str, first: Row, row: Row) -> str:
     return (
         f"{origin}: the same file is on both sides of the split, {escape_path(first.path)} "
-        f"({first.where}, {first.side}) and {escape_path(again.path)} ({again.where}, {again.side})"
+        f"({first.location}, {first.side}) and {escape_path(row.path)} ({row.location}, {row.side})"
     )

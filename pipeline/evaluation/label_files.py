@@ -1,7 +1,7 @@
 """Read labels: a csv file, the csv files of Kinetics, or a folder per side and class.
 
-Videos of Kinetics are found anywhere below the root by the names that usual downloaders give them,
-`ID_000010_000020.mp4` (start and end in seconds).
+Videos of Kinetics may be anywhere below the root. They are recognised by the names that common
+downloaders give them, `ID_000010_000020.mp4` (start and end in seconds).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_csv(path: str, split: int | None, root: str | None = None) -> Listing:
 
     Args:
         path: The csv file.
-        split: N; None: all rows, whose side is then "".
+        split: N; None for all rows, whose side is then "".
         root: The folder that paths are relative to, by default that of the csv.
 
     Raises:
@@ -42,16 +42,16 @@ def read_csv(path: str, split: int | None, root: str | None = None) -> Listing:
             else f"no splitN column among: {', '.join(columns) or 'no columns'}"
         )
         raise LabelsError(f"{path}: no column 'split{split}' ({choices})")
-    used = list(_used_rows(path, rows, None if split is None else f"split{split}"))
-    refuse_windows_paths(path, base, [row.path for row in used])
+    split_rows = list(_split_rows(path, rows, None if split is None else f"split{split}"))
+    refuse_windows_paths(path, base, [row.path for row in split_rows])
     listed = {os.path.normpath(row["path"]) for _, row in rows if row["path"]}
     existing = videos_in(base, (os.path.dirname(name) for name in listed))
     unlabelled = tuple(name for name in existing if name not in listed)
-    return Listing(path, base, used, unlabelled=unlabelled)
+    return Listing(path, base, split_rows, unlabelled=unlabelled)
 
 
 def csv_splits(path: str) -> tuple[int, ...]:
-    """Return N of every column splitN, sorted.
+    """Return the sorted numbers N of the columns splitN.
 
     Raises:
         LabelsError: There is no such column.
@@ -63,14 +63,14 @@ def csv_splits(path: str) -> tuple[int, ...]:
     return tuple(splits)
 
 
-def read_kinetics(where: str, split: int, root: str | None, partial: bool = False) -> Listing:
-    """Read the rows of the train and validation sides; the latter is the test side.
+def read_kinetics(path: str, split: int, root: str | None, partial: bool = False) -> Listing:
+    """Read the train and validation sides of Kinetics; the latter is used as the test side.
 
     Args:
-        where: A csv file with both sides, or a folder with train.csv and val.csv.
+        path: A csv file with both sides, or a folder with train.csv and val.csv.
         split: Must be 1.
         root: The folder to search for videos, by default that of the csv.
-        partial: Whether videos may be missing: many of Kinetics' are no longer on the web.
+        partial: Whether videos may be missing, since many of Kinetics are no longer online.
 
     Raises:
         UsageError: Another split than 1.
@@ -78,24 +78,24 @@ def read_kinetics(where: str, split: int, root: str | None, partial: bool = Fals
     """
     if split != 1:
         raise UsageError(f"--split: kinetics has only split 1, got {split}")
-    files = [where]
-    if os.path.isdir(where):
+    files = [path]
+    if os.path.isdir(path):
         files = [
-            path for name in _KINETICS_FILES if os.path.isfile(path := os.path.join(where, name))
+            file for name in _KINETICS_FILES if os.path.isfile(file := os.path.join(path, name))
         ]
         if not files:
-            raise LabelsError(f"{where}: expected train.csv and val.csv of Kinetics, found neither")
-    root = os.path.abspath(root or (where if os.path.isdir(where) else os.path.dirname(where)))
+            raise LabelsError(f"{path}: expected train.csv and val.csv of Kinetics, found neither")
+    root = os.path.abspath(root or (path if os.path.isdir(path) else os.path.dirname(path)))
     try:
-        paths = list_videos([root]).paths
+        videos = list_videos([root]).paths
     except SourceError:
         raise LabelsError(
             f"--root {root}: expected videos such as ID_000010_000020.mp4, found none"
         ) from None
     by_name: dict[str, list[str]] = {}
-    for path in paths:
-        by_name.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
-    rows, used, missing = [], set(), 0
+    for video in videos:
+        by_name.setdefault(os.path.splitext(os.path.basename(video))[0], []).append(video)
+    rows, matched, num_missing = [], set(), 0
     for file in files:
         for name, side, label, line in _kinetics_rows(file):
             matches = by_name.get(name, [])
@@ -103,22 +103,23 @@ def read_kinetics(where: str, split: int, root: str | None, partial: bool = Fals
                 raise LabelsError(
                     f"{file}: {line}: {len(matches)} files have this name, {first_few(matches, 2)}"
                 )
-            missing += not matches
-            used.update(matches)
-            path = matches[0] if matches else f"{name}.mp4"
-            where_listed = f"{os.path.basename(file)} {line}"
-            rows.append(Row(path, label, side, where_listed, source=name.rsplit("_", 2)[0]))
-    if missing and not partial:
-        first = next(row for row in rows if row.path not in used)
+            num_missing += not matches
+            matched.update(matches)
+            video = matches[0] if matches else f"{name}.mp4"
+            location = f"{os.path.basename(file)} {line}"
+            rows.append(Row(video, label, side, location, source=name.rsplit("_", 2)[0]))
+    if num_missing and not partial:
+        first = next(row for row in rows if row.path not in matched)
         raise LabelsError(
-            f"{where}: {missing} of {len(rows)} videos do not exist below {root}, the first is "
-            f"{escape_path(first.path)} ({first.where}); download them, or give --partial"
+            f"{path}: {num_missing} of {len(rows)} videos do not exist below {root}, the first is "
+            f"{escape_path(first.path)} ({first.location}); download them, or give --partial"
         )
-    return Listing(where, root, rows, unlabelled=tuple(path for path in paths if path not in used))
+    unlabelled = tuple(video for video in videos if video not in matched)
+    return Listing(path, root, rows, unlabelled=unlabelled)
 
 
 def read_folder(root: str, split: int) -> Listing:
-    """Read `ROOT/{train,test}/CLASS/…`, and `ROOT/val/CLASS/…` where there is one.
+    """Read `ROOT/{train,test}/CLASS/…`, and `ROOT/val/CLASS/…` if it exists.
 
     Raises:
         LabelsError: Another split than 1, a missing side, or a video outside of a class folder.
@@ -137,7 +138,8 @@ def read_folder(root: str, split: int) -> Listing:
         try:
             listed = list_videos([f"{side}={folder}"]).paths
         except SourceError:
-            listed = []  # an empty side is reported by the checks of labels.py
+            # An empty side is reported by `check_rows`.
+            listed = []
         for name in listed:
             label, slash, _ = name.partition("/")
             if not slash:
@@ -152,29 +154,29 @@ def read_folder(root: str, split: int) -> Listing:
 def class_name(folder: str) -> str:
     """Return the class of a folder: its name, percent-escaped if it is not UTF-8.
 
-    Models and results store the name, which must be UTF-8.
+    Models and results store the name as UTF-8.
     """
     return folder if is_utf8(folder) else escape_path(folder)
 
 
 def _skipped_files(root: str, side: str, listed: list[str]) -> Iterator[str]:
-    """Yield a note on files that are not videos by their ending, and one on classes without any."""
+    """Yield a note on files without the ending of a video, and one on classes without videos."""
     top = os.path.join(root, side)
-    videos, others = set(listed), []
+    videos, other_files = set(listed), []
     for folder, folders, names in os.walk(top, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = (
-            os.path.normpath(os.path.relpath(os.path.join(folder, n), top))
-            for n in sorted(names)
-            if n[0] != "."
+        paths = (
+            os.path.normpath(os.path.relpath(os.path.join(folder, name), top))
+            for name in sorted(names)
+            if name[0] != "."
         )
-        others += [name for name in below if name not in videos and not is_video(name)]
-    if others:
-        shown = first_few((f"{side}/{name}" for name in others), 5)
-        yield f"{len(others)} files of {root} are skipped, their ending is not that of a video: {shown}"
-    used = {name.partition("/")[0] for name in listed}
+        other_files += [path for path in paths if path not in videos and not is_video(path)]
+    if other_files:
+        shown = first_few((f"{side}/{name}" for name in other_files), 5)
+        yield f"{len(other_files)} files of {root} are skipped, since their endings are not those of videos: {shown}"
+    used_classes = {name.partition("/")[0] for name in listed}
     classes = (entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
-    if empty := sorted(name for name in classes if name not in used):
+    if empty := sorted(name for name in classes if name not in used_classes):
         yield f"{len(empty)} class folders of {os.path.join(root, side)} have no video: {first_few(empty, 5)}"
 
 
@@ -238,25 +240,26 @@ def _kinetics_rows(path: str) -> Iterator[tuple[str, str, str, str]]:
 
 def _splits(columns: list[str]) -> list[int]:
     return sorted(
-        int(m[1]) for m in (re.fullmatch(r"split([1-9]\d{0,8})", name) for name in columns) if m
+        int(match[1]) for name in columns if (match := re.fullmatch(r"split([1-9]\d{0,8})", name))
     )
 
 
-def _used_rows(
+def _split_rows(
     path: str, rows: Iterable[tuple[str, dict[str, str]]], column: str | None
 ) -> Iterable[Row]:
-    for where, row in rows:
+    """Yield the rows with a side in a column; None for all rows, whose side is then ""."""
+    for location, row in rows:
         side = "" if column is None else row[column].strip().lower()
         if column is not None and not side:
             continue
         if column is not None and side not in (*SIDES, VAL):
             value = row[column].strip()
             raise LabelsError(
-                f"{path}: {where} has {column}={value!r}, expected {', '.join((*SIDES, VAL))} or an empty cell"
+                f"{path}: {location} has {column}={value!r}, expected {', '.join((*SIDES, VAL))} or an empty cell"
             )
         name, label = row["path"], row["label"].strip()
         if not name or not label:
-            raise LabelsError(f"{path}: {where} has no {'label' if name else 'path'}")
+            raise LabelsError(f"{path}: {location} has no {'label' if name else 'path'}")
         source = row.get("source", "").strip()
-        require_utf8(path, where, (label, source))
-        yield Row(os.path.normpath(name), label, side, where, source)
+        require_utf8(path, location, (label, source))
+        yield Row(os.path.normpath(name), label, side, location, source)

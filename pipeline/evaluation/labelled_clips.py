@@ -1,6 +1,6 @@
 """Clips of labelled videos: random ones for training, evenly spread ones for tests.
 
-A warning is logged if clips are longer than most of the videos.
+`warn_of_short_videos` logs a warning if clips are longer than most of the videos.
 
 Shapes: T frames, C channels, H W pixels, N clips of a test video.
 """
@@ -29,19 +29,20 @@ from .labels import Labelled, Labels
 log = logging.getLogger(__name__)
 
 MAX_UNREADABLE_IN_A_ROW = 20
-SAMPLE = 20  # videos whose frames are counted if no counts are stored
+# Number of videos whose frames are counted if no counts are stored.
+MAX_COUNTED = 20
 
 
 class LabelledClips:
     """dataset[(epoch, sample)] -> a random training clip, a pure function of the seed and the key.
 
-    Clips are those of the train view of VMZ and torchvision: consecutive frames from a random
-    start, resized, randomly cropped and mirrored. An epoch is a range of `epoch_clips` positions in
-    seeded permutations of the videos.
+    Clips have the train view of VMZ and torchvision: consecutive frames from a random start,
+    resized, randomly cropped and mirrored. An epoch is a range of `epoch_clips` positions in seeded
+    permutations of the videos.
 
     An item has "clip": uint8 [3, T, H, W], or with channels=2 optical flow, float32 [2, T, H, W];
     "label": int; "video": index into `labels.train`; "name": path of the video; "start": first
-    frame; "unreadable": [(path, reason)] of videos that were drawn for this sample before.
+    frame; "unreadable": [(path, reason)] of the videos that were drawn for this sample before it.
 
     Raises:
         UsageError: A folder of prepared flow does not fit the clips.
@@ -66,8 +67,8 @@ class LabelledClips:
         self.clip_frames = clip_frames
         self.seed = seed
         self.epoch_clips = epoch_clips
-        # Cached per process: counting frames costs a demux, and neither a count nor a failure
-        # changes during a run.
+        # Cached per process, since counting frames requires a demux, and neither a count nor a
+        # failure changes during a run.
         self._counts: dict[int, int] = {}
         self._failed: dict[int, str] = {}
 
@@ -75,10 +76,10 @@ class LabelledClips:
         epoch, sample = key
         unreadable: list[tuple[str, str]] = []
         for attempt in range(MAX_UNREADABLE_IN_A_ROW):
-            draw = rng(self.seed, epoch, sample, attempt)
-            video = self._video(epoch, sample, attempt, draw)
+            random = rng(self.seed, epoch, sample, attempt)
+            video = self._video(epoch, sample, attempt, random)
             try:
-                clip, start = self._read(video, draw)
+                clip, start = self._read(video, random)
             except VideoError as error:
                 self._failed[video] = str(error)
                 unreadable.append((self.name(video), str(error)))
@@ -99,44 +100,44 @@ class LabelledClips:
         """Return the listed path of a training video as printable text."""
         return escape_path(self.labels.train[video].path)
 
-    def _video(self, epoch: int, sample: int, attempt: int, draw: np.random.Generator) -> int:
+    def _video(self, epoch: int, sample: int, attempt: int, random: np.random.Generator) -> int:
         n = len(self.labels.train)
         if attempt == 0:
             return epoch_position(self.seed, epoch, sample, epoch_clips=self.epoch_clips, n=n)
-        return int(draw.integers(n))
+        return int(random.integers(n))
 
-    def _read(self, video: int, draw: np.random.Generator) -> tuple[Tensor, int]:
+    def _read(self, video: int, random: np.random.Generator) -> tuple[Tensor, int]:
         """Read a random clip [C, T, H, W] of a video, and return it with its first frame."""
         if video in self._failed:
             raise VideoError(self._failed[video])
         file = self.labels.file(self.labels.train[video])
         if video not in self._counts:
             self._counts[video] = count_frames(file)
-        total = self._counts[video]
+        num_frames = self._counts[video]
         span = pictures_needed(self.clip_frames, self.channels)
-        start = int(draw.integers(max(total - span, 0) + 1))
-        down, across, mirror, zoom = draw.random(4)
-        crop = Crop(down, across, bool(mirror < self.view.flip), zoom)
-        frames = frame_indices(start, span, total)
+        start = int(random.integers(max(num_frames - span, 0) + 1))
+        top, left, flip, zoom = random.random(4)
+        crop = Crop(top, left, bool(flip < self.view.flip), zoom)
+        frames = frame_indices(start, span, num_frames)
         return read_clip(file, frames, self.view, channels=self.channels, crop=crop), start
 
 
 class EvaluationClips:
     """dataset[(0, i)] -> the N = clips · crops test clips of the i-th of `videos`.
 
-    Clips are those of the test view of VMZ: starts ⌊i·(n − T)/(clips − 1)⌋ (n − T − 1 for flow),
-    resized, center crop; with three crops also both ends of the longer side, the crops of one clip
+    Clips have the test view of VMZ: starts ⌊i·(n − T)/(clips − 1)⌋ (n − T − 1 for flow), resized,
+    center crop; with three crops also both ends of the longer side. The crops of one clip are
     adjacent. All clips of a video are read in one pass over the file.
 
     An item has "video": index into `videos`, and either "clips": uint8 [N, 3, T, H, W] (flow:
     float32 [N, 2, T, H, W]), "starts": int64 [N], "frames": number of frames of the video, and
-    "note": what is truncated, else ""; or "error": why the video is unreadable.
+    "note": what part cannot be decoded, else ""; or "error": why the video is unreadable.
 
     With order `shuffled`, the frames of each clip have a random order, a pure function of i and the
     clip; with `frozen`, a clip is its middle frame, T times.
 
     Raises:
-        UsageError: A folder of prepared flow does not fit, or frames of flow are to be reordered.
+        UsageError: A folder of prepared flow does not fit, or flow is tested with another order.
     """
 
     def __init__(
@@ -185,17 +186,17 @@ class EvaluationClips:
 
     def _read(self, video: Labelled) -> dict[str, Any]:
         file = self.labels.file(video)
-        total = count_frames(file)
+        num_frames = count_frames(file)
         span = pictures_needed(self.clip_frames, self.channels)
-        starts = clip_starts(total, span, self.clips)
-        frames = np.stack([frame_indices(int(start), span, total) for start in starts])
-        read = read_clips(file, frames, self.view, channels=self.channels, crops=self.crops)
-        note = f"{read.repeated} of {read.distinct} frames cannot be decoded, replaced by the one before"
+        starts = clip_starts(num_frames, span, self.clips)
+        frames = np.stack([frame_indices(int(start), span, num_frames) for start in starts])
+        decoded = read_clips(file, frames, self.view, channels=self.channels, crops=self.crops)
+        note = f"{decoded.repeated} of {decoded.distinct} frames cannot be decoded, replaced by the one before"
         return {
-            "clips": read.clips,
+            "clips": decoded.clips,
             "starts": torch.from_numpy(starts.repeat(self.crops)),
-            "frames": total,
-            "note": note if read.repeated else "",
+            "frames": num_frames,
+            "note": note if decoded.repeated else "",
         }
 
 
@@ -205,7 +206,7 @@ def clip_starts(num_frames: int, span: int, num_clips: int = 10) -> np.ndarray:
     Args:
         num_frames: Frames of the video.
         span: Frames of a clip. In a video with fewer frames every clip starts at 0.
-        num_clips: Clips to place, K. A single clip is placed in the middle.
+        num_clips: Number of clips, K. A single clip is placed in the middle.
 
     Returns:
         First frames, int64 [K]: ⌊i·(num_frames − span)/(K − 1)⌋ for i = 0 … K−1.
@@ -218,10 +219,10 @@ def clip_starts(num_frames: int, span: int, num_clips: int = 10) -> np.ndarray:
         raise ValueError(
             f"num_frames, span and num_clips must be at least 1, got {num_frames}, {span}, {num_clips}"
         )
-    free = max(num_frames - span, 0)
+    num_free = max(num_frames - span, 0)
     if num_clips == 1:
-        return np.array([free // 2], dtype=np.int64)
-    return np.arange(num_clips, dtype=np.int64) * free // (num_clips - 1)
+        return np.array([num_free // 2], dtype=np.int64)
+    return np.arange(num_clips, dtype=np.int64) * num_free // (num_clips - 1)
 
 
 def frame_indices(start: int, span: int, num_frames: int) -> np.ndarray:
@@ -241,31 +242,31 @@ def warn_of_short_videos(
         channels: 3 for RGB, 2 for optical flow, which requires one more frame.
     """
     span = pictures_needed(clip_frames, channels)
-    known = np.array([count for count in counts if count > 0])
-    short = int((known < span).sum())
-    if 2 * short <= len(known):
+    lengths = np.array([count for count in counts if count > 0])
+    num_short = int((lengths < span).sum())
+    if 2 * num_short <= len(lengths):
         return
-    sampled = "" if len(known) == num_videos else f" (sampled from {num_videos})"
-    frames = f"{known.min()} to {known.max()} frames, median {np.median(known):.0f}"
+    sample_note = "" if len(lengths) == num_videos else f" (sampled from {num_videos})"
+    frames = f"{lengths.min()} to {lengths.max()} frames, median {np.median(lengths):.0f}"
     log.warning(
-        f"--frames {clip_frames} is longer than {short} of {len(known)} videos{sampled}, which have {frames}: "
-        "their clips repeat the last frame"
+        f"--frames {clip_frames} is longer than {num_short} of {len(lengths)} videos{sample_note}, "
+        f"which have {frames}: their clips repeat the last frame"
     )
 
 
 def count_some(labels: Labels, videos: Sequence[Labelled]) -> list[int]:
-    """Count the frames of some videos, evenly spread over a list; unreadable ones are skipped."""
-    places = np.linspace(0, len(videos) - 1, min(SAMPLE, len(videos))).astype(int)
-    # In a process of its own, since an original may crash or hang the library that opens it. For a
-    # copy only the frame map is read.
+    """Count the frames of some videos, evenly spread over a list, without unreadable ones."""
+    positions = np.linspace(0, len(videos) - 1, min(MAX_COUNTED, len(videos))).astype(int)
+    # Originals are opened in a process of its own, since one may crash or hang the library that
+    # opens it. For copies only the frame maps are read.
     workers: AbstractContextManager[DecodePool | None] = nullcontext()
     if labels.copies is None:
         workers = DecodePool(processes=1, views=())
     counts = []
     with workers as pool:
-        for place in np.unique(places).tolist():
+        for position in np.unique(positions).tolist():
             with suppress(VideoError):
-                file = labels.file(videos[place])
+                file = labels.file(videos[position])
                 counts.append(
                     count_frames(file) if pool is None else len(pool.timeline(file.path).pts)
                 )

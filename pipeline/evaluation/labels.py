@@ -1,8 +1,8 @@
 """Labelled data sets: the videos of the sides of a split, and their classes.
 
 Five forms are supported: `csv:FILE`, `folder:DIR`, `kinetics:FILE`, `hmdb51` and `ucf101`. All are
-checked in the same way (see `label_checks`), so that no number is computed on a list that leaks,
-misses files or names a class that cannot be learned.
+checked in the same way (see `label_checks`), so that no accuracy is computed on a list that leaks,
+misses files or has a class that cannot be learned.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from .official import READERS as OFFICIAL
 from .official import SPLITS as OFFICIAL_SPLITS
 
 FORMS = "csv:FILE, folder:DIR, kinetics:FILE, hmdb51 or ucf101 (these two with --root DIR)"
-KINDS = ("csv", "folder", "kinetics")  # of data sets with a path
-ALL = "all"  # a split that stands for every one
+# Kinds of data sets with a path.
+KINDS = ("csv", "folder", "kinetics")
+# The value of an option for every split.
+ALL = "all"
 
 
 class Labelled(NamedTuple):
@@ -54,11 +56,11 @@ class Labels:
         train: Videos to train on.
         test: Videos to test with.
         copies: Prepared copies that are read instead of the videos, if any.
-        notes: What a user should know about the list, a line each.
+        notes: Notes on the list for the user, one line each.
         shared_sources: Number of test videos cut from a recording of the train or validation side.
         val: Videos to choose options and checkpoints by.
-        listed_train: The train side as listed, where another one is trained on; see `hold_out`
-            and `with_val_trained`.
+        listed_train: The train side as listed, if `train` differs from it; see `hold_out` and
+            `with_val_in_train`.
     """
 
     dataset: str
@@ -75,11 +77,11 @@ class Labels:
 
     @property
     def listed(self) -> tuple[Labelled, ...]:
-        """The train side as listed, by which a run recognises its labels."""
+        """The train side as listed, which identifies the labels of a run."""
         return self.train if self.listed_train is None else self.listed_train
 
-    def with_val_trained(self) -> Labels:
-        """Return labels whose validation side is part of the train side, for the last training."""
+    def with_val_in_train(self) -> Labels:
+        """Return labels whose train side has the validation side too, for the end of a search."""
         held_out = set(self.listed).issuperset(self.val)
         train = self.listed if held_out else (*self.train, *self.val)
         return replace(self, train=train, val=(), listed_train=self.listed)
@@ -100,7 +102,7 @@ class Labels:
         return os.path.join(self.root, video.path)
 
     def digest(self, video: Labelled) -> str:
-        """Return the digest of the original, which a copy records too; "" if none is readable."""
+        """Return the digest of the original, which its copy has too; "" if both are unreadable."""
         try:
             path = self.absolute(video)
             original = self.copies is None or os.path.exists(path)
@@ -142,7 +144,7 @@ def load_labels(
             lack some of the classes.
 
     Raises:
-        UsageError: The data set has another form, or copies of none of its videos exist.
+        UsageError: The data set has another form, or none of its videos has a copy.
         LabelsError: A list is unusable: a side is empty, a class is on one side only, a file is on
             both sides (by name, link or content) or has two labels, or, unless `partial`, videos
             are missing.
@@ -152,7 +154,7 @@ def load_labels(
     folder = None if copies is None else CopyFolder.open(copies)
     listing = read_split(dataset, number, root, partial)
     if classes is not None:
-        return _test_side(dataset, number, listing, folder, partial, tuple(classes))
+        return _load_test_side(dataset, number, listing, folder, partial, tuple(classes))
     rows, notes = check_rows(number, listing, SIDES, folder, partial)
     names = class_names(listing, rows)
     shared = note_shared_sources(listing, rows, notes)
@@ -165,8 +167,8 @@ def load_labels(
 def read_all_sides(dataset: str, root: str | None = None) -> Listing:
     """List all labelled videos of a data set, whatever their side in any split.
 
-    Files are neither searched for nor compared: a store has a record of what its teachers saw. A
-    csv requires no column `splitN`.
+    The files of the videos are neither checked nor compared, since a store records the videos that
+    its teachers have processed. A csv requires no column `splitN`.
 
     Args:
         dataset: As for `load_labels`.
@@ -176,65 +178,65 @@ def read_all_sides(dataset: str, root: str | None = None) -> Listing:
         UsageError: The data set has another form.
         LabelsError: The list cannot be read.
     """
-    kind, where = _parse(dataset, root)
+    kind, path = _parse(dataset, root)
     if kind == "csv":
-        return read_csv(where, None, root)
+        return read_csv(path, None, root)
     if kind not in OFFICIAL:
         return read_split(dataset, 1, root)
-    # A video that one split does not use is labelled in another.
+    # A video that one split leaves out is labelled in another.
     listings = [read_split(dataset, split, root) for split in OFFICIAL_SPLITS]
     rows = {row.path: row for listing in listings for row in listing.rows}
     return replace(listings[0], rows=list(rows.values()))
 
 
 def available_splits(dataset: str, root: str | None = None) -> tuple[int, ...]:
-    """Return the splits of a data set; raises as `load_labels`."""
-    kind, where = _parse(dataset, root)
+    """Return the splits of a data set; the exceptions are those of `load_labels`."""
+    kind, path = _parse(dataset, root)
     if kind in OFFICIAL:
         return OFFICIAL_SPLITS
-    return csv_splits(where) if kind == "csv" else (1,)
+    return csv_splits(path) if kind == "csv" else (1,)
 
 
 def names_dataset(source: str) -> bool:
-    """Return whether `source` is a data set, such as hmdb51:DIR, and not a list of videos.
+    """Return whether `source` is a data set, such as hmdb51:DIR, rather than a list of videos.
 
-    An existing file is a list.
+    An existing file of that name is a list.
     """
-    kind, _, where = source.partition(":")
-    return bool(where) and kind in (*KINDS, *OFFICIAL) and not os.path.exists(source)
+    kind, _, path = source.partition(":")
+    return bool(path) and kind in (*KINDS, *OFFICIAL) and not os.path.exists(source)
 
 
 def canonical(dataset: str) -> str:
-    """Return the data set with an absolute path."""
-    kind, colon, where = dataset.partition(":")
-    return f"{kind}:{os.path.abspath(where)}" if colon else dataset
+    """Return the data set with its path made absolute."""
+    kind, colon, path = dataset.partition(":")
+    return f"{kind}:{os.path.abspath(path)}" if colon else dataset
 
 
 def read_split(dataset: str, split: int, root: str | None = None, partial: bool = True) -> Listing:
     """Read one split as its files describe it, before any check; see `load_labels`."""
-    kind, where = _parse(dataset, root)
+    kind, path = _parse(dataset, root)
     if kind == "csv":
-        return read_csv(where, split, root)
+        return read_csv(path, split, root)
     if kind == "folder":
-        return read_folder(where, split)
+        return read_folder(path, split)
     if kind == "kinetics":
-        return read_kinetics(where, split, root, partial)
+        return read_kinetics(path, split, root, partial)
     return OFFICIAL[kind](root, split, partial)
 
 
 def _parse(dataset: str, root: str | None) -> tuple[str, str]:
     """Return the kind of a data set and its absolute path ("" for hmdb51 and ucf101)."""
-    kind, colon, where = dataset.partition(":")
+    kind, colon, path = dataset.partition(":")
     if kind in OFFICIAL and not colon:
         return kind, ""
-    if kind not in KINDS or not where:
+    if kind not in KINDS or not path:
         raise UsageError(f"--dataset {dataset!r}: expected {FORMS}")
     if kind == "folder" and root is not None:
         raise UsageError(f"--root {root}: not allowed with --dataset folder:DIR, whose root is DIR")
-    return kind, os.path.abspath(where)
+    return kind, os.path.abspath(path)
 
 
-def _test_side(
+def _load_test_side(
     dataset: str,
     split: int,
     listing: Listing,
@@ -242,7 +244,7 @@ def _test_side(
     partial: bool,
     classes: tuple[str, ...],
 ) -> Labels:
-    """Check the test side alone against the classes of the model that is tested."""
+    """Check the test side against the classes of a model, and return labels without other sides."""
     listing = replace(listing, rows=[row for row in listing.rows if row.side == "test"])
     rows, notes = check_rows(split, listing, ("test",), copies, partial)
     labels = {row.label for row in rows}
@@ -270,15 +272,15 @@ def hold_out(labels: Labels, share: float) -> Labels:
     """Move a share of the train side to the validation side.
 
     All videos of one recording (`source`) stay on one side, every class keeps a train video, and
-    each class gives its share as far as recordings allow. The choice depends on the names of
-    recordings and videos alone, so that runs with other seeds or options share one validation side.
+    the share of each class is met as closely as recordings allow. The choice depends only on the
+    names of recordings and videos, so that all seeds and options have the same validation side.
 
     Args:
         labels: A data set without a validation side.
         share: Share of the train videos to hold out; 0 returns `labels`.
 
     Raises:
-        UsageError: The labels have a validation side already, or no recording can be spared.
+        UsageError: The labels have a validation side already, or no recording can be held out.
     """
     if share == 0:
         return labels
@@ -286,19 +288,19 @@ def hold_out(labels: Labels, share: float) -> Labels:
         raise UsageError(
             f"--held-out {share:g}: {labels.dataset} has a validation side of {len(labels.val)} videos already"
         )
-    held = _nearest_share(_recordings(labels.train), share)
-    if not held:
+    held_out = _nearest_share(_recordings(labels.train), share)
+    if not held_out:
         raise UsageError(
             f"--held-out {share:g}: takes none of the {len(labels.train)} train videos of {labels.dataset}; "
             "a class keeps one recording for training, give a larger share or more videos"
         )
-    val = tuple(video for video in labels.train if video in held)
-    train = tuple(video for video in labels.train if video not in held)
+    val = tuple(video for video in labels.train if video in held_out)
+    train = tuple(video for video in labels.train if video not in held_out)
     return replace(labels, train=train, val=val, listed_train=labels.train)
 
 
 def _recordings(videos: tuple[Labelled, ...]) -> list[list[Labelled]]:
-    """Return the videos of each recording, in an order by the digest of its name."""
+    """Return the videos of each recording, sorted by the digest of the name of the recording."""
     groups: dict[tuple[bool, str], list[Labelled]] = {}
     for video in videos:
         groups.setdefault((bool(video.source), video.source or video.path), []).append(video)
@@ -310,17 +312,19 @@ def _recordings(videos: tuple[Labelled, ...]) -> list[list[Labelled]]:
 
 
 def _nearest_share(recordings: list[list[Labelled]], share: float) -> set[Labelled]:
-    """Take each recording that brings the classes nearer to their shares."""
-    left = Counter(video.label for recording in recordings for video in recording)
-    # At least one video of a small class, if another is left to train on.
-    missing = {label: max(1, round(share * n)) for label, n in left.items()}
-    held: set[Labelled] = set()
+    """Return the videos of recordings that bring the classes closer to their shares."""
+    remaining = Counter(video.label for recording in recordings for video in recording)
+    # Small classes hold out one video, too, if another one remains to train on.
+    num_wanted = {label: max(1, round(share * n)) for label, n in remaining.items()}
+    held_out: set[Labelled] = set()
     for recording in recordings:
         counts = Counter(video.label for video in recording)
-        nearer = sum(missing[k] ** 2 - (missing[k] - n) ** 2 for k, n in counts.items()) > 0
-        if nearer and all(left[k] > n for k, n in counts.items()):
-            held.update(recording)
-            left.subtract(counts)
+        is_closer = (
+            sum(num_wanted[k] ** 2 - (num_wanted[k] - n) ** 2 for k, n in counts.items()) > 0
+        )
+        if is_closer and all(remaining[k] > n for k, n in counts.items()):
+            held_out.update(recording)
+            remaining.subtract(counts)
             for label, n in counts.items():
-                missing[label] -= n
-    return held
+                num_wanted[label] -= n
+    return held_out

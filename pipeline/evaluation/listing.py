@@ -25,14 +25,14 @@ class Row:
         path: Path of the video relative to `Listing.root`.
         label: Name of its class.
         side: "train", "test" or "val".
-        where: Where it is listed, for messages.
+        location: Place in the list, such as "line 5", for messages.
         source: The recording that it was cut from, "" if unknown.
     """
 
     path: str
     label: str
     side: str
-    where: str
+    location: str
     source: str = ""
 
 
@@ -44,11 +44,11 @@ class Listing:
         origin: The file or folder of the list, for messages.
         root: The folder that paths are relative to.
         rows: The listed videos.
-        classes: Names in the order of the data set; None: the names of the rows, sorted.
+        classes: Names in the order of the data set; None for the names of the rows, sorted.
         unlabelled: Videos next to the listed ones that are not listed, relative to `root`.
         official: Whether the lists are published ones, which are used as they are.
-        get: Where to get missing files, for messages.
-        notes: What the reader skipped or matched inexactly, a line each.
+        download_hint: How to get missing files, for messages.
+        notes: Notes on files that the reader skipped or matched inexactly, one line each.
     """
 
     origin: str
@@ -57,12 +57,12 @@ class Listing:
     classes: tuple[str, ...] | None = None
     unlabelled: tuple[str, ...] = ()
     official: bool = False
-    get: str = ""
+    download_hint: str = ""
     notes: tuple[str, ...] = ()
 
 
 def read_lines(path: str) -> list[str]:
-    """Return the stripped lines of a text file that are not empty; official lists have CR LF.
+    """Return the lines of a text file, stripped of spaces and CR, without empty ones.
 
     Raises:
         LabelsError: The file cannot be read.
@@ -73,8 +73,8 @@ def read_lines(path: str) -> list[str]:
         raise LabelsError(f"{path}: cannot read the list ({error.strerror})") from error
 
 
-def require_utf8(path: str, where: str, cells: Iterable[str]) -> None:
-    """Check that cells of a csv are UTF-8, without which no model or result can hold them.
+def require_utf8(path: str, location: str, cells: Iterable[str]) -> None:
+    """Check that cells of a csv are UTF-8, as models and results require.
 
     Raises:
         LabelsError: A cell is not UTF-8.
@@ -82,7 +82,7 @@ def require_utf8(path: str, where: str, cells: Iterable[str]) -> None:
     for cell in cells:
         if not is_utf8(cell):
             raise LabelsError(
-                f"{path}: {where}: {escape_path(cell)!r} is not UTF-8; save the file as csv in UTF-8"
+                f"{path}: {location}: {escape_path(cell)!r} is not UTF-8; save the file as csv in UTF-8"
             )
 
 
@@ -107,12 +107,12 @@ def first_few(names: Iterable[str], n: int = 3) -> str:
     return ", ".join(shown[:n]) + (", …" if len(shown) > n else "")
 
 
-class Names:
+class NameMatcher:
     """Match names of a list to files whose case or ending may differ.
 
-    UCF-101's lists and archive disagree on `HandstandPushups` and `HandStandPushups`, archives that
-    were unpacked on a case-insensitive disk differ more, and many users convert videos to mp4. An
-    exact match wins, then one that differs only in case, then one with another ending. If several
+    UCF-101 has `HandstandPushups` in its lists and `HandStandPushups` in its archive, unpacking on
+    a case-insensitive disk causes more differences, and many users convert videos to mp4. An exact
+    match comes first, then one that differs only in case, then one with another ending. If several
     files match equally well, none is used.
     """
 
@@ -121,8 +121,8 @@ class Names:
         self._folded: dict[str, str | None] = {}
         self._stems: dict[str, str | None] = {}
         for name in self.exact:
-            for known, key in ((self._folded, name.casefold()), (self._stems, _stem(name))):
-                known[key] = None if key in known else name
+            for index, key in ((self._folded, name.casefold()), (self._stems, _stem(name))):
+                index[key] = None if key in index else name
 
     def find(self, name: str) -> str | None:
         """Return the name on the disk, None unless exactly one file matches."""
@@ -133,9 +133,15 @@ class Names:
 
 
 def other_endings(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Return a note on files whose ending differs from the list, from (listed, found) names."""
+    """Return a note on files whose ending differs from that in the list.
+
+    Args:
+        pairs: (name in the list, name on the disk) of each video.
+    """
     endings = Counter(
-        os.path.splitext(found)[1] for listed, found in pairs if _ending(listed) != _ending(found)
+        os.path.splitext(actual)[1]
+        for listed, actual in pairs
+        if _ending(listed) != _ending(actual)
     )
     if not endings:
         return ()

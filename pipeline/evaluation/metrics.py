@@ -24,12 +24,13 @@ MEASURES = {"per_clip": "per clip", "top1": "top 1", "top5": "top 5", "class_mea
 
 RESAMPLES = 10_000
 SEED = 0
-_BLOCK = 256  # resamples held in memory at a time
+# Resamples that are held in memory at a time.
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over the test videos with its 95 % interval, all as fractions."""
+    """A mean over the test videos and its 95 % interval, as fractions."""
 
     value: float
     low: float
@@ -40,25 +41,25 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high}
 
     def percent(self) -> str:
-        """Return `36.4 % [31.2, 41.7]`, the one form of an accuracy in a sentence."""
+        """Format the accuracy for a sentence, such as `36.4 % [31.2, 41.7]`."""
         return f"{100 * self.value:.1f} % {brackets(self.low, self.high)}"
 
 
 def brackets(low: float, high: float) -> str:
-    """Return the interval of fractions in per cent, `[31.2, 41.7]`, as in cells of tables."""
+    """Format an interval of fractions in per cent, such as `[31.2, 41.7]`."""
     return f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def signed_brackets(low: float, high: float) -> str:
-    """Return the interval of a difference of fractions in points, `[+4.7, +14.5]`."""
+    """Format the interval of a difference in points, such as `[+4.7, +14.5]`."""
     return f"[{signed(low)}, {signed(high)}]"
 
 
 def hits(scores: np.ndarray, labels: np.ndarray, top: int = 1) -> np.ndarray:
     """Return whether the label is among the `top` best scores: scores [..., K], labels [...].
 
-    Among equal scores the lower class comes first, as in argmax. Scores that are not finite never
-    hit.
+    Among equal scores the lower class ranks first, as in argmax. With scores that are not finite
+    the result is False.
     """
     score = np.take_along_axis(scores, labels[..., None].astype(np.int64), axis=-1)
     earlier = np.arange(scores.shape[-1]) < labels[..., None]
@@ -69,7 +70,7 @@ def hits(scores: np.ndarray, labels: np.ndarray, top: int = 1) -> np.ndarray:
 def video_values(clip_scores: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Compute `per_clip`, `top1` and `top5` of each video, float64 [V].
 
-    top 1 and top 5 use the mean scores of the clips; per clip is the share of a video's clips whose
+    `top1` and `top5` use the mean scores of the clips; `per_clip` is the share of the clips whose
     best class is the label.
 
     Args:
@@ -90,27 +91,29 @@ def mean_scores(clip_scores: np.ndarray) -> np.ndarray:
     return clip_scores.mean(axis=1, dtype=np.float64).astype(np.float32)
 
 
-def bootstrap_ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Compute Σ above / Σ below over resampled videos.
+def bootstrap_ratios(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """Compute Σ numerators / Σ denominators over resampled videos.
 
     Videos are drawn with replacement; all M columns share a draw, so that they stay paired.
 
     Args:
-        above: Numerators [V, M].
-        below: Denominators [V, M].
+        numerators: [V, M].
+        denominators: [V, M].
 
     Returns:
         float64 [R, M], NaN for 0 / 0.
     """
-    n = len(above)
+    n = len(numerators)
     rng = np.random.default_rng(SEED)
-    ratios = np.empty((RESAMPLES, above.shape[1]))
+    ratios = np.empty((RESAMPLES, numerators.shape[1]))
     for first in range(0, RESAMPLES, _BLOCK):
         count = min(_BLOCK, RESAMPLES - first)
-        drawn = rng.integers(n, size=(count, n)) + np.arange(count)[:, None] * n
-        times = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
+        # How often each resample [count] has drawn each video [n].
+        indices = rng.integers(n, size=(count, n)) + np.arange(count)[:, None] * n
+        draws = np.bincount(indices.ravel(), minlength=count * n).reshape(count, n)
+        weights = draws.astype(np.float64)
         with np.errstate(invalid="ignore"):
-            ratios[first : first + count] = (times @ above) / (times @ below)
+            ratios[first : first + count] = (weights @ numerators) / (weights @ denominators)
     return ratios
 
 
@@ -125,23 +128,23 @@ def by_group(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
 
 
 def estimate_mean(
-    values: np.ndarray, groups: np.ndarray | None = None, *, least: float = 0
+    values: np.ndarray, groups: np.ndarray | None = None, *, min_mean: float = 0
 ) -> Estimate:
-    """Estimate the mean of values [V] between `least` and 1, with its interval."""
-    above, below = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
-    means = bootstrap_ratios(above, below)
-    return Estimate(float(values.mean()), *interval(means[:, 0], len(above), least))
+    """Estimate the mean of values [V] between `min_mean` and 1, with its interval."""
+    sums, counts = by_group(values[:, None], groups), by_group(np.ones((len(values), 1)), groups)
+    means = bootstrap_ratios(sums, counts)
+    return Estimate(float(values.mean()), *interval(means[:, 0], len(sums), min_mean))
 
 
 def interval(
-    resampled: np.ndarray, units: int | np.ndarray, least: float = 0
+    resampled: np.ndarray, units: int | np.ndarray, min_mean: float = 0
 ) -> tuple[float, float]:
-    """Return the 95 % interval of a mean between `least` and 1.
+    """Return the 95 % interval of a mean between `min_mean` and 1.
 
     Args:
         resampled: Resampled means [R].
-        units: Number of resampled units; of each class [K] if the mean is one over classes.
-        least: The smallest possible mean.
+        units: Number of resampled units, or that of each class [K] if the mean is over classes.
+        min_mean: The smallest possible mean.
 
     Returns:
         The 2.5 and 97.5 % quantiles, or the exact bounds if all resampled means are equal.
@@ -151,11 +154,13 @@ def interval(
         return low, high
     # The largest share of all units that may differ from those in the sample.
     unseen = float(np.mean(1 - 0.025 ** (1 / np.asarray(units))))
-    return low - unseen * (low - least), high + unseen * (1 - high)
+    return low - unseen * (low - min_mean), high + unseen * (1 - high)
 
 
 def class_values(top1: np.ndarray, labels: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return right [V, K] and present [V, K], whose column sums give the accuracy of each class.
+    """Return correct [V, K] and present [V, K]; the ratio of their column sums is the accuracy.
+
+    Both are 0 outside of the class of a video.
 
     Args:
         top1: 1 for a video whose best class is the label, else 0, [V].
@@ -172,15 +177,16 @@ def estimate_class_mean(
     k: int,
     groups: np.ndarray | None = None,
 ) -> Estimate:
-    """Estimate the mean over classes of their top-1 accuracy, see `class_values`.
+    """Estimate the mean over classes of their top-1 accuracy.
 
-    Classes without a video in a resample do not count in it.
+    A resample without videos of a class averages the other classes. The arguments are those of
+    `class_values`, and the recording of each video.
     """
-    right, present = class_values(top1, labels, k)
+    correct, present = class_values(top1, labels, k)
     tested = present.any(axis=0)
-    right, present = by_group(right[:, tested], groups), by_group(present[:, tested], groups)
-    value = (right.sum(axis=0) / present.sum(axis=0)).mean()
-    means = np.nanmean(bootstrap_ratios(right, present), axis=1)
+    correct, present = by_group(correct[:, tested], groups), by_group(present[:, tested], groups)
+    value = (correct.sum(axis=0) / present.sum(axis=0)).mean()
+    means = np.nanmean(bootstrap_ratios(correct, present), axis=1)
     return Estimate(float(value), *interval(means, (present > 0).sum(axis=0)))
 
 
@@ -191,7 +197,7 @@ def accuracies(
 ) -> dict[str, Estimate]:
     """Estimate all accuracies from clip_scores [V, N, K] and labels [V], see MEASURES."""
     values = video_values(clip_scores, labels)
-    result = {name: estimate_mean(v, groups) for name, v in values.items()}
+    result = {name: estimate_mean(each, groups) for name, each in values.items()}
     result["class_mean"] = estimate_class_mean(values["top1"], labels, clip_scores.shape[2], groups)
     return result
 
@@ -201,12 +207,12 @@ def estimate_difference(
     b: np.ndarray,
     groups: np.ndarray | None = None,
 ) -> Estimate:
-    """Estimate the mean of a − b, paired: a [V] and b [V] are of the same videos."""
+    """Estimate the mean of a − b, where a [V] and b [V] belong to the same videos."""
     if a.shape != b.shape:
         raise ValueError(f"a paired difference requires equal shapes, got {a.shape} and {b.shape}")
-    return estimate_mean(a - b, groups, least=-1)
+    return estimate_mean(a - b, groups, min_mean=-1)
 
 
 def signed(fraction: float) -> str:
-    """Format a fraction in points, such as `+11.4` or `−5.7`."""
+    """Format a difference of fractions in points, such as `+11.4` or `−5.7`."""
     return f"{100 * fraction:+.1f}".replace("-", "−")

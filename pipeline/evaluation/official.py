@@ -1,8 +1,8 @@
 """Read HMDB-51 and UCF-101 from their official folders and split files, and check every count.
 
-HMDB-51: `testTrainMulti_7030_splits/CLASS_test_splitN.txt` with lines `NAME.avi 0|1|2` (unused,
-train, test). UCF-101: `ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt`; the test lists have
-no labels.
+HMDB-51 has `testTrainMulti_7030_splits/CLASS_test_splitN.txt` with lines `NAME.avi 0|1|2` (unused,
+train, test). UCF-101 has `ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt`; its test lists
+have no labels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..common.errors import LabelsError, UsageError
 from ..corpus.sources import escape_path
-from .listing import Listing, Names, Row, first_few, other_endings, read_lines, videos_in
+from .listing import Listing, NameMatcher, Row, first_few, other_endings, read_lines, videos_in
 
 SPLITS = (1, 2, 3)
 
@@ -46,7 +46,7 @@ class _Facts:
     page: str
 
     @property
-    def get(self) -> str:
+    def download_hint(self) -> str:
         return f"get {self.video_archive} and {self.list_archive} from {self.page} and unpack both"
 
 
@@ -83,34 +83,34 @@ def read_hmdb51(root: str | None, split: int, partial: bool = False) -> Listing:
         partial: Whether some of the 6766 videos may be missing.
 
     Raises:
-        UsageError: There is no root, or another split.
-        LabelsError: Files are missing or have unexpected content; the message names where to get
-            them.
+        UsageError: `root` is None, or the split is not 1, 2 or 3.
+        LabelsError: Files are missing or have unexpected content; the message has the address to
+            get them from.
     """
-    base, lists, names = _open(HMDB51, root, split, HMDB51_CLASSES)
+    base, lists, matcher = _find_folders(HMDB51, root, split, HMDB51_CLASSES)
     rows: list[Row] = []
     listed: list[tuple[str, str]] = []
     for label in HMDB51_CLASSES:
         file = os.path.join(lists, f"{label}_test_split{split}.txt")
-        used = Counter[str]()
+        counts = Counter[str]()
         for line in read_lines(file):
             name, _, tag = line.rpartition(" ")
             if tag not in ("0", "1", "2") or not name.strip():
                 raise LabelsError(f"{file}: expected `NAME.avi 0|1|2`, got {escape_path(line)!r}")
             path = f"{label}/{name.strip()}"
-            actual = names.find(path) or path
+            actual = matcher.find(path) or path
             listed.append((path, actual))
-            used[tag] += 1
+            counts[tag] += 1
             if tag != "0":
-                cut = _HMDB51_NAME.fullmatch(name.strip())
-                source = cut[1].removesuffix(f"_{label}") if cut else name.strip()
+                match = _HMDB51_NAME.fullmatch(name.strip())
+                source = match[1].removesuffix(f"_{label}") if match else name.strip()
                 side = "train" if tag == "1" else "test"
                 rows.append(Row(actual, label, side, os.path.basename(file), source))
-        if (used["1"], used["2"]) != (70, 30):
+        if (counts["1"], counts["2"]) != (70, 30):
             raise LabelsError(
-                f"{file}: {used['1']} train and {used['2']} test videos, expected 70 and 30"
+                f"{file}: {counts['1']} train and {counts['2']} test videos, expected 70 and 30"
             )
-    return _listing(HMDB51, base, lists, split, rows, listed, names, HMDB51_CLASSES, partial)
+    return _listing(HMDB51, base, lists, split, rows, listed, matcher, HMDB51_CLASSES, partial)
 
 
 def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
@@ -122,8 +122,8 @@ def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
         classes = _class_index(os.path.join(folder, "classInd.txt"))
     else:
         classes = ()
-    base, lists, names = _open(UCF101, root, split, classes)
-    folded = {name.casefold(): name for name in classes}
+    base, lists, matcher = _find_folders(UCF101, root, split, classes)
+    by_folded_name = {name.casefold(): name for name in classes}
     rows: list[Row] = []
     listed: list[tuple[str, str]] = []
     for side in ("train", "test"):
@@ -131,7 +131,7 @@ def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
         for line in read_lines(file):
             path, _, number = line.partition(" ")
             folder, slash, name = path.partition("/")
-            label = folded.get(folder.casefold())
+            label = by_folded_name.get(folder.casefold())
             if not slash or label is None:
                 raise LabelsError(f"{file}: {escape_path(line)!r} names no class of classInd.txt")
             if number and number.strip() != str(classes.index(label) + 1):
@@ -139,11 +139,12 @@ def read_ucf101(root: str | None, split: int, partial: bool = False) -> Listing:
                     f"{file}: {escape_path(line)!r}: expected {classes.index(label) + 1}, the number of {label!r} in "
                     "classInd.txt"
                 )
-            cut = _UCF101_NAME.fullmatch(name)
-            actual = names.find(path) or path
+            match = _UCF101_NAME.fullmatch(name)
+            actual = matcher.find(path) or path
             listed.append((path, actual))
-            rows.append(Row(actual, label, side, os.path.basename(file), cut[1] if cut else name))
-    return _listing(UCF101, base, lists, split, rows, listed, names, classes, partial)
+            source = match[1] if match else name
+            rows.append(Row(actual, label, side, os.path.basename(file), source))
+    return _listing(UCF101, base, lists, split, rows, listed, matcher, classes, partial)
 
 
 def _class_index(path: str) -> tuple[str, ...]:
@@ -161,28 +162,32 @@ def _class_index(path: str) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def _open(
+def _find_folders(
     facts: _Facts, root: str | None, split: int, classes: tuple[str, ...]
-) -> tuple[str, str, Names]:
-    """Return the folder of class folders, the folder of lists, and the videos.
+) -> tuple[str, str, NameMatcher]:
+    """Return the folder of class folders, the folder of lists, and the matcher of videos.
 
     Raises:
-        UsageError: There is no root, or another split.
+        UsageError: `root` is None, or the split is not 1, 2 or 3.
         LabelsError: Files are missing; the message names archives that are not unpacked.
     """
     if root is None:
         raise UsageError(
-            f"--root: required by {facts.name}: the folder of its videos and lists ({facts.get})"
+            f"--root: required by {facts.name}: the folder of its videos and lists ({facts.download_hint})"
         )
     if split not in SPLITS:
         raise UsageError(f"--split: expected 1, 2 or 3 for {facts.name}, got {split}")
     root = os.path.abspath(root)
     if not os.path.isdir(root):
-        raise LabelsError(f"--root {root}: no such folder; {facts.get}")
+        raise LabelsError(f"--root {root}: no such folder; {facts.download_hint}")
     lists = _folder_of(root, facts.lists)
     if lists is None:
-        packed = _packed(root, facts.list_archive)
-        state = f"{packed} is not unpacked" if packed else f"found: {_contents(root)}; {facts.get}"
+        archive = _find_archive(root, facts.list_archive)
+        state = (
+            f"{archive} is not unpacked"
+            if archive
+            else f"found: {_contents(root)}; {facts.download_hint}"
+        )
         raise LabelsError(
             f"--root {root}: has none of the {len(facts.lists)} lists of {facts.name}; {state}"
         )
@@ -196,28 +201,28 @@ def _open(
     folders = [name for name in os.listdir(base) if os.path.isdir(os.path.join(base, name))]
     folded = {name.casefold() for name in classes}
     videos = videos_in(base, (name for name in folders if name.casefold() in folded))
-    return base, lists, Names(videos)
+    return base, lists, NameMatcher(videos)
 
 
 def _videos_folder(facts: _Facts, root: str, classes: tuple[str, ...]) -> str:
-    """Return the folder with most class folders.
+    """Return the folder with the most class folders.
 
     Raises:
-        LabelsError: It does not have all of them.
+        LabelsError: It lacks class folders.
     """
     folded = {name.casefold() for name in classes}
     best, existing = root, set[str]()
-    for folder in _near(root):
-        candidates = {name.casefold() for name in _folders(folder)} & folded
+    for folder in _candidate_folders(root):
+        candidates = {name.casefold() for name in _subfolders(folder)} & folded
         if len(candidates) > len(existing):
             best, existing = folder, candidates
     missing = [name for name in classes if name.casefold() not in existing]
     if not missing:
         return best
-    packed = [name for name in missing if _packed(root, f"{name}.rar")]
-    if packed:
-        state = f"{len(packed)} class archives are not unpacked, such as {packed[0]}.rar"
-    elif archive := _packed(root, facts.video_archive):
+    archives = [f"{name}.rar" for name in missing if _find_archive(root, f"{name}.rar")]
+    if archives:
+        state = f"{len(archives)} class archives are not unpacked, such as {archives[0]}"
+    elif archive := _find_archive(root, facts.video_archive):
         state = f"{archive} is not unpacked"
     else:
         state = f"found: {_contents(root)}; get {facts.video_archive} from {facts.page}"
@@ -234,30 +239,33 @@ def _listing(
     split: int,
     rows: list[Row],
     listed: list[tuple[str, str]],
-    names: Names,
+    matcher: NameMatcher,
     classes: tuple[str, ...],
     partial: bool,
 ) -> Listing:
-    """Check the counts of a split; `listed` has (name in the lists, name on the disk) per video."""
-    used = {actual for _, actual in listed}
+    """Check the counts of a split, and return its listing.
+
+    `listed` has (name in the lists, name on the disk) of each video.
+    """
+    actual_names = {actual for _, actual in listed}
     counts: dict[str, tuple[int, int]] = {
-        "videos": (len(used), facts.videos),
+        "videos": (len(actual_names), facts.videos),
         "train videos": (sum(row.side == "train" for row in rows), facts.train[split - 1]),
         "test videos": (sum(row.side == "test" for row in rows), facts.test[split - 1]),
     }
-    for what, (count, expected) in counts.items():
+    for kind, (count, expected) in counts.items():
         if count != expected:
             raise LabelsError(
-                f"{lists}: split {split} lists {count} {what}, expected {expected}: not the official lists of "
+                f"{lists}: split {split} lists {count} {kind}, expected {expected}: not the official lists of "
                 f"{facts.name}, or damaged ones; get {facts.list_archive} from {facts.page}"
             )
-    missing = [actual for _, actual in listed if actual not in names.exact]
+    missing = [actual for _, actual in listed if actual not in matcher.exact]
     if missing and not partial:
         raise LabelsError(
             f"{base}: {len(missing)} of the {facts.videos} videos of {facts.name} are missing, {first_few(missing)}; "
             f"get {facts.video_archive} from {facts.page}, or give --partial"
         )
-    unlabelled = tuple(sorted(names.exact - used))
+    unlabelled = tuple(sorted(matcher.exact - actual_names))
     return Listing(
         lists,
         base,
@@ -265,22 +273,22 @@ def _listing(
         classes,
         unlabelled,
         official=True,
-        get=facts.get,
+        download_hint=facts.download_hint,
         notes=other_endings(listed),
     )
 
 
-def _near(root: str) -> list[str]:
+def _candidate_folders(root: str) -> list[str]:
     """Return `root` and the folders up to two levels below it, where archives are unpacked."""
-    first = [os.path.join(root, name) for name in _folders(root)]
+    first = [os.path.join(root, name) for name in _subfolders(root)]
     return [
         root,
         *first,
-        *(os.path.join(folder, name) for folder in first for name in _folders(folder)),
+        *(os.path.join(folder, name) for folder in first for name in _subfolders(folder)),
     ]
 
 
-def _folders(folder: str) -> list[str]:
+def _subfolders(folder: str) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError:
@@ -288,7 +296,7 @@ def _folders(folder: str) -> list[str]:
 
 
 def _folder_of(root: str, files: tuple[str, ...]) -> str | None:
-    """Return the folder at or below `root` that has most of these files, None if none has any."""
+    """Return the folder at or below `root` that has the most of `files`; None if none has any."""
 
     def count(folder: str) -> int:
         try:
@@ -296,13 +304,18 @@ def _folder_of(root: str, files: tuple[str, ...]) -> str | None:
         except OSError:
             return 0
 
-    best = max(_near(root), key=count, default=root)
+    best = max(_candidate_folders(root), key=count, default=root)
     return best if count(best) else None
 
 
-def _packed(root: str, archive: str) -> str | None:
+def _find_archive(root: str, archive: str) -> str | None:
+    """Return the path of an archive at or below `root`, None if it does not exist."""
     return next(
-        (path for folder in _near(root) if os.path.isfile(path := os.path.join(folder, archive))),
+        (
+            path
+            for folder in _candidate_folders(root)
+            if os.path.isfile(path := os.path.join(folder, archive))
+        ),
         None,
     )
 

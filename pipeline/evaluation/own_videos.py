@@ -1,4 +1,4 @@
-"""A user's own videos, without labels: their paths, their clips, and the files of the results."""
+"""Videos without labels, as predict and embed use them: paths, clips, and files of results."""
 
 from __future__ import annotations
 
@@ -29,20 +29,17 @@ log = logging.getLogger(__name__)
 def list_paths(sources: Sequence[str]) -> list[str]:
     """Return the absolute paths of the videos of folders, globs and lists, each once.
 
-    Each source is listed separately: unlike corpora, two folders may have the same name.
+    Each source is listed separately, since two folders may have the same name, unlike corpora.
 
     Raises:
         SourceError: A source has no videos.
     """
     lists = [list_videos([source]) for source in sources]
-    return list(
-        dict.fromkeys(
-            os.path.normpath(each.absolute(i)) for each in lists for i in range(len(each))
-        )
-    )
+    paths = (os.path.normpath(videos.absolute(i)) for videos in lists for i in range(len(videos)))
+    return list(dict.fromkeys(paths))
 
 
-def clips_of(
+def make_clips(
     student: Student,
     paths: Sequence[str],
     *,
@@ -72,14 +69,14 @@ def claim_file(
 
     Args:
         out: The file.
-        endings: Allowed ending → name of the format, if it needs one; none allows every ending.
+        endings: Map from allowed endings to names of formats, "" for none; {} allows all endings.
         command: Name of the command.
         config: Its options.
         second_ending: Ending that is added to the name of a second file, if the command writes one.
 
     Raises:
-        UsageError: Another ending, a file that the command did not write, or a folder that cannot
-            be written.
+        UsageError: The ending is not allowed, the command did not write the existing file, or the
+            folder cannot be written.
     """
     path = Path(os.path.abspath(out))
     if endings and path.suffix not in endings:
@@ -88,23 +85,23 @@ def claim_file(
         )
         raise UsageError(f"--out {out}: expected a file that ends in {allowed}")
     require_writable(path.parent)
-    record = config_next_to(path)
-    if recorded_sections(record) != {command}:
+    config_path = config_next_to(path)
+    if recorded_sections(config_path) != {command}:
         refuse_existing(path.parent, (path.name, path.name + second_ending), f"distinit {command}")
-    write_config(record, command, config)
+    write_config(config_path, command, config)
     return path
 
 
 def write_rows(path: Path, columns: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a table as csv or parquet, by the ending of the file.
+    """Write a table as csv or parquet, depending on the ending of the file.
 
     Args:
         path: The file.
-        columns: Name of each column → its type, as pyarrow names it.
+        columns: Map from the name of each column to its type in pyarrow.
         rows: Cells in the order of the columns; None for an empty cell.
 
     Raises:
-        UsageError: pyarrow is missing, or the file cannot be written.
+        UsageError: pyarrow is not installed, or the file cannot be written.
     """
     if path.suffix == ".parquet":
         pyarrow, parquet = require_parquet()
@@ -124,7 +121,7 @@ def write_rows(path: Path, columns: Mapping[str, str], rows: Sequence[Sequence[A
 
 
 def require_parquet() -> tuple[Any, Any]:
-    """Return pyarrow and its module for parquet; UsageError where it is missing."""
+    """Return pyarrow and its module for parquet; raises UsageError if it is not installed."""
     option = "--out FILE.parquet"
     return import_extra("pyarrow", "parquet", option), import_extra(
         "pyarrow.parquet", "parquet", option
@@ -136,5 +133,5 @@ def log_problems(
 ) -> None:
     """Log the unreadable and the truncated videos, each with the reason."""
     for kind, videos in (("unreadable", failed), ("truncated", truncated)):
-        for each in videos:
-            log.warning("%s: %s: %s", kind, each["video"], each["reason"])
+        for record in videos:
+            log.warning("%s: %s: %s", kind, record["video"], record["reason"])

@@ -48,7 +48,8 @@ from .metrics import accuracies, mean_scores, video_values
 FORMAT = "distinit-predictions"
 FORMAT_VERSION = 2
 OK, FAILED, PENDING = "ok", "failed", "pending"
-LOGITS = "logits"  # a value of protocol.scores
+# A value of protocol.scores.
+LOGITS = "logits"
 _TEXTS = ("classes", "videos", "sources", "status", "reasons")
 _TABLES = {
     **dict.fromkeys(_TEXTS, (STRING, 1)),
@@ -58,7 +59,8 @@ _TABLES = {
     "video_scores": ("f", 2),
     "features": ("f", 3),
 }
-_RESULTS = ("frames", "starts", "clip_scores", "features")  # numbers that a test fills in
+# The tables of numbers that a test fills in.
+_RESULTS = ("frames", "starts", "clip_scores", "features")
 log = logging.getLogger(__name__)
 
 
@@ -68,7 +70,7 @@ class PredictionsError(DistInitError, OSError):
 
 @dataclass
 class Predictions:
-    """The tables of the file above in memory; `protocol` and `identity` are JSON-serializable."""
+    """The tables of the file in memory; `protocol` and `identity` are JSON-serializable."""
 
     classes: list[str]
     videos: list[str]
@@ -104,9 +106,9 @@ class Predictions:
             labels: Class index of each video.
             clips: N, the number of scored clips per video, crops included.
             protocol: Settings of the test that change scores.
-            identity: Data set, labels and weights that the predictions belong to.
+            identity: Data set, labels and weights that were tested.
             sources: Recording of each video, by default unknown.
-            features: D, the width of the features to keep; 0 keeps none.
+            features: D, the width of the features to store; 0 stores none.
         """
         v = len(videos)
         return cls(
@@ -118,7 +120,7 @@ class Predictions:
             frames=np.full(v, -1, dtype=np.int64),
             starts=np.full((v, clips), -1, dtype=np.int64),
             clip_scores=np.full((v, clips, len(classes)), np.nan, dtype=np.float32),
-            # As they come back from a file: tuples as lists, so that the two compare equal.
+            # As JSON returns them, with tuples as lists, so that they equal those read from a file.
             protocol=json.loads(json.dumps(protocol)),
             identity=json.loads(json.dumps(identity)),
             sources=[""] * v if sources is None else list(sources),
@@ -144,7 +146,7 @@ class Predictions:
 
     @property
     def resampled(self) -> dict[str, Any]:
-        """Unit that the bootstrap resamples, and the number of such units."""
+        """The unit that the bootstrap resamples, and the number of units."""
         groups = self.groups
         if groups is None:
             return {"resampled": "videos", "units": len(self.videos)}
@@ -166,7 +168,7 @@ class Predictions:
             scores: [N, K].
             starts: First frame of each clip, [N].
             frames: Number of frames of the video.
-            note: Which part of the video is truncated, "" if none.
+            note: Which part of the video cannot be decoded, "" if none.
             features: [N, D]; ignored by tables that were created without features.
         """
         if features is not None and self.features.shape[2]:
@@ -177,7 +179,7 @@ class Predictions:
         self.status[video], self.reasons[video] = OK, note
 
     def fail(self, video: int, reason: str) -> None:
-        """Record that a video is unreadable."""
+        """Record that a video is unreadable, with the reason."""
         self.status[video], self.reasons[video] = FAILED, reason
 
     def export_rows(self, videos: Sequence[int]) -> dict[str, Any]:
@@ -196,13 +198,13 @@ class Predictions:
 
     def failures(self) -> list[dict[str, str]]:
         """List the unreadable videos as {video, reason}, in the order of the file."""
-        return self._reasons(FAILED)
+        return self._with_reason(FAILED)
 
-    def damaged(self) -> list[dict[str, str]]:
-        """List the truncated videos, which were read in part, as {video, reason}."""
-        return self._reasons(OK)
+    def truncated(self) -> list[dict[str, str]]:
+        """List the truncated videos, which were decoded in part, as {video, reason}."""
+        return self._with_reason(OK)
 
-    def _reasons(self, status: str) -> list[dict[str, str]]:
+    def _with_reason(self, status: str) -> list[dict[str, str]]:
         rows = zip(self.videos, self.status, self.reasons, strict=True)
         return [
             {"video": escape_path(video), "reason": reason}
@@ -211,7 +213,7 @@ class Predictions:
         ]
 
     def resume_from(self, earlier: Predictions) -> int:
-        """Take the results of an earlier evaluation of the same model, videos and protocol.
+        """Copy the results of an earlier evaluation of the same model, videos and protocol.
 
         Returns:
             The number of videos with a result; 0 if the earlier evaluation was a different one.
@@ -276,7 +278,7 @@ class Predictions:
             raise PredictionsError(f"{path}: not a readable predictions file ({error})") from error
         if not sealed:
             log.warning(
-                "%s: written by distinit 0.1, without a digest: damage to its names cannot be found",
+                "%s: written by distinit 0.1, without a digest: damage to its names cannot be detected",
                 path,
             )
         return predictions
@@ -316,7 +318,7 @@ class Predictions:
 
 
 def _inconsistency(tables: Predictions) -> str | None:
-    """Describe the first inconsistency of the tables; None for a file that `write` has written."""
+    """Describe the first inconsistency of the tables; None if they are consistent."""
     v, n, k = len(tables.videos), tables.starts.shape[-1], len(tables.classes)
     shapes = {
         "labels": (v,), "frames": (v,), "starts": (v, n), "clip_scores": (v, n, k),
@@ -356,9 +358,9 @@ def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         JSON-serializable metrics. `per_clip`, `top1`, `top5` and `class_mean` are {value, low,
-        high} with 95 % bootstrap intervals; `intervals` names what was resampled: recordings if
-        that of every video is known, else videos. `per_class` has the correct and the tested videos
-        of each class. Fused scores are per video and have no `per_clip`.
+        high} with 95 % bootstrap intervals; `intervals` names the resampled unit: recordings if the
+        recording of every video is known, else videos. `per_class` has the numbers of correct and
+        of tested videos of each class. Fused scores are per video and have no `per_clip`.
 
     Raises:
         PredictionsError: The file cannot be read, or its evaluation is not finished.
@@ -376,7 +378,7 @@ def metrics_from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "videos": len(predictions.videos),
         "failed": predictions.failures(),
-        "damaged": predictions.damaged(),
+        "damaged": predictions.truncated(),
         "clips_per_video": int(predictions.clip_scores.shape[1]),
         **{name: estimate.as_dict() for name, estimate in estimates.items()},
         "intervals": predictions.resampled,
@@ -408,8 +410,8 @@ def require_classes(
     Args:
         classes: The classes to check.
         expected: The classes that are required.
-        origin: Where `classes` come from, for the message.
-        expected_origin: Where `expected` come from, for the message.
+        origin: Name of the origin of `classes` in the message.
+        expected_origin: Name of the origin of `expected` in the message.
 
     Raises:
         CheckpointError: The lists differ.

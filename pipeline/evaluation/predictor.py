@@ -28,8 +28,8 @@ HEAD = "label"
 SAVE_EVERY_S = 60.0
 
 
-class _Pending:
-    """The videos without a result, numbered from 0."""
+class _Subset:
+    """Some videos of a dataset, numbered from 0."""
 
     def __init__(self, dataset: KeyedDataset, videos: list[int]) -> None:
         self.dataset = dataset
@@ -42,44 +42,44 @@ class _Pending:
 def _rows(
     dataset: KeyedDataset, videos: list[int], workers: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each of `videos`, in order, also when a loader process dies."""
+    """Yield a row for each of `videos`, in order, even if a loader process dies."""
 
     def read(subset: list[int], processes: int) -> Iterator[dict[str, Any]]:
         return read_batches(
-            _Pending(dataset, subset),
+            _Subset(dataset, subset),
             SequentialBatchSampler(len(subset), 1),
             workers=processes,
             device=device,
         )
 
-    left = list(videos)
-    while left:
+    remaining = list(videos)
+    while remaining:
         try:
-            for row in read(list(left), workers):
-                left.pop(0)
+            for row in read(list(remaining), workers):
+                remaining.pop(0)
                 yield row
         except WorkerDied:
-            # The video that was waited for may have crashed its decoder. It is read again in a
-            # process of its own, and is unreadable if that one dies, too.
-            video = left.pop(0)
+            # The next video may have crashed the decoder. It is read again in a process of its own,
+            # and reported as unreadable if that process dies too.
+            video = remaining.pop(0)
             try:
                 yield from read([video], 1)
-            except WorkerDied as died:
-                reason = died.reason or "its decoder crashed"
+            except WorkerDied as error:
+                reason = error.reason or "its decoder crashed"
                 yield {"video": torch.tensor([video]), "error": [reason]}
 
 
 @dataclass(frozen=True)
 class VideoOutputs:
-    """What a model computes for the N clips of one video.
+    """The outputs of a model for the N clips of one video.
 
     Attributes:
         video: Index of the video in the dataset.
-        error: Why the video is unreadable; all else is then empty.
+        error: Why the video is unreadable; the other attributes are then empty.
         outputs: Tensors of the forward pass, each float32 [N, …].
         starts: First frame of each clip, int64 [N].
         frames: Number of frames of the video.
-        note: Which part of the video is truncated, "" if none.
+        note: Which part of the video cannot be decoded, "" if none.
     """
 
     video: int
@@ -100,10 +100,10 @@ def predict(
     batch_size: int,
     workers: int,
     device: torch.device,
-    done: Callable[[int], None] = lambda videos: None,
+    advance: Callable[[int], None] = lambda num_videos: None,
     save: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score videos, and enter the results into `predictions`.
+    """Score videos, and record the results in `predictions`.
 
     Scores are averaged over the clips of a video: softmax, or logits if `predictions.protocol` has
     "scores": "logits".
@@ -116,14 +116,14 @@ def predict(
         batch_size: Clips per forward pass.
         workers: Loader processes.
         device: Where to compute.
-        done: Called with 1 after each video.
+        advance: Called with 1 after each video, for a progress bar.
         save: Called about once a minute and on Ctrl-C.
 
     Raises:
-        TrainingError: Scores are not finite, so that no accuracy would mean anything.
+        TrainingError: Scores are not finite, so that no accuracy can be computed.
     """
     model.to(device).eval()
-    saved = time.monotonic()
+    last_save = time.monotonic()
     try:
         for result in video_outputs(
             lambda clips: clip_logits(model, clips),
@@ -133,17 +133,17 @@ def predict(
             workers=workers,
             device=device,
         ):
-            _enter(result, predictions)
-            done(1)
-            if time.monotonic() - saved > SAVE_EVERY_S:
+            _record(result, predictions)
+            advance(1)
+            if time.monotonic() - last_save > SAVE_EVERY_S:
                 save()
-                saved = time.monotonic()
+                last_save = time.monotonic()
     except KeyboardInterrupt:
         save()
         raise
 
 
-def _enter(result: VideoOutputs, predictions: Predictions) -> None:
+def _record(result: VideoOutputs, predictions: Predictions) -> None:
     if result.error:
         predictions.fail(result.video, result.error)
         return
@@ -160,11 +160,20 @@ def _enter(result: VideoOutputs, predictions: Predictions) -> None:
     )
 
 
-def require_finite(values: Tensor, video: str, what: str) -> None:
-    """Raise TrainingError, which names the video, unless all values are finite."""
+def require_finite(values: Tensor, video: str, name: str) -> None:
+    """Check that the values of a video are finite.
+
+    Args:
+        values: The values.
+        video: Path of the video, for the message.
+        name: Name of the values in the message.
+
+    Raises:
+        TrainingError: A value is not finite.
+    """
     if not bool(torch.isfinite(values).all()):
         raise TrainingError(
-            f"the {what} of {video!r} are not finite: the weights are damaged or have diverged"
+            f"the {name} of {video!r} are not finite: the weights are damaged or have diverged"
         )
 
 
@@ -180,28 +189,28 @@ def video_outputs(
 ) -> Iterator[VideoOutputs]:
     """Yield the outputs of a model for each video, in order; an unreadable video has an error.
 
-    The computation is in float32 whatever the precision of the training, so that outputs differ by
-    less than 1e-4 between batch sizes.
+    Outputs are computed in float32, whatever the precision of the training was, so that they differ
+    by less than 1e-4 between batch sizes.
 
     Args:
-        forward: From clips uint8 [B, C, T, H, W] on the device to tensors [B, …].
+        forward: Function from clips uint8 [B, C, T, H, W] on the device to tensors [B, …].
         dataset: dataset[(0, i)] gives the clips of the i-th video, see EvaluationClips.
         videos: Indices of the videos.
         batch_size: Clips per forward pass.
         workers: Loader processes.
         device: Where to compute.
     """
-    waiting: list[dict[str, Any]] = []
+    batch: list[dict[str, Any]] = []
     for row in _rows(dataset, videos, workers, device):
         if "error" in row:
             yield VideoOutputs(int(row["video"][0]), error=row["error"][0])
             continue
-        waiting.append(row)
-        if sum(each["clips"].shape[1] for each in waiting) >= batch_size:
-            yield from _compute(forward, waiting, batch_size, device)
-            waiting = []
-    if waiting:
-        yield from _compute(forward, waiting, batch_size, device)
+        batch.append(row)
+        if sum(each["clips"].shape[1] for each in batch) >= batch_size:
+            yield from _compute(forward, batch, batch_size, device)
+            batch = []
+    if batch:
+        yield from _compute(forward, batch, batch_size, device)
 
 
 def _compute(
@@ -210,7 +219,7 @@ def _compute(
     batch_size: int,
     device: torch.device,
 ) -> list[VideoOutputs]:
-    """Run the clips of whole videos in passes of at most `batch_size` clips."""
+    """Compute the outputs of whole videos, in passes of at most `batch_size` clips."""
     clips = torch.cat([row["clips"][0] for row in rows])  # [ΣN, C, T, H, W]
     with _exact_float32(device):
         passes = [forward(part.to(device, non_blocking=True)) for part in clips.split(batch_size)]
@@ -219,12 +228,12 @@ def _compute(
     return [
         VideoOutputs(
             int(row["video"][0]),
-            outputs=of_video,
+            outputs=tensors,
             starts=row["starts"][0].numpy().astype(np.int64),
             frames=int(row["frames"][0]),
             note=row["note"][0],
         )
-        for row, of_video in zip(rows, zip(*outputs, strict=True), strict=True)
+        for row, tensors in zip(rows, zip(*outputs, strict=True), strict=True)
     ]
 
 
@@ -244,7 +253,7 @@ def clip_logits(model: Student, clips: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exact_float32(device: torch.device) -> AbstractContextManager[None]:
-    """Turn TF32 off on a GPU, whose convolutions round differently for every batch size."""
+    """Turn off TF32 on a GPU, whose rounding in convolutions depends on the batch size."""
     if device.type != "cuda":
         return nullcontext()
     return torch.backends.cudnn.flags(

@@ -1,4 +1,4 @@
-"""The test protocol of `finetune` and `evaluate`: predictions of every test video, then metrics."""
+"""The test protocol of `finetune` and `evaluate`: predict every test video, compute metrics."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def evaluate_student(
         device: Where to compute.
         out: The folder to write. Predictions of an interrupted call with the same weights and
             protocol are reused.
-        threads: Threads of torch on a CPU, which decide the last bits of scores; by default chosen
-            for the machine.
+        threads: Number of threads of torch on a CPU, which affects the last bits of scores; by
+            default depending on the machine.
         fresh: Whether to repeat a finished test.
         ranks: The processes of a distributed test.
 
@@ -80,16 +80,7 @@ def evaluate_student(
     pending = ranks.on_main(start)
     workers = pick_workers(options.workers, device)
     share = pending[ranks.rank :: ranks.world]
-    dataset = EvaluationClips(
-        labels,
-        labels.test,
-        view,
-        clip_frames=clip_frames,
-        clips=options.clips,
-        crops=options.crops,
-        channels=student.options.channels,
-        order=options.frames,
-    )
+    dataset = _test_clips(student, labels, view, clip_frames, options)
 
     def score() -> None:
         with (
@@ -104,7 +95,7 @@ def evaluate_student(
                 batch_size=options.batch_size,
                 workers=workers,
                 device=device,
-                done=bar.advance,
+                advance=bar.advance,
                 save=lambda: predictions.write(partial) if ranks.is_main else None,
             )
 
@@ -124,10 +115,26 @@ def evaluate_student(
     return ranks.on_main(finish)
 
 
+def _test_clips(
+    student: Student, labels: Labels, view: ClipView, clip_frames: int, options: EvaluationOptions
+) -> EvaluationClips:
+    """Return the dataset of the clips of the test side."""
+    return EvaluationClips(
+        labels,
+        labels.test,
+        view,
+        clip_frames=clip_frames,
+        clips=options.clips,
+        crops=options.crops,
+        channels=student.options.channels,
+        order=options.frames,
+    )
+
+
 def _pending_predictions(
     student: Student, labels: Labels, view: ClipView, clip_frames: int, options: EvaluationOptions
 ) -> Predictions:
-    """Create tables of all test videos with the identity of protocol, labels and weights."""
+    """Create tables in which every test video is pending, with the protocol and the identity."""
     return Predictions.empty(
         labels.classes,
         [video.path for video in labels.test],
@@ -151,21 +158,21 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
     write_whole(out / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
 
 
-def count_looks(run_dir: Path, *, again: bool = True) -> int:
-    """Return the number of tests of a run, that which is about to be made included.
+def count_looks(run_dir: Path, *, is_new_test: bool = True) -> int:
+    """Return the number of tests of a run, including the one that the next result is for.
 
     Args:
-        run_dir: The folder of the run, whose last result has the number before.
-        again: Whether this test is another one than that of the result: a finished run that is
-            resumed is not tested again.
+        run_dir: The folder of the run, whose last result has the number until then.
+        is_new_test: False if the next result repeats the test of the last one, as when a finished
+            run is resumed.
     """
     try:
-        before = read_json(run_dir / RESULT, Form).get("test_looks", 0)
+        recorded = read_json(run_dir / RESULT, Form).get("test_looks", 0)
     except SourceError:
         # A damaged result is about to be replaced.
-        before = 0
-    looks = before if isinstance(before, int) else 0
-    return looks + 1 if again or not looks else looks
+        recorded = 0
+    looks = recorded if isinstance(recorded, int) else 0
+    return looks + 1 if is_new_test or not looks else looks
 
 
 def check_result_dir(out: Path, runs: dict[str, str | list[str]]) -> None:
@@ -173,12 +180,11 @@ def check_result_dir(out: Path, runs: dict[str, str | list[str]]) -> None:
 
     Args:
         out: The folder to write.
-        runs: The tested runs, under the keys that result.json has for them: `run`, `fused`, or `a`
-            and `b`.
+        runs: The tested runs under their keys in result.json: `run`, `fused`, or `a` and `b`.
 
     Raises:
         UsageError: OUT/result.json records other runs or another command; or it does not exist,
-            but a predictions file does that distinit did not write.
+            and a predictions file was not written by distinit.
     """
     try:
         stored = json.loads((out / RESULT).read_text(encoding="utf-8"))
@@ -191,8 +197,8 @@ def check_result_dir(out: Path, runs: dict[str, str | list[str]]) -> None:
     stored = {key: stored[key] for key in ("run", "fused", "a", "b") if key in stored}
 
     def real_paths(runs: dict[str, Any]) -> dict[str, list[str]]:
-        listed = {key: v if isinstance(v, list) else [v] for key, v in runs.items()}
-        return {key: [os.path.realpath(str(p)) for p in paths] for key, paths in listed.items()}
+        lists = {key: each if isinstance(each, list) else [each] for key, each in runs.items()}
+        return {key: [os.path.realpath(str(p)) for p in paths] for key, paths in lists.items()}
 
     if real_paths(stored) != real_paths(runs):
         owner = ", ".join(f"{key}={value}" for key, value in stored.items())
@@ -215,7 +221,7 @@ def _check_predictions(out: Path) -> None:
 def _protocol(
     labels: Labels, view: ClipView, clip_frames: int, options: EvaluationOptions
 ) -> dict[str, Any]:
-    """Describe the test; the keys and texts are stored, and compared on a resume."""
+    """Describe the test. The keys and texts are stored, and compared when a test is resumed."""
     frame = view.frame_view()
     return {
         **options.protocol(),
@@ -228,14 +234,14 @@ def _protocol(
         "crop": f"{'center' if options.crops == 1 else 'begin, middle and end of the longer side'} {view.size}",
         "precision": "fp32",
         "unread_videos": "wrong",
-        # Before version 0.2 no order was stored, and those of ordered frames stay the same.
+        # Version 0.1 stored no order. Without one for ordered frames, its protocols stay equal.
         **({} if options.frames == "ordered" else {"frame_order": options.frames}),
         **({} if labels.copies is None else {"copies": dict(labels.copies.options)}),
     }
 
 
 def _resume(predictions: Predictions, path: Path) -> int:
-    """Take over the results of an earlier file, and return their number; 0 if it is damaged."""
+    """Copy the results of an earlier file, and return their number; 0 if the file is damaged."""
     try:
         return predictions.resume_from(Predictions.read(path)) if path.exists() else 0
     except PredictionsError:
@@ -248,11 +254,11 @@ def show_metrics(title: str, classes: int, metrics: dict[str, Any]) -> None:
     table = Table(
         title, [Column("accuracy, %"), Column("value", True), Column("95 % interval", True)]
     )
-    for name, shown in MEASURES.items():
+    for name, label in MEASURES.items():
         if name not in metrics:
             continue
         value, low, high = (metrics[name][end] for end in ("value", "low", "high"))
-        table.add(shown, f"{100 * value:.1f}", brackets(low, high))
+        table.add(label, f"{100 * value:.1f}", brackets(low, high))
     table.notes.append(intervals_note(metrics["intervals"]))
     if classes <= 5:
         table.notes.append(f"With {classes} classes, top 5 is correct for every readable video.")

@@ -1,4 +1,4 @@
-"""RUN/labels.json: the labels that a run was trained on, whatever happens to their source."""
+"""RUN/labels.json: the labels of a run, so that later changes of their source are noticed."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class RunLabels:
 
     @classmethod
     def read(cls, run: Path) -> RunLabels | None:
-        """Load the record of a run folder, None if it has none, like runs of distinit 0.1.
+        """Load the record of a run folder; None if it has none, as in runs of distinit 0.1.
 
         Raises:
             CheckpointError: The file is damaged.
-            SourceError: It is a link to a place outside of the folder.
+            SourceError: The file is a link out of the folder.
         """
         path = run / LABELS
         if not is_regular_file(path, run):
@@ -67,20 +67,20 @@ class RunLabels:
         write_whole(run / LABELS, as_json(asdict(self), indent=0).encode())
 
     def difference(self, labels: Labels, sides: Sequence[str] = ("train", "test")) -> str:
-        """Describe how labels differ from the record on the given sides, "" if they are equal."""
+        """Describe how labels differ from the record on some sides, "" if they are equal."""
         if list(labels.classes) != self.classes:
             old, new = set(self.classes), set(labels.classes)
             parts = _counts({"removed": old - new, "added": new - old})
             return f"different classes: {parts or 'another order'}"
-        before, now = (
+        recorded, current = (
             {side: dict(pairs[side]) for side in sides}
             for pairs in (self._sides(), RunLabels.from_labels(labels)._sides())
         )
-        old, new = (set().union(*each.values()) for each in (before, now))
+        old, new = (set().union(*each.values()) for each in (recorded, current))
         changed = {
             path
             for path in old & new
-            if any(before[s].get(path) != now[s].get(path) for s in sides)
+            if any(recorded[s].get(path) != current[s].get(path) for s in sides)
         }
         parts = _counts(
             {
@@ -89,7 +89,7 @@ class RunLabels:
                 "videos removed": old - new,
             }
         )
-        if not parts and any(list(before[s]) != list(now[s]) for s in sides):
+        if not parts and any(list(recorded[s]) != list(current[s]) for s in sides):
             return "the same videos in another order"
         return parts
 
@@ -113,7 +113,9 @@ def videos_digest(videos: Sequence[Labelled]) -> str:
 
 def _counts(names: Mapping[str, set[str]]) -> str:
     """Return "N DESCRIPTION ('FIRST NAME')" for each set that is not empty."""
-    return ", ".join(f"{len(each)} {what} ({min(each)!r})" for what, each in names.items() if each)
+    return ", ".join(
+        f"{len(each)} {description} ({min(each)!r})" for description, each in names.items() if each
+    )
 
 
 def _pairs(side: Sequence[Labelled]) -> list[Pair]:

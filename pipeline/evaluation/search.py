@@ -1,9 +1,10 @@
 """`finetune --search`: choose options on the validation side by successive halving.
 
-All candidates are trained for a part of their schedule; the better half of them continues to twice
-that part, from its checkpoints, until the last ones have finished. RUN/search.json has the results
-so far, so that an interrupted search resumes; RUN/search/N is the folder of candidate N, which is
-removed once it is known not to be needed.
+All candidates are trained for a part of their schedule. The better half resumes from its
+checkpoints until twice that part, and so on until the last candidates have finished.
+
+RUN/search.json has the results so far, so that an interrupted search can be resumed. RUN/search/N
+is the folder of candidate N, which is removed when the candidate is out of the search.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .finetune_options import FinetuneConfig
 
 FOLDER = "search"
 GROUPS = ("loop", "student", "clips")
-ALONE = ("dropout", "freeze", "init", "inflation")
+TOP_LEVEL_KEYS = ("dropout", "freeze", "init", "inflation")
 NOT_SEARCHED = {f"loop.{name}" for name in FREE_ON_RESUME - {"epochs"}} | {"loop.seed"}
 
 
@@ -42,12 +43,13 @@ class Candidate:
     """A combination of the values of a search.
 
     Attributes:
-        options: Dotted key → value.
-        epochs: Epochs that it was trained for.
-        loss: Validation loss of the exported epoch, None before the first epochs and if it failed.
-        accuracy: Accuracy on the validation side in that epoch.
-        best_epoch: That epoch, from 1: the best one until then, with --export last the last one.
-        failed: Why its training ended with an error, "" if it did not.
+        options: Map from dotted key to value.
+        epochs: Number of epochs that it was trained for.
+        loss: Validation loss of `best_epoch`; None if it has not been trained, or failed.
+        accuracy: Accuracy on the validation side after `best_epoch`.
+        best_epoch: The epoch to export, counted from 1: the best so far, or the last with
+            --export last.
+        failed: The error that ended its training, "" without one.
     """
 
     options: dict[str, Any]
@@ -59,12 +61,12 @@ class Candidate:
 
     @property
     def rank(self) -> float:
-        """The loss, or infinity without one; the candidate of the lowest rank is chosen."""
+        """The loss, or infinity without one; the candidate with the lowest rank is chosen."""
         return math.inf if self.loss is None else self.loss
 
     @property
     def name(self) -> str:
-        """The values as they are given on the command line."""
+        """The values in the form of the command line."""
         return " ".join(f"{key}={value}" for key, value in self.options.items())
 
 
@@ -79,11 +81,11 @@ class SearchRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> SearchRecord | None:
-        """Return the record of a run folder, None if it has none.
+        """Load the record of a run folder; None if it has none.
 
         Raises:
             CheckpointError: The file has another form.
-            SourceError: It is a link to a place outside of the folder.
+            SourceError: The file is a link out of the folder.
         """
         path = run_dir / SEARCH
         if not is_regular_file(path, run_dir):
@@ -121,28 +123,28 @@ def candidate_configs(config: FinetuneConfig) -> list[tuple[dict[str, Any], Fine
         UsageError: A key cannot be searched, or a value is not allowed.
     """
     keys = {_full_key(key): values for key, values in config.search.items()}
-    given = config.model_dump(exclude_unset=True)
+    base_options = config.model_dump(exclude_unset=True)
     configs = []
     for values in itertools.product(*keys.values()):
         options = dict(zip(keys, values, strict=True))
-        merged = given
+        merged = base_options
         for key, value in options.items():
             merged = merge(merged, nested(key, value))
         try:
             configs.append((options, FinetuneConfig.model_validate(merged)))
         except ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
+            location = ".".join(map(str, problem["loc"]))
             raise UsageError(
-                f"--search {Candidate(options).name}: {where}: {problem['msg']}"
+                f"--search {Candidate(options).name}: {location}: {problem['msg']}"
             ) from None
     return configs
 
 
 def rungs(candidates: int) -> list[tuple[float, int]]:
-    """Return (share of the schedule, number of candidates that reach it), in order.
+    """Return (share of the schedule, number of candidates that reach it) of each rung.
 
-    The last candidates that are compared finish their schedule.
+    The candidates of the last rung finish their schedule.
 
     Example:
         >>> rungs(6)
@@ -156,14 +158,15 @@ def rungs(candidates: int) -> list[tuple[float, int]]:
 
 
 def epochs_of_search(config: FinetuneConfig) -> int:
-    """Return how many epochs a search trains in all, the last training included."""
+    """Return the total number of epochs of a search, including its final training."""
     epochs = sorted((each.loop.epochs for _, each in candidate_configs(config)), reverse=True)
-    total, before = 0, 0.0
+    total, previous = 0, 0.0
     for share, count in rungs(len(epochs)):
         total += sum(
-            _epochs(n, share) - (_epochs(n, before) if before else 0) for n in epochs[:count]
+            _epochs_until(n, share) - (_epochs_until(n, previous) if previous else 0)
+            for n in epochs[:count]
         )
-        before = share
+        previous = share
     return total + epochs[0]
 
 
@@ -175,30 +178,32 @@ def search(
     report: Callable[[str], None],
     ranks: Ranks,
 ) -> SearchRecord:
-    """Train the candidates, and choose that of the lowest validation loss.
+    """Train the candidates, and choose the one with the lowest validation loss.
 
     Args:
         config: Options with a search.
         run_dir: The folder of the run.
-        identity: What a resumed search must share, JSON-serializable.
-        train: Trains a candidate in a folder until an epoch, from its checkpoint if there is one;
-            returns `loss`, `accuracy` and `best_epoch`. Called on all ranks.
-        report: Shows a line.
+        identity: Record of all that must be equal when a search is resumed, JSON-serializable.
+        train: Function that trains a candidate in a folder until an epoch, from its checkpoint if
+            it has one, and returns `loss`, `accuracy` and `best_epoch`. It is called on all ranks.
+        report: Function that logs a line.
         ranks: The processes that train together.
 
     Raises:
-        CheckpointError: The search of the folder is another one.
+        CheckpointError: The folder has a different search.
         TrainingError: Every candidate failed.
     """
     candidates = ranks.on_all_ranks(lambda: candidate_configs(config))
-    record = ranks.on_main(lambda: _begin(run_dir, identity, [each for each, _ in candidates]))
-    left = list(range(len(candidates)))
+    record = ranks.on_main(
+        lambda: _load_or_create(run_dir, identity, [each for each, _ in candidates])
+    )
+    remaining = list(range(len(candidates)))
     for share, count in rungs(len(candidates)) if record.chosen is None else ():
-        left = sorted(left, key=lambda i: record.candidates[i].rank)[:count]
-        ranks.on_main(partial(_remove_others, run_dir, left, len(candidates)))
-        for i in sorted(left):
+        remaining = sorted(remaining, key=lambda i: record.candidates[i].rank)[:count]
+        ranks.on_main(partial(_remove_others, run_dir, remaining, len(candidates)))
+        for i in sorted(remaining):
             candidate, options = record.candidates[i], candidates[i][1]
-            epochs = _epochs(options.loop.epochs, share)
+            epochs = _epochs_until(options.loop.epochs, share)
             if candidate.failed or candidate.epochs >= epochs:
                 continue
             report(f"search: {candidate.name}, until epoch {epochs} of {options.loop.epochs}")
@@ -210,13 +215,13 @@ def search(
             except WorkerDied:
                 raise
             except TrainingError as error:
-                # A rate that diverges loses; it does not end the search.
+                # The search continues without a candidate that fails, such as one that diverges.
                 candidate.failed = str(error)
                 report(f"search: {candidate.name} failed: {error}")
             candidate.epochs = epochs
             ranks.on_main(lambda: record.write(run_dir))
     if record.chosen is None:
-        record.chosen = min(left, key=lambda i: record.candidates[i].rank)
+        record.chosen = min(remaining, key=lambda i: record.candidates[i].rank)
         if record.best.loss is None:
             raise TrainingError(f"--search: every candidate failed: {record.best.failed}")
         ranks.on_main(lambda: record.write(run_dir))
@@ -224,7 +229,9 @@ def search(
     return record
 
 
-def _begin(run_dir: Path, identity: dict[str, Any], options: list[dict[str, Any]]) -> SearchRecord:
+def _load_or_create(
+    run_dir: Path, identity: dict[str, Any], options: list[dict[str, Any]]
+) -> SearchRecord:
     """Return the record of an interrupted search, or a new one."""
     identity = json.loads(json.dumps({**identity, "search": options}))
     saved = SearchRecord.read(run_dir)
@@ -234,12 +241,12 @@ def _begin(run_dir: Path, identity: dict[str, Any], options: list[dict[str, Any]
     return saved
 
 
-def _remove_others(run_dir: Path, left: list[int], candidates: int) -> None:
-    for i in set(range(candidates)) - set(left):
+def _remove_others(run_dir: Path, remaining: list[int], candidates: int) -> None:
+    for i in set(range(candidates)) - set(remaining):
         shutil.rmtree(run_dir / FOLDER / str(i), ignore_errors=True)
 
 
-def _epochs(epochs: int, share: float) -> int:
+def _epochs_until(epochs: int, share: float) -> int:
     return math.ceil(epochs * share)
 
 
@@ -247,20 +254,18 @@ def _full_key(key: str) -> str:
     """Return the dotted key of an option: `lr` is `loop.lr`.
 
     Raises:
-        UsageError: There is no such key, or it cannot be searched.
+        UsageError: The key does not exist, or cannot be searched.
     """
-    known = set(known_keys(FinetuneConfig))
     keys = {
         name
-        for name in known
-        if (name.partition(".")[0] in GROUPS and "." in name) or name in ALONE
+        for name in known_keys(FinetuneConfig)
+        if (name.partition(".")[0] in GROUPS and "." in name) or name in TOP_LEVEL_KEYS
     } - NOT_SEARCHED
     flags = {"frames": "clips.clip_frames", "student": "student.architecture"}
-    found = [
-        name for name in (key, flags.get(key, ""), *(f"{g}.{key}" for g in GROUPS)) if name in keys
-    ]
-    if not found:
+    candidates = (key, flags.get(key, ""), *(f"{group}.{key}" for group in GROUPS))
+    matches = [name for name in candidates if name in keys]
+    if not matches:
         raise UsageError(
             f"--search {key}: cannot be searched; expected one of {', '.join(sorted(keys))}"
         )
-    return found[0]
+    return matches[0]

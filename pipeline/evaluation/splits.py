@@ -1,4 +1,4 @@
-"""`--split all`: a run per split in RUN/split1, RUN/split2, …; their mean in RUN/result.json."""
+"""`--split all`: one run per split in RUN/split1, RUN/split2, …, the mean in RUN/result.json."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def split_folder(run: Path, split: int) -> Path:
 
 
 def split_folders(run: Path) -> dict[int, Path]:
-    """Return the runs of a folder of `finetune --split all` by split, {} for any other folder.
+    """Return the run of each split in a folder of `finetune --split all`; {} for other folders.
 
     Raises:
         UsageError: One of them is a link to a place outside of the folder.
     """
     paths = {
-        int(m[1]): path
+        int(match[1]): path
         for path in run.glob("split*")
-        if (m := re.fullmatch(r"split(\d+)", path.name))
+        if (match := re.fullmatch(r"split(\d+)", path.name))
     }
     folders = {
         split: paths[split] for split in sorted(paths) if recorded_sections(paths[split] / CONFIG)
@@ -50,7 +50,7 @@ def split_folders(run: Path) -> dict[int, Path]:
 def summarise_splits(
     out: Path, results: Mapping[int, dict[str, Any]], title: str
 ) -> dict[str, Any]:
-    """Write the mean and deviation of the splits' metrics into OUT/result.json, and show them.
+    """Write the mean and deviation of the metrics over splits to OUT/result.json, and show them.
 
     Args:
         out: The folder to write.
@@ -65,14 +65,14 @@ def summarise_splits(
     table = Table(
         f"{title}, {len(results)} splits", columns("accuracy, %", *splits, ">mean", ">deviation")
     )
-    for name, shown in MEASURES.items():
+    for name, label in MEASURES.items():
         if name not in means:
             continue
-        each = [f"{100 * value:.1f}" for value in means[name]["splits"]]
+        cells = [f"{100 * value:.1f}" for value in means[name]["splits"]]
         mean, deviation = means[name]["mean"], means[name]["std"]
         table.add(
-            shown,
-            *each,
+            label,
+            *cells,
             f"{100 * mean:.1f}",
             "–" if deviation is None else f"{100 * deviation:.1f}",
         )
@@ -97,8 +97,9 @@ def mean_over_splits(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, A
     """
     means: dict[str, dict[str, Any]] = {}
     for name in MEASURES:
+        # Fused scores have no accuracy per clip.
         if not all(name in each for each in metrics):
-            continue  # fused scores have no accuracy per clip
+            continue
         values = np.array([each[name]["value"] for each in metrics])
         means[name] = {
             "mean": float(values.mean()),

@@ -1,7 +1,7 @@
-"""A linear probe of a teacher's cached targets: what can they teach about a user's classes?
+"""A linear probe of the cached targets of a teacher: how well do they predict labels?
 
-Nothing is trained but a logistic regression on the targets averaged over each video, so that it
-takes seconds and no video is opened.
+The probe is a logistic regression on the mean target of each video. It takes seconds, and opens no
+video.
 
 Shapes: V labelled videos, D numbers per target, K classes.
 """
@@ -21,19 +21,28 @@ from ..store.reader import TargetStore
 from .metrics import Estimate, estimate_mean
 from .store_labels import StoreLabels
 
-# For targets whose mean squared distance from their mean is 1: the range of the best values on
-# har7 and fight-surv, widened by a factor of ten on both sides.
+# Values of C, for targets whose mean squared distance from their mean is 1: the range of the best
+# values on har7 and fight-surv, widened by a factor of ten on both sides.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 INNER_FOLDS = 3
-BLOCK = 16_384  # rows decoded at a time, about
+# About how many rows are decoded at a time.
+BLOCK = 16_384
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """How well one teacher's targets, averaged over `frames` frames (None: all), tell classes.
+    """The accuracy of a probe of one teacher.
 
-    accuracy: on videos that the probe did not see. most_frequent: the share of the most frequent
-    class among them. correct: bool [V], in the order of the labels that were tested.
+    Attributes:
+        teacher: Name of the teacher.
+        output: Kind of its output.
+        encoding: Encoding of its targets in the store.
+        width: D, the numbers per target.
+        frames: Number of frames per video that targets were averaged over; None for all.
+        accuracy: Accuracy on videos that the probe was not trained on.
+        most_frequent: Share of the most frequent class among these videos.
+        correct: Whether each of these videos was classified correctly, bool [V], in the order of
+            the labels.
     """
 
     teacher: str
@@ -46,8 +55,8 @@ class ProbeResult:
     correct: NDArray[np.bool_]
 
     @property
-    def tells_apart(self) -> bool:
-        """Whether the interval is above the share of the most frequent class."""
+    def beats_most_frequent(self) -> bool:
+        """Whether the interval of the accuracy is above the share of the most frequent class."""
         return self.accuracy.low > self.most_frequent
 
 
@@ -62,38 +71,39 @@ def probe_teacher(
 ) -> Iterator[ProbeResult]:
     """Yield the accuracy of a linear probe for each number of frames.
 
-    The probe is multinomial logistic regression. Targets are centred and divided by one scale for
-    all dimensions, both measured on the training side of each fold, where the strength of the
-    regularisation is chosen too. Folds keep the videos of a group together and the shares of the
-    classes alike; the sides of a split take their place where the labels have them.
+    The probe is a multinomial logistic regression. Targets are centred and divided by one scale for
+    all dimensions. Both are measured, and the strength of the regularisation is chosen, on the
+    training side of each fold. Folds keep the videos of a group together and have similar shares of
+    the classes. Labels with a split are tested on its test side instead.
 
     Args:
         store: An open store.
         teacher: One of its teachers.
-        labels: Of its videos, see `match_labels`.
+        labels: Labels of its videos, see `match_labels`.
         frame_counts: Numbers of cached frames per video, evenly spread; None for all.
         folds: Number of folds.
-        seed: Of the folds.
+        seed: Seed of the folds.
 
     Raises:
-        UsageError: There are fewer than two groups of videos to divide.
+        UsageError: There are fewer than two groups for folds, or no test video or fewer than two
+            training classes in a split, or the mean cells of the teacher are not its feature.
     """
     from threadpoolctl import threadpool_limits
 
     record = store.teacher(teacher)
     if record.grid and not record.plain_mean:
         raise UsageError(
-            f"teacher {teacher!r} of {store.name} holds cells whose mean is not the model's "
-            "feature, so that a probe of them does not measure the model; choose other teachers with --teacher"
+            f"teacher {teacher!r} of {store.name} has cells whose mean is not the feature of the model, "
+            "so that a probe of them does not measure the model; choose other teachers with --teacher"
         )
     means = mean_targets(store, teacher, labels.videos, frame_counts)
     sides = list(_sides(labels, folds, seed))
     tested = np.sort(np.concatenate([test for _, test in sides]))
     truth = labels.label[tested]
-    most = float(np.max(np.bincount(truth)) / len(truth))
+    most_frequent = float(np.max(np.bincount(truth)) / len(truth))
     for frames, targets in zip(frame_counts, means, strict=True):
         predicted = np.full(len(labels.label), -1)
-        # Threads of a library of linear algebra cost more than they save on matrices this small.
+        # On matrices this small, the threads of a linear algebra library cost more than they save.
         with threadpool_limits(1):
             for train, test in sides:
                 predicted[test] = fit_and_predict(
@@ -108,7 +118,7 @@ def probe_teacher(
             targets.shape[1],
             frames,
             accuracy,
-            most,
+            most_frequent,
             correct,
         )
 
@@ -119,9 +129,10 @@ def mean_targets(
     videos: NDArray[np.int64],
     frame_counts: Sequence[int | None],
 ) -> list[NDArray[np.float32]]:
-    """Return [V, D] for each number of frames: outputs averaged over that many cached frames.
+    """Return outputs averaged over cached frames, [V, D] for each number of frames.
 
-    Frames are the middles of as many equal parts of the cached ones; a video with fewer gives all.
+    The cached frames of a video are divided into that number of equal parts, and the middle of each
+    part is used. All frames are used if a video has fewer.
     """
     counts = store.row_counts[videos]
     ends = np.cumsum(counts)
@@ -139,17 +150,23 @@ def _block_means(
     counts: NDArray[np.int64],
     frame_counts: Sequence[int | None],
 ) -> list[NDArray[np.float32]]:
-    """Return the means of some videos, of which every frame is read once."""
-    rows, first = store.rows_of(videos), np.cumsum(counts) - counts
-    picked = [
-        [at + _spread(count, frames) for count, at in zip(counts.tolist(), first, strict=True)]
+    """Return the means of some videos, and read every frame once."""
+    rows, first_rows = store.rows_of(videos), np.cumsum(counts) - counts
+    # Positions in `rows` for each number of frames and each video.
+    positions = [
+        [
+            first + _spread(count, frames)
+            for count, first in zip(counts.tolist(), first_rows, strict=True)
+        ]
         for frames in frame_counts
     ]
-    needed = np.unique(np.concatenate([places for each in picked for places in each]))
+    needed = np.unique(
+        np.concatenate([indices for per_video in positions for indices in per_video])
+    )
     outputs = store.outputs(teacher, rows[needed])
     return [
-        np.stack([outputs[np.searchsorted(needed, places)].mean(axis=0) for places in each])
-        for each in picked
+        np.stack([outputs[np.searchsorted(needed, indices)].mean(axis=0) for indices in per_video])
+        for per_video in positions
     ]
 
 
@@ -162,7 +179,7 @@ def _spread(count: int, frames: int | None) -> NDArray[np.int64]:
 def _sides(
     labels: StoreLabels, folds: int, seed: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield the places of the videos to train on and to test on."""
+    """Yield the positions in the labels of the videos to train on, and of those to test."""
     if labels.test is not None:
         train, test = np.flatnonzero(~labels.test), np.flatnonzero(labels.test)
         if len(np.unique(labels.label[train])) < 2 or len(test) == 0:
@@ -187,10 +204,10 @@ def _grouped_folds(
     from sklearn.model_selection import StratifiedGroupKFold
 
     with warnings.catch_warnings():
-        # A class of fewer videos than folds is missing from some; it counts as wrong there.
+        # A class with fewer videos than folds is missing in some folds, and counts as wrong there.
         warnings.simplefilter("ignore", UserWarning)
-        divide = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        for train, test in divide.split(np.zeros(len(label)), label, group):
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        for train, test in splitter.split(np.zeros(len(label)), label, group):
             if len(test):
                 yield train, test
 
@@ -202,15 +219,15 @@ def fit_and_predict(
     test: NDArray[np.float32],
     seed: int,
 ) -> NDArray[np.int64]:
-    """Return the predicted classes of test [n, D] by a probe of train [m, D] with label [m]."""
+    """Fit a probe on train [m, D] and label [m], and predict the classes of test [n, D]."""
     if len(np.unique(label)) < 2:
         return np.full(len(test), label[0])
     mean = train.mean(axis=0, dtype=np.float64)
     scale = np.sqrt((np.square(train - mean)).sum(axis=1).mean()) or 1.0
     x, y = (train - mean) / scale, (test - mean) / scale
     if x.shape[1] > x.shape[0]:
-        # The weights of the optimum are sums of training rows, so that coordinates in the space
-        # which these span are enough: the same probe, in a tenth of the time.
+        # The optimal weights are sums of training rows. Coordinates in the span of these rows give
+        # the same probe in a tenth of the time.
         axes = np.linalg.svd(x, full_matrices=False)[2]
         x, y = x @ axes.T, y @ axes.T
     return _fit(x, label, _best_strength(x, label, group, seed)).predict(y)
@@ -219,19 +236,18 @@ def fit_and_predict(
 def _best_strength(
     x: NDArray[np.float64], label: NDArray[np.int64], group: NDArray[np.int64], seed: int
 ) -> float:
-    """Choose the strength with the most correct videos over inner folds; the smallest of equals."""
+    """Return the strength with the most correct videos over inner folds; the smallest of equals."""
     groups = len(np.unique(group))
     if groups < 2:
         return STRENGTHS[len(STRENGTHS) // 2]
-    right = np.zeros(len(STRENGTHS))
+    num_correct = np.zeros(len(STRENGTHS))
     for train, test in _grouped_folds(label, group, min(INNER_FOLDS, groups), seed):
         if len(np.unique(label[train])) < 2:
             continue
-        for at, strength in enumerate(STRENGTHS):
-            right[at] += (
-                _fit(x[train], label[train], strength).predict(x[test]) == label[test]
-            ).sum()
-    return STRENGTHS[int(np.argmax(right))]
+        for i, strength in enumerate(STRENGTHS):
+            predicted = _fit(x[train], label[train], strength).predict(x[test])
+            num_correct[i] += (predicted == label[test]).sum()
+    return STRENGTHS[int(np.argmax(num_correct))]
 
 
 def _fit(x: NDArray[np.float64], label: NDArray[np.int64], strength: float) -> Any:
@@ -239,6 +255,6 @@ def _fit(x: NDArray[np.float64], label: NDArray[np.int64], strength: float) -> A
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # Separable classes have no finite optimum without regularisation: near enough will do.
+        # With weak regularisation, separable classes may not converge; an approximation is enough.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=strength, max_iter=300).fit(x, label)

@@ -1,9 +1,9 @@
-"""Compare the teachers of a store: where do their outputs agree, and where do they differ?
+"""Compare the teachers of a store: measure how much their outputs agree.
 
-Measures that need no common classes come from the geometry of the outputs: linear CKA (Kornblith et
-al., ICML 2019) and the overlap of nearest neighbours.
+Teachers with different classes are compared by the geometry of their outputs: linear CKA (Kornblith
+et al., ICML 2019) and the overlap of nearest neighbours.
 
-Shapes: n frames, V videos, K D numbers of a row of one teacher and of another.
+Shapes: n frames, V videos, K and D numbers per row of two teachers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from ..common.numerics import distribution_entropy, softmax
 from ..store.reader import TargetStore
 from .target_probe import mean_targets
 
-NEIGHBOURS = 10  # of a frame or a video, whose overlap is measured
-COMPARED = 2000  # frames or videos among which neighbours are searched: a table of 32 MB
-FRAMES_PER_VIDEO = 6  # whose outputs are averaged where videos are compared
+# Nearest neighbours of a frame or a video whose overlap is measured.
+NUM_NEIGHBOURS = 10
+# Frames or videos to search neighbours among; their table of similarities has 32 MB.
+MAX_COMPARED = 2000
+# Frames to average outputs over when videos are compared.
+FRAMES_PER_VIDEO = 6
 
 
 @dataclass(frozen=True)
 class TeacherView:
     """One teacher on the sampled frames, and averaged over the sampled videos.
 
-    outputs: float32 [n, K]. entropy: nats [n], None of features. means: float32 [V, K].
+    outputs: float32 [n, K]. entropy: nats [n], None for features. means: float32 [V, K].
     """
 
     name: str
@@ -41,7 +44,7 @@ class TeacherView:
 
     @property
     def confidence(self) -> NDArray[np.float64] | None:
-        """1 − entropy / ln K of each frame [n]: 1 certain, 0 uniform; None of features."""
+        """1 − entropy / ln K of each frame [n]: 0 is uniform, 1 certain; None for features."""
         if self.entropy is None:
             return None
         return 1 - self.entropy.astype(np.float64) / max(float(np.log(len(self.classes))), 1e-9)
@@ -49,16 +52,22 @@ class TeacherView:
 
 @dataclass(frozen=True)
 class PairComparison:
-    """Two teachers over the same frames; None where a measure does not apply.
+    """Measures of two teachers on the same frames; None if a measure does not apply.
 
-    agreement: share of frames with the same best class, of teachers of the same classes.
-    cka: linear CKA, 1 for outputs that a rotation and a factor make equal, 0 for unrelated ones.
-    neighbours: mean share of a frame's nearest frames of other videos that both have;
-    `neighbours_by_chance` is that of unrelated outputs.
-    entropy_correlation: Spearman's, over frames.
-    first_more_confident: share of frames on which the first has the higher confidence.
-    disagreement: of each video [V], from 0 to 1: the Jensen-Shannon divergence in bits of the
-    distributions over common classes, else the share of its nearest videos that are not common.
+    Attributes:
+        first: Name of one teacher.
+        second: Name of the other teacher.
+        agreement: Share of frames with the same best class; requires equal classes.
+        cka: Linear CKA, 1 for outputs that are equal up to rotation and scale, 0 for unrelated
+            ones.
+        neighbours: Mean share of the nearest frames of other videos that both teachers have in
+            common.
+        neighbours_by_chance: Expected value of `neighbours` for unrelated outputs.
+        entropy_correlation: Spearman's correlation of the entropies over frames.
+        first_more_confident: Share of frames on which the first has the higher confidence.
+        disagreement: Value from 0 to 1 for each video [V]: the Jensen-Shannon divergence in bits of
+            the distributions over equal classes, otherwise the share of the nearest videos that the
+            teachers do not have in common.
     """
 
     first: str
@@ -85,10 +94,10 @@ class TeacherComparison:
     pairs: tuple[PairComparison, ...]
 
     def most_disputed(self, count: int) -> list[tuple[int, float]]:
-        """Return (place in `videos`, mean disagreement over pairs), the highest first."""
+        """Return (index into `videos`, mean disagreement over pairs), the highest first."""
         mean = np.mean([pair.disagreement for pair in self.pairs], axis=0)
         order = np.argsort(-mean, kind="stable")[:count]
-        return [(int(at), float(mean[at])) for at in order]
+        return [(int(i), float(mean[i])) for i in order]
 
 
 def compare_teachers(
@@ -98,9 +107,9 @@ def compare_teachers(
 
     Args:
         store: An open store.
-        teachers: At least two of its teachers, default all.
-        sample: Most frames used.
-        seed: Which frames and videos those are.
+        teachers: At least two of its teachers, by default all.
+        sample: Maximum number of frames.
+        seed: Seed of the sample of frames and videos.
 
     Raises:
         UsageError: There are fewer than two teachers, or fewer than three videos that all have.
@@ -118,7 +127,7 @@ def compare_teachers(
         )
     random = np.random.default_rng(seed)
     rows = np.sort(random.permutation(store.rows_of(usable))[:sample])
-    videos = np.sort(random.permutation(usable)[:COMPARED])
+    videos = np.sort(random.permutation(usable)[:MAX_COMPARED])
     of_video = store.read_table("video", rows)
     views = tuple(_view(store, name, rows, videos) for name in names)
     pairs = tuple(_compare(a, b, of_video) for a, b in combinations(views, 2))
@@ -139,17 +148,17 @@ def _view(
 def _compare(a: TeacherView, b: TeacherView, of_video: NDArray[np.int64]) -> PairComparison:
     from scipy.stats import spearmanr
 
-    same = bool(a.classes) and a.classes == b.classes
+    same_classes = bool(a.classes) and a.classes == b.classes
     agreement = correlation = confident = None
-    if same:
+    if same_classes:
         agreement = float((a.outputs.argmax(1) == b.outputs.argmax(1)).mean())
     if a.confidence is not None and b.confidence is not None:
         confident = float((a.confidence > b.confidence).mean())
         if np.ptp(a.confidence) > 0 and np.ptp(b.confidence) > 0:
             correlation = float(spearmanr(a.entropy, b.entropy).statistic)
-    few = np.linspace(0, len(of_video) - 1, min(COMPARED, len(of_video))).astype(np.int64)
-    overlap, chance = neighbour_overlap(a.outputs[few], b.outputs[few], of_video[few])
-    if same:
+    sample = np.linspace(0, len(of_video) - 1, min(MAX_COMPARED, len(of_video))).astype(np.int64)
+    overlap, chance = neighbour_overlap(a.outputs[sample], b.outputs[sample], of_video[sample])
+    if same_classes:
         disagreement = _divergence(a.means, b.means)
     else:
         disagreement = 1 - neighbour_overlap(a.means, b.means, np.arange(len(a.means)))[0]
@@ -169,8 +178,8 @@ def _compare(a: TeacherView, b: TeacherView, of_video: NDArray[np.int64]) -> Pai
 def linear_cka(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
     """Return linear CKA of x [n, K] and y [n, D]: ‖yᵀx‖² / (‖xᵀx‖ ‖yᵀy‖) of centred columns."""
     a, b = (z.astype(np.float64) - z.mean(axis=0, dtype=np.float64) for z in (x, y))
-    below = np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)
-    return float(np.linalg.norm(b.T @ a) ** 2 / below) if below > 0 else 0.0
+    norms = np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)
+    return float(np.linalg.norm(b.T @ a) ** 2 / norms) if norms > 0 else 0.0
 
 
 def neighbour_overlap(
@@ -178,28 +187,28 @@ def neighbour_overlap(
 ) -> tuple[NDArray[np.float64], float]:
     """Return the share [n] of nearest neighbours that x [n, K] and y [n, D] have in common.
 
-    Neighbours are by cosine of the centred outputs, among rows of other groups. Also returns the
-    mean share of unrelated outputs.
+    Neighbours are the rows of other groups with the highest cosine of centred outputs. The second
+    result is the expected share for unrelated outputs.
     """
-    others = (group[:, None] != group[None, :]).sum(axis=1)
-    count = max(1, min(NEIGHBOURS, int(others.min())))
-    near = []
+    num_others = (group[:, None] != group[None, :]).sum(axis=1)
+    count = max(1, min(NUM_NEIGHBOURS, int(num_others.min())))
+    neighbours = []
     for outputs in (x, y):
         z = outputs.astype(np.float64) - outputs.mean(axis=0, dtype=np.float64)
         z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
-        likeness = z @ z.T
-        likeness[group[:, None] == group[None, :]] = -np.inf
-        chosen = np.argpartition(-likeness, count - 1, axis=1)[:, :count]
-        flags = np.zeros(likeness.shape, bool)
-        np.put_along_axis(flags, chosen, True, axis=1)
-        near.append(flags)
-    chance = float(np.mean(count / np.maximum(others, 1)))
-    return (near[0] & near[1]).sum(axis=1) / count, chance
+        similarity = z @ z.T
+        similarity[group[:, None] == group[None, :]] = -np.inf
+        nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
+        is_neighbour = np.zeros(similarity.shape, bool)
+        np.put_along_axis(is_neighbour, nearest, True, axis=1)
+        neighbours.append(is_neighbour)
+    chance = float(np.mean(count / np.maximum(num_others, 1)))
+    return (neighbours[0] & neighbours[1]).sum(axis=1) / count, chance
 
 
 def _divergence(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the Jensen-Shannon divergence in bits of the softmaxes of each row [V]."""
     p, q = softmax(x.astype(np.float64)), softmax(y.astype(np.float64))
-    apart = (distribution_entropy(p) + distribution_entropy(q)) / 2
-    nats = distribution_entropy((p + q) / 2) - apart
+    mean_entropy = (distribution_entropy(p) + distribution_entropy(q)) / 2
+    nats = distribution_entropy((p + q) / 2) - mean_entropy
     return np.asarray(np.clip(nats / np.log(2), 0, 1))

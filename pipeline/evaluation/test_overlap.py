@@ -1,4 +1,4 @@
-"""Record what a run of `finetune` was trained on, and count the test videos that are among it."""
+"""Record the videos that a run of `finetune` was trained on, and count test videos among them."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ from .run_labels import RunLabels, labels_digest
 log = logging.getLogger(__name__)
 
 
-def record_and_compare(init: str, labels: Labels, run_dir: Path, *, again: bool) -> dict[str, int]:
+def record_and_compare(
+    init: str, labels: Labels, run_dir: Path, *, resumed: bool
+) -> dict[str, int]:
     """Write RUN/labels.json and RUN/seen_videos.npz, and count test videos that the run has seen.
 
     Args:
         init: The initialisation of the run.
         labels: Its data set.
         run_dir: Its folder.
-        again: Whether the run is resumed; existing files are then kept.
+        resumed: Whether the run is resumed; existing files are then not changed.
 
     Returns:
-        Number of test videos by the way in which the run has seen them.
+        Number of test videos for each way in which the run has seen them.
     """
     if unknown := unknown_videos(init):
         log.warning(unknown)
-    seen = SeenVideos.read(run_dir) if again else None
-    if seen is None:
-        # Choosing by the validation side is a kind of training, too.
+    seen_videos = SeenVideos.read(run_dir) if resumed else None
+    if seen_videos is None:
+        # Options and epochs are chosen by the validation side, so that its videos count as seen.
         videos = [*labels.train, *labels.val]
         trained = SeenVideos.of(
             [labels.digest(v) for v in videos], [labels.absolute(v) for v in videos]
         )
-        seen = trained.after(_seen_by(init))
-        seen.write(run_dir)
-    if not again or RunLabels.read(run_dir) is None:
+        seen_videos = trained.after(_seen_by(init))
+        seen_videos.write(run_dir)
+    if not resumed or RunLabels.read(run_dir) is None:
         RunLabels.from_labels(labels).write(run_dir)
     counts = overlap(
-        seen,
+        seen_videos,
         labels,
         init_seen="the videos that the initialisation was trained on",
         training=False,
@@ -57,7 +59,8 @@ def refuse_overlap(init: str, labels: Labels) -> None:
     """Refuse labels whose test videos, or recordings of them, are among those trained on.
 
     Raises:
-        LabelsError: They are, or the videos of the initialisation are not known.
+        LabelsError: A test video or its recording was trained on, or the initialisation has no
+            record of its videos.
     """
     if unknown := unknown_videos(init):
         raise LabelsError(f"--strict: {unknown}")
@@ -66,18 +69,18 @@ def refuse_overlap(init: str, labels: Labels) -> None:
             f"--strict: {labels.dataset}: {labels.shared_sources} of {len(labels.test)} test videos are cut from "
             "recordings of training videos"
         )
-    seen = _seen_by(init)
-    if seen is None:
+    seen_videos = _seen_by(init)
+    if seen_videos is None:
         return
-    rows = seen.rows(
+    rows = seen_videos.rows(
         [labels.digest(video) for video in labels.test],
         [labels.absolute(video) for video in labels.test],
     )
-    known = [video for video, found in zip(labels.test, rows, strict=True) if found]
-    if known:
+    shared = [video for video, matches in zip(labels.test, rows, strict=True) if matches]
+    if shared:
         raise LabelsError(
-            f"--strict: {len(known)} of {len(labels.test)} test videos are among those that {init} was trained on, "
-            f"the first: {escape_path(known[0].path)}; "
+            f"--strict: {len(shared)} of {len(labels.test)} test videos are among those that {init} was trained on, "
+            f"the first: {escape_path(shared[0].path)}; "
             f"train it with --exclude {labels.dataset} --split {labels.split}"
         )
 
@@ -85,24 +88,24 @@ def refuse_overlap(init: str, labels: Labels) -> None:
 def unknown_videos(init: str) -> str:
     """Return a sentence about an initialisation without a record of its videos, else "".
 
-    Weights of others (torchvision's, Kinetics') are not meant, whose videos nobody could list.
+    Third-party weights, such as those of torchvision, have no such record and return "".
     """
     file = student_file(init)
     if file is None or read_meta(file) is None or _seen_by(init) is not None:
         return ""
     return (
-        f"{init} has no {SEEN_VIDEOS}, so whether it was trained on test videos is not known; give the run folder "
+        f"{init} has no {SEEN_VIDEOS}, so it is unknown whether it was trained on test videos; give the run folder "
         "that train-student wrote"
     )
 
 
 def overlap(
-    seen: SeenVideos, labels: Labels, *, init_seen: str, training: bool = True
+    seen_videos: SeenVideos, labels: Labels, *, init_seen: str, training: bool = True
 ) -> dict[str, int]:
-    """Count test videos that were seen before, and warn of them.
+    """Count test videos that a run or its initialisation has seen, and warn of them.
 
     Args:
-        seen: The videos that a run and its initialisation have seen.
+        seen_videos: The videos that a run and its initialisation have seen.
         labels: The data set of the test.
         init_seen: Name of the videos of the initialisation in messages.
         training: Whether to count the run's own training videos too.
@@ -113,23 +116,27 @@ def overlap(
     stages = {INIT: ("test_videos_seen_by_init", init_seen)}
     if training:
         stages[OWN] = ("test_videos_trained_on", "those that the run was trained on")
-    paths = [labels.absolute(video) for video in labels.test]
-    seen_by = seen.stages([labels.digest(video) for video in labels.test], paths)
+    digests = [labels.digest(video) for video in labels.test]
+    stages_of_videos = seen_videos.stages(
+        digests, [labels.absolute(video) for video in labels.test]
+    )
     counts = {}
     for stage, (key, videos) in stages.items():
-        known = [
-            escape_path(v.path) for v, by in zip(labels.test, seen_by, strict=True) if stage in by
+        shared = [
+            escape_path(video.path)
+            for video, video_stages in zip(labels.test, stages_of_videos, strict=True)
+            if stage in video_stages
         ]
-        counts[key] = len(known)
-        if known:
+        counts[key] = len(shared)
+        if shared:
             log.warning(
-                f"{len(known)} of {len(labels.test)} test videos are among {videos}, the first: {known[0]}; "
+                f"{len(shared)} of {len(labels.test)} test videos are among {videos}, the first: {shared[0]}; "
                 "accuracies are not those of unseen videos"
             )
     return counts
 
 
-def require_own_labels(
+def require_same_labels(
     run: Path, saved: dict[str, Any] | None, labels: Labels, remedy: str
 ) -> None:
     """Check that labels are those that a run was trained on.
@@ -137,8 +144,8 @@ def require_own_labels(
     Args:
         run: The folder of the run.
         saved: Identity of its checkpoint, if it has one.
-        labels: The labels to check. A run of which neither is known is accepted.
-        remedy: What the message proposes.
+        labels: The labels to check. They are accepted if the run has no record of its labels.
+        remedy: What the user can do, for the message.
 
     Raises:
         CheckpointError: The labels differ.
@@ -163,7 +170,7 @@ def require_own_labels(
 
 
 def _seen_by(init: str) -> SeenVideos | None:
-    """Return what the run of an initialisation saw, None if it is not a run or has no record."""
+    """Return the videos that an initialisation has seen; None if it has no record of them."""
     file = student_file(init)
     if file is None:
         return None

@@ -224,7 +224,7 @@ def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
     )[:, 0]
     means = np.concatenate(levels).mean(axis=0)
     units = len(set(groups))
-    estimate = Estimate(float(difference.mean()), *interval(resampled, units, least=-1))
+    estimate = Estimate(float(difference.mean()), *interval(resampled, units, min_mean=-1))
     return Gain(float(means[0]), float(means[1]), estimate, p_value(resampled, units))
 
 
