@@ -1,4 +1,4 @@
-"""Label files and labelled folders: what they give, and every way in which they are refused."""
+"""Label files and labelled folders: their labels, and every reason to refuse them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ b/5.mp4,sit,s5,,
 
 
 def dataset(tmp_path: Path, text: str = GOOD, *, missing: tuple[str, ...] = ()) -> str:
-    """A csv and the files it names; their content does not matter here."""
+    """Write a csv and the files that it names, with any content."""
     (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
     for row in text.splitlines()[1:]:
         name = row.split(",")[0]
@@ -31,16 +31,16 @@ def dataset(tmp_path: Path, text: str = GOOD, *, missing: tuple[str, ...] = ()) 
     return f"csv:{tmp_path / 'labels.csv'}"
 
 
-def test_csv_gives_both_sides_of_the_split_asked_for(tmp_path: Path) -> None:
-    where = dataset(tmp_path)
-    first, second = load_labels(where), load_labels(where, 2)
+def test_csv_gives_both_sides_of_a_split(tmp_path: Path) -> None:
+    spec = dataset(tmp_path)
+    first, second = load_labels(spec), load_labels(spec, 2)
     assert first.classes == second.classes == ("run", "sit")
     assert [(v.path, first.classes[v.label]) for v in first.train] == [
         ("a/1.mp4", "run"),
         ("b/3.mp4", "sit"),
     ]
     assert [v.source for v in first.train] == ["s1", "s3"]
-    assert available_splits(where) == (1, 2)
+    assert available_splits(spec) == (1, 2)
     assert second.train == first.test
     assert second.test == first.train
     assert first.absolute(first.train[0]) == str(tmp_path / "a/1.mp4")
@@ -48,8 +48,8 @@ def test_csv_gives_both_sides_of_the_split_asked_for(tmp_path: Path) -> None:
 
 
 def test_csv_spellings(tmp_path: Path) -> None:
-    """A byte order mark, spaces after commas, capitals, repeated rows, quoted commas and odd bytes
-    in names."""
+    """A byte order mark, spaces after commas, capitals, repeated rows, quoted commas, and bytes in
+    names that are not UTF-8."""
     odd = os.fsdecode(b"\xff-odd.mp4")
     rows = ["path, label, split1", "./x.mp4, 10, Train", "x.mp4,10,train", '"y, z.mp4",9,TRAIN']
     rows += ["-dash.mp4,10,test", f"{odd},9,test"]
@@ -57,7 +57,7 @@ def test_csv_spellings(tmp_path: Path) -> None:
     for name in ("x.mp4", "y, z.mp4", "-dash.mp4", odd):
         (tmp_path / name).write_bytes(os.fsencode(name))
     labels = load_labels(f"csv:{tmp_path / 'l.csv'}")
-    assert labels.classes == ("9", "10"), "numbered classes stand in the order of their numbers"
+    assert labels.classes == ("9", "10"), "numeric classes are sorted by value"
     assert [v.path for v in labels.train] == ["x.mp4", "y, z.mp4"]
     assert [v.path for v in labels.test] == ["-dash.mp4", odd]
 
@@ -106,28 +106,28 @@ def test_csv_spellings(tmp_path: Path) -> None:
     ],
 )
 def test_csv_refusals(tmp_path: Path, old: str, new: str, split: int, message: str) -> None:
-    where = dataset(tmp_path, GOOD.replace(old, new))
+    spec = dataset(tmp_path, GOOD.replace(old, new))
     with pytest.raises(LabelsError, match=message) as error:
-        load_labels(where, split)
+        load_labels(spec, split)
     assert "\n" not in str(error.value)
     assert "labels.csv" in str(error.value)
 
 
 def test_unknown_paths_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
-    where = dataset(tmp_path, missing=("a/2.mp4", "b/4.mp4", "b/5.mp4"))
+    spec = dataset(tmp_path, missing=("a/2.mp4", "b/4.mp4", "b/5.mp4"))
     with pytest.raises(LabelsError, match=r"2 of 4 .*a/2.mp4 \(line 3\)"):
-        load_labels(where)
+        load_labels(spec)
 
 
 def test_a_link_to_a_training_video_leaks(tmp_path: Path) -> None:
-    where = dataset(tmp_path)
+    spec = dataset(tmp_path)
     (tmp_path / "a/2.mp4").unlink()
     (tmp_path / "a/2.mp4").symlink_to(tmp_path / "a/1.mp4")
     with pytest.raises(LabelsError, match=r"a/1\.mp4.*a/2\.mp4"):
-        load_labels(where)
+        load_labels(spec)
 
 
-def test_missing_and_foreign_files(tmp_path: Path) -> None:
+def test_missing_and_invalid_files(tmp_path: Path) -> None:
     with pytest.raises(LabelsError, match=r"none\.csv"):
         load_labels(f"csv:{tmp_path / 'none.csv'}")
     (tmp_path / "noise.csv").write_bytes(bytes(range(256)) * 4)
@@ -141,26 +141,28 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_a_training_video_leaks(tmp_path: Path) -> None:
-    """Another name and another file, the same content; equal sizes alone are no leak."""
-    where = dataset(tmp_path)
+    """A leak is equal content under another name; equal sizes are not enough."""
+    spec = dataset(tmp_path)
     content = b"\0" * 200_000 + b"one"
     (tmp_path / "a/1.mp4").write_bytes(content)
     (tmp_path / "b/4.mp4").write_bytes(content[:-3] + b"two")
-    assert len(load_labels(where).test) == 2
+    assert len(load_labels(spec).test) == 2
     (tmp_path / "a/2.mp4").write_bytes(content)
     with pytest.raises(LabelsError, match=r"a/1\.mp4 .*a/2\.mp4"):
-        load_labels(where)
+        load_labels(spec)
 
 
-def test_what_has_no_label_or_no_video_is_refused_or_told(tmp_path: Path) -> None:
-    where = dataset(tmp_path, missing=("b/3.mp4", "b/4.mp4"))
+def test_missing_labels_and_videos_are_refused_or_noted(tmp_path: Path) -> None:
+    spec = dataset(tmp_path, missing=("b/3.mp4", "b/4.mp4"))
     (tmp_path / "b/another.mp4").write_bytes(b"unlisted")
     (tmp_path / "a/notes.txt").write_bytes(b"no video")
     with pytest.raises(LabelsError, match="2 of 4 "):
-        load_labels(where)
+        load_labels(spec)
     (tmp_path / "a/0.mp4").write_bytes(b"sit 0")
-    more = dataset(tmp_path, GOOD + "a/0.mp4,sit,s6,train,test\n", missing=("b/3.mp4", "b/4.mp4"))
-    labels = load_labels(more, partial=True)
+    extended = dataset(
+        tmp_path, GOOD + "a/0.mp4,sit,s6,train,test\n", missing=("b/3.mp4", "b/4.mp4")
+    )
+    labels = load_labels(extended, partial=True)
     assert [v.path for v in labels.train] == ["a/1.mp4", "a/0.mp4"]
     assert [v.path for v in labels.test] == ["a/2.mp4", "b/4.mp4"], (
         "a missing test video counts as wrong"
@@ -170,12 +172,12 @@ def test_what_has_no_label_or_no_video_is_refused_or_told(tmp_path: Path) -> Non
     assert all(counted)
     for name in ("b/3.mp4", "b/4.mp4"):
         (tmp_path / name).write_bytes(name.encode())
-    notes = load_labels(more).notes
-    assert len(notes) == 1, "a list may name a part of a folder: no error, and not silently"
+    notes = load_labels(extended).notes
+    assert len(notes) == 1, "a list may name a part of a folder, with a note"
     assert notes[0].endswith("'b/another.mp4'")
 
 
-def test_videos_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_videos_may_be_in_another_folder(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     dataset(tmp_path / "videos")
     (tmp_path / "labels.csv").write_text(GOOD)
@@ -192,7 +194,8 @@ def test_a_file_that_is_too_large_for_labels_is_refused(tmp_path: Path) -> None:
     for spec in ("csv", "kinetics"):
         path = tmp_path / f"{spec}.csv"
         path.touch()
-        os.truncate(path, 1 << 40)  # sparse
+        # A sparse file of 1 TiB.
+        os.truncate(path, 1 << 40)
         with pytest.raises(DistInitError, match=rf"{spec}\.csv: "):
             load_labels(f"{spec}:{path}", root=str(tmp_path))
     (tmp_path / "many.csv").write_text(f"path,label,split{'9' * 5000}\n")
@@ -210,15 +213,15 @@ abseiling,00000003,5,15,test
 
 
 def test_kinetics(tmp_path: Path) -> None:
-    """Names as downloaders give them, anywhere below the root; other splits' rows are left out."""
+    """Files have names of common downloaders, anywhere below the root; other splits are ignored."""
     names = ["riding a bike/-abc_123_000004_000014.mp4", "val/defghijk_000010_000020.mkv"]
     names += ["abseiling/00000001_000000_000010.mp4", "abseiling/00000002_000120_000130.mp4"]
     for name in names:
         (tmp_path / "v" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "v" / name).write_bytes(name.encode())
     (tmp_path / "k.csv").write_text(KINETICS)
-    where, root = f"kinetics:{tmp_path / 'k.csv'}", str(tmp_path / "v")
-    labels = load_labels(where, root=root)
+    spec, root = f"kinetics:{tmp_path / 'k.csv'}", str(tmp_path / "v")
+    labels = load_labels(spec, root=root)
     assert labels.classes == ("abseiling", "riding a bike")
     assert [(v.path, v.label, v.source) for v in labels.train] == [
         (names[0], 1, "-abc_123"),
@@ -234,16 +237,16 @@ def test_kinetics(tmp_path: Path) -> None:
     assert (both.train, both.test) == (labels.train, labels.test)
     (tmp_path / "v" / names[3]).unlink()
     with pytest.raises(LabelsError, match=r"1 of 4 .*_000120_000130\.mp4 \(k\.csv line 5\)"):
-        load_labels(where, root=root)
-    assert len(load_labels(where, root=root, partial=True).test) == 2
+        load_labels(spec, root=root)
+    assert len(load_labels(spec, root=root, partial=True).test) == 2
     (tmp_path / "k.csv").write_text(KINETICS.replace("time_end", "end"))
     with pytest.raises(LabelsError, match="'time_end'"):
-        load_labels(where, root=root)
+        load_labels(spec, root=root)
     (tmp_path / "k.csv").write_text(KINETICS.replace(",4,14,", ",1e999,14,"))
     with pytest.raises(LabelsError, match=r"k\.csv.*line 2.*'1e999'"):
-        load_labels(where, root=root)
+        load_labels(spec, root=root)
     with pytest.raises(UsageError, match="split 1"):
-        load_labels(where, 2, root=root)
+        load_labels(spec, 2, root=root)
 
 
 def folder(tmp_path: Path, *names: str) -> str:
@@ -255,7 +258,7 @@ def folder(tmp_path: Path, *names: str) -> str:
 
 
 def test_folder(tmp_path: Path) -> None:
-    where = folder(
+    spec = folder(
         tmp_path,
         "train/b/2.mp4",
         "train/a/deep/1.mp4",
@@ -263,7 +266,7 @@ def test_folder(tmp_path: Path) -> None:
         "test/b/4.mp4",
         "test/b/notes.txt",
     )
-    labels = load_labels(where)
+    labels = load_labels(spec)
     assert labels.classes == ("a", "b")
     assert [(v.path, v.label) for v in labels.train] == [
         ("train/a/deep/1.mp4", 0),
@@ -271,7 +274,7 @@ def test_folder(tmp_path: Path) -> None:
     ]
     assert [(v.path, v.label) for v in labels.test] == [("test/a/3.avi", 0), ("test/b/4.mp4", 1)]
     with pytest.raises(LabelsError, match="--split 2"):
-        load_labels(where, 2)
+        load_labels(spec, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""HMDB-51 and UCF-101 as they unpack: all lists in the official formats, every video a real clip,
-and what is refused. The names are made up, the numbers are the official ones."""
+"""HMDB-51 and UCF-101 as they unpack: all lists in the official formats, a real clip per video, and
+every reason to refuse them. Names are invented, counts are the official ones."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from distinit.pipeline.evaluation.labelled_clips import EvaluationClips
 from distinit.pipeline.evaluation.labels import Labels, available_splits, load_labels
 from distinit.pipeline.evaluation.official import HMDB51_CLASSES
 
+# A real clip of 4 KB.
 CLIP = (
     Path(distinit.__file__).parent / "conf/demo_corpus/Standing_Still/test_Standing-Still-001.mp4"
-)  # a real clip of 4 KB
+)
 SPLITS = (1, 2, 3)
 
-# UCF-101's official numbers of train videos; the rest of the 13320 are tested.
+# Official numbers of train videos of UCF-101; the others of its 13320 videos are tested.
 UCF_TRAIN = {1: 9537, 2: 9586, 3: 9624}
 
 
 def clips() -> Iterator[bytes]:
-    """The clip over and over, each a file of its own content and, mostly, size: an MP4 `free` box
-    behind it."""
+    """Yield copies of the clip with different content, and mostly different size.
+
+    An MP4 `free` box is appended to each.
+    """
     content = CLIP.read_bytes()
     for number in itertools.count():
         box = number.to_bytes(8, "big") + b"\0" * (number % 2000)
@@ -44,8 +47,8 @@ def per_class(total: int, classes: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def hmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """51 class folders with 6766 clips, 153 split files; 70 train, 30 test and the rest unused in
-    each."""
+    """Write 51 class folders with 6766 clips, and 153 split files with 70 train, 30 test and some
+    unused videos each."""
     root = tmp_path_factory.mktemp("hmdb51")
     lists = root / "testTrainMulti_7030_splits"
     lists.mkdir()
@@ -53,17 +56,17 @@ def hmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label, count in zip(HMDB51_CLASSES, per_class(6766, 51), strict=True):
         folder = root / "hmdb51_org" / label
         folder.mkdir(parents=True)
-        # Odd names as the real ones: a number sign, brackets, an ampersand; three clips a
-        # recording.
+        # Names are as odd as the real ones, with number signs, brackets and ampersands. A recording
+        # has three clips.
         names = [
             f"#{i // 3}_A_&_[B](c);d!_{label}_f_cm_np1_ri_med_{i % 3}.avi" for i in range(count)
         ]
         for name in names:
             (folder / name).write_bytes(next(content))
         for split in SPLITS:
-            turned = names[30 * split :] + names[: 30 * split]
+            rotated = names[30 * split :] + names[: 30 * split]
             tags = [1] * 70 + [2] * 30 + [0] * (count - 100)
-            tagged = dict(zip(turned, tags, strict=True))
+            tagged = dict(zip(rotated, tags, strict=True))
             text = "".join(f"{name} {tagged[name]} \n" for name in names)
             (lists / f"{label}_test_split{split}.txt").write_text(text)
     assert len(list(lists.iterdir())) == 153
@@ -72,8 +75,8 @@ def hmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """101 class folders with 13320 clips, 7 lists with CR LF; HandstandPushups spelt as in the
-    archive."""
+    """Write 101 class folders with 13320 clips, and 7 lists with CR LF; HandstandPushups is spelt
+    as in the archive."""
     root = tmp_path_factory.mktemp("ucf101")
     lists = root / "ucfTrainTestlist"
     lists.mkdir()
@@ -92,8 +95,8 @@ def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in names:
             (folder / name).write_bytes(next(content))
         for split in SPLITS:
-            turned = names[20 * split :] + names[: 20 * split]
-            tested = set(turned[: counts[split][k]])
+            rotated = names[20 * split :] + names[: 20 * split]
+            tested = set(rotated[: counts[split][k]])
             train[split] += [f"{label}/{name} {k + 1}" for name in names if name not in tested]
             test[split] += [f"{label}/{name}" for name in names if name in tested]
     for split in SPLITS:
@@ -132,7 +135,7 @@ def changed(path: Path, old: bytes, new: bytes) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_hmdb51_is_read_as_its_lists_say(hmdb: Path) -> None:
+def test_hmdb51_has_the_sides_of_its_lists(hmdb: Path) -> None:
     assert available_splits("hmdb51", str(hmdb)) == SPLITS
     for split in SPLITS:
         labels = labels_of("hmdb51", hmdb, split)
@@ -147,14 +150,14 @@ def test_hmdb51_is_read_as_its_lists_say(hmdb: Path) -> None:
             }
         for side, tag in ((labels.train, "1"), (labels.test, "2")):
             assert {(v.path.split("/")[0], v.path.split("/")[1]) for v in side} == {
-                name for name, own in tagged.items() if own == tag
+                name for name, video_tag in tagged.items() if video_tag == tag
             }
             assert all(labels.classes[v.label] == v.path.split("/")[0] for v in side), (
-                "sit is not situp"
+                "sit and situp are different classes"
             )
-    one = next(v for v in labels.test if v.path.startswith("situp/"))
-    assert one.source.startswith("#")
-    assert one.source.endswith("_A_&_[B](c);d!"), "the recording, without class and number"
+    situp = next(v for v in labels.test if v.path.startswith("situp/"))
+    assert situp.source.startswith("#")
+    assert situp.source.endswith("_A_&_[B](c);d!"), "the recording has neither class nor number"
 
 
 @pytest.mark.slow
@@ -167,7 +170,7 @@ def test_a_clip_of_the_official_folders_decodes(hmdb: Path, ucf: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ucf101_is_read_as_its_lists_say(ucf: Path) -> None:
+def test_ucf101_has_the_sides_of_its_lists(ucf: Path) -> None:
     for split in SPLITS:
         labels = labels_of("ucf101", ucf, split)
         assert (len(labels.classes), len(labels.train)) == (101, UCF_TRAIN[split])
@@ -177,16 +180,16 @@ def test_ucf101_is_read_as_its_lists_say(ucf: Path) -> None:
         assert {v.path: v.label + 1 for v in labels.train} == numbers, "class ids count from 1"
         assert all(labels.classes[v.label] == v.path.split("/")[0] for v in labels.test)
     pushups = labels.classes.index("HandstandPushups")
-    found = [v for v in labels.test if v.label == pushups]
-    assert found
-    assert all(v.path.startswith("HandstandPushups/v_HandStandPushups_g") for v in found)
-    assert found[0].source == f"HandStandPushups_g{found[0].path[-11:-8]}".replace("_gg", "_g")
+    videos = [v for v in labels.test if v.label == pushups]
+    assert videos
+    assert all(v.path.startswith("HandstandPushups/v_HandStandPushups_g") for v in videos)
+    assert videos[0].source == f"HandStandPushups_g{videos[0].path[-11:-8]}".replace("_gg", "_g")
 
 
 @pytest.mark.slow
 def test_case_of_the_disk_does_not_matter(ucf: Path) -> None:
-    """Unpacked elsewhere, the folder or its files may have the other spelling; the class keeps its
-    own name."""
+    """On other disks, the folder or its files may have the other spelling. The name of the class
+    does not change."""
     folder = ucf / "UCF-101/HandstandPushups"
     with moved(folder, ucf / "UCF-101/HandStandPushups"):
         labels = labels_of("ucf101", ucf)
@@ -203,7 +206,7 @@ def test_case_of_the_disk_does_not_matter(ucf: Path) -> None:
 
 
 def test_roots_and_archives(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
-    """Expected, found, and where to get it."""
+    """Errors have the expected and the existing files, and where to get them."""
     with pytest.raises(
         UsageError,
         match=r"--root.*hmdb51_org\.rar.*test_train_splits",
@@ -238,14 +241,14 @@ def test_roots_and_archives(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
 
 
 def test_an_incomplete_download_is_counted(hmdb: Path, tmp_path: Path) -> None:
-    gone = sorted((hmdb / "hmdb51_org/sit").iterdir())[0]
-    with moved(gone, tmp_path / "gone.avi"):
+    missing = sorted((hmdb / "hmdb51_org/sit").iterdir())[0]
+    with moved(missing, tmp_path / "gone.avi"):
         with pytest.raises(LabelsError, match=r"1 of the 6766 .*--partial"):
             labels_of("hmdb51", hmdb)
         labels = labels_of("hmdb51", hmdb, partial=True)
-        lost = 5100 - len(labels.train) - len(labels.test)
-        assert lost == int("train" in "".join(labels.notes)), (
-            "a missing test video stays, and counts as wrong"
+        num_lost = 5100 - len(labels.train) - len(labels.test)
+        assert num_lost == int("train" in "".join(labels.notes)), (
+            "a missing test video stays in the list and counts as wrong"
         )
     extra = hmdb / "hmdb51_org/sit/mine.avi"
     extra.write_bytes(b"not listed")
@@ -256,10 +259,9 @@ def test_an_incomplete_download_is_counted(hmdb: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [("sit",), HMDB51_CLASSES])
-def test_videos_converted_to_mp4_are_found(hmdb: Path, classes: tuple[str, ...]) -> None:
-    """The tree as people convert it, one class or all; with both of a video, that of the lists
-    counts."""
-    before = labels_of("hmdb51", hmdb)
+def test_videos_converted_to_mp4_are_matched(hmdb: Path, classes: tuple[str, ...]) -> None:
+    """One class or all are converted. If a video has both files, the listed one is used."""
+    original = labels_of("hmdb51", hmdb)
     videos = [video for label in classes for video in (hmdb / "hmdb51_org" / label).iterdir()]
     try:
         for video in videos:
@@ -278,9 +280,9 @@ def test_videos_converted_to_mp4_are_found(hmdb: Path, classes: tuple[str, ...])
         converted = [
             video.path.removesuffix(".mp4").removesuffix(".avi") for video in getattr(labels, side)
         ]
-        assert converted == [video.path.removesuffix(".avi") for video in getattr(before, side)]
+        assert converted == [video.path.removesuffix(".avi") for video in getattr(original, side)]
     assert [note for note in labels.notes if f"{len(videos)} as .mp4" in note]
-    assert not before.notes
+    assert not original.notes
 
 
 def test_wrong_lists_are_refused(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
@@ -290,20 +292,22 @@ def test_wrong_lists_are_refused(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
         pytest.raises(LabelsError, match=r"1 of the 153 .*'sit_test_split2\.txt'"),
     ):
         labels_of("hmdb51", hmdb, 1)
-    own = lists / "sit_test_split1.txt"
+    split_file = lists / "sit_test_split1.txt"
     with (
-        changed(own, b".avi 1", b".avi 2"),
+        changed(split_file, b".avi 1", b".avi 2"),
         pytest.raises(LabelsError, match="69 train and 31 test"),
     ):
         labels_of("hmdb51", hmdb)
     with (
-        changed(own, b".avi 1", b".avi 3"),
+        changed(split_file, b".avi 1", b".avi 3"),
         pytest.raises(LabelsError, match=r"NAME\.avi 0\|1\|2"),
     ):
         labels_of("hmdb51", hmdb)
-    first = next(line for line in own.read_bytes().splitlines(keepends=True) if b".avi 0" in line)
+    first = next(
+        line for line in split_file.read_bytes().splitlines(keepends=True) if b".avi 0" in line
+    )
     with (
-        changed(own, first, b""),
+        changed(split_file, first, b""),
         pytest.raises(LabelsError, match=r"split 1 .*6765 .*6766"),
     ):
         labels_of("hmdb51", hmdb)
@@ -344,17 +348,16 @@ def test_wrong_lists_are_refused(hmdb: Path, ucf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_leak_of_an_official_split_is_told_and_kept(hmdb: Path) -> None:
-    """Its numbers are compared with others', so the split stays; a user's own list would be
-    refused."""
+def test_a_leak_of_an_official_split_is_noted_and_kept(hmdb: Path) -> None:
+    """The split is not changed, so that accuracies can be compared; a user's list is refused."""
     labels = labels_of("hmdb51", hmdb)
     test, train = (hmdb / "hmdb51_org" / side[0].path for side in (labels.test, labels.train))
     content = test.read_bytes()
     test.write_bytes(train.read_bytes())
     try:
-        again = labels_of("hmdb51", hmdb)
+        leaking = labels_of("hmdb51", hmdb)
     finally:
         test.write_bytes(content)
-    assert len(again.test) == 1530
-    assert again.notes[0].startswith("1 ")
-    assert os.path.basename(labels.test[0].path) in again.notes[0]
+    assert len(leaking.test) == 1530
+    assert leaking.notes[0].startswith("1 ")
+    assert os.path.basename(labels.test[0].path) in leaking.notes[0]

@@ -1,5 +1,4 @@
-"""predictions.h5: readable with plain h5py, enough to recompute every number, and refused when
-damaged."""
+"""predictions.h5: readable with plain h5py, sufficient for every metric, refused when damaged."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ CLASSES = ["clap", "run, fast", "sit"]
 VIDEOS = ["a/1.mp4", "b 2.mp4", os.fsdecode(b"\xff.mp4"), "-d%.mp4"]
 
 
-def made(pending: bool = False) -> Predictions:
-    found = Predictions.empty(
+def make_predictions(pending: bool = False) -> Predictions:
+    predictions = Predictions.empty(
         CLASSES,
         VIDEOS,
         [0, 1, 2, 0],
@@ -35,15 +34,15 @@ def made(pending: bool = False) -> Predictions:
     rng = np.random.default_rng(0)
     for video in (0, 1, 3):
         scores = rng.dirichlet(np.ones(3), size=10).astype(np.float32)
-        found.set_scores(video, scores, np.arange(10), 40)
+        predictions.set_scores(video, scores, np.arange(10), 40)
     if not pending:
-        found.fail(2, "empty file")
-    return found
+        predictions.fail(2, "empty file")
+    return predictions
 
 
-def test_numbers_follow_from_the_tables_alone(tmp_path: Path) -> None:
-    """Plain h5py and NumPy come to what metrics_from_file says."""
-    made().write(tmp_path / "p.h5")
+def test_metrics_follow_from_the_tables(tmp_path: Path) -> None:
+    """Plain h5py and NumPy give the results of metrics_from_file."""
+    make_predictions().write(tmp_path / "p.h5")
     with h5py.File(tmp_path / "p.h5") as file:
         scores, labels = file["clip_scores"][:], file["labels"][:]
         video_scores = file["video_scores"][:]
@@ -54,19 +53,19 @@ def test_numbers_follow_from_the_tables_alone(tmp_path: Path) -> None:
     readable = [0, 1, 3]
     top1 = sum(int(scores[v].mean(axis=0).argmax() == labels[v]) for v in readable)
     per_clip = sum(int(c.argmax() == labels[v]) for v in readable for c in scores[v])
-    found = metrics_from_file(tmp_path / "p.h5")
-    assert found["top1"]["value"] == pytest.approx(top1 / 4)
-    assert found["per_clip"]["value"] == pytest.approx(per_clip / 40)
-    assert found["top5"]["value"] == 0.75, (
-        "the unread video is wrong even among the best five of three"
+    metrics = metrics_from_file(tmp_path / "p.h5")
+    assert metrics["top1"]["value"] == pytest.approx(top1 / 4)
+    assert metrics["per_clip"]["value"] == pytest.approx(per_clip / 40)
+    assert metrics["top5"]["value"] == 0.75, (
+        "the unreadable video is wrong, although top 5 of 3 classes is always correct"
     )
-    assert [f["reason"] for f in found["failed"]] == ["empty file"]
-    assert sum(c["videos"] for c in found["per_class"].values()) == found["videos"] == 4
-    assert sum(c["right"] for c in found["per_class"].values()) == top1
+    assert [f["reason"] for f in metrics["failed"]] == ["empty file"]
+    assert sum(c["videos"] for c in metrics["per_class"].values()) == metrics["videos"] == 4
+    assert sum(c["right"] for c in metrics["per_class"].values()) == top1
 
 
-def test_round_trip_and_continuation(tmp_path: Path) -> None:
-    first = made(pending=True)
+def test_round_trip_and_resume(tmp_path: Path) -> None:
+    first = make_predictions(pending=True)
     first.write(tmp_path / "p.h5")
     read = Predictions.read(tmp_path / "p.h5")
     assert read.videos == VIDEOS
@@ -76,7 +75,7 @@ def test_round_trip_and_continuation(tmp_path: Path) -> None:
     with pytest.raises(PredictionsError, match="1 of 4 "):
         metrics_from_file(tmp_path / "p.h5")
 
-    again = Predictions.empty(
+    resumed = Predictions.empty(
         CLASSES,
         VIDEOS,
         [0, 1, 2, 0],
@@ -84,8 +83,8 @@ def test_round_trip_and_continuation(tmp_path: Path) -> None:
         protocol={"clips": 10, "resize": (128, 171)},
         identity={"weights": "w"},
     )
-    assert again.resume_from(read) == 3
-    assert again.pending == [2]
+    assert resumed.resume_from(read) == 3
+    assert resumed.pending == [2]
     other = Predictions.empty(
         CLASSES,
         VIDEOS,
@@ -94,7 +93,7 @@ def test_round_trip_and_continuation(tmp_path: Path) -> None:
         protocol={"clips": 10, "resize": (128, 171)},
         identity={"weights": "v"},
     )
-    assert other.resume_from(read) == 0, "scores of other weights are never taken over"
+    assert other.resume_from(read) == 0, "scores of other weights are never copied"
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:
@@ -104,22 +103,24 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not hdf5 at all")
     with pytest.raises(PredictionsError, match=r"p\.h5"):
         Predictions.read(path)
-    made().write(path)
+    make_predictions().write(path)
     with h5py.File(path, "r+") as file:
         file["clip_scores"][0, 0, 0] = 0.9
     with pytest.raises(PredictionsError, match=r"p\.h5"):
         metrics_from_file(path)
-    with Hdf5Writer(path) as writer:  # as distinit 0.1
-        made()._fill(writer.file)
+    # A file of distinit 0.1 has no digest.
+    with Hdf5Writer(path) as writer:
+        make_predictions()._fill(writer.file)
         writer.file["clip_scores"][0, 0, 0] = 0.9
     with pytest.raises(PredictionsError, match="clip_scores"):
         metrics_from_file(path)
-    made().write(path)
-    needle = made().clip_scores[1].tobytes()
+    make_predictions().write(path)
+    needle = make_predictions().clip_scores[1].tobytes()
     content = bytearray(path.read_bytes())
-    at = content.find(needle)
-    assert at > 0
-    content[at + 5] ^= 0x40  # one flipped bit, found by the checksum
+    position = content.find(needle)
+    assert position > 0
+    # The checksum detects one flipped bit.
+    content[position + 5] ^= 0x40
     path.write_bytes(content)
     with pytest.raises(PredictionsError, match=r"p\.h5"):
         metrics_from_file(path)

@@ -1,4 +1,4 @@
-"""Teachers side by side: measures against their definitions, and a page with what was found."""
+"""Comparison of teachers: measures against their definitions, and the page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLASSES = 8
 
 @dataclass(frozen=True)
 class Related(Recipe):
-    """`b` is `a` but on one video; `sharp` is `a` twice as sure; `other` is unrelated."""
+    """`b` is `a` except on one video; `sharp` has twice the logits of `a`; `other` is unrelated."""
 
     disputed: int = 12
 
@@ -56,33 +56,33 @@ def related(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_measures_of_pairs(related: Path) -> None:
     store = TargetStore.open(related)
-    found = compare_teachers(store, ["a", "b", "sharp", "other"])
-    pairs = {(pair.first, pair.second): pair for pair in found.pairs}
+    comparison = compare_teachers(store, ["a", "b", "sharp", "other"])
+    pairs = {(pair.first, pair.second): pair for pair in comparison.pairs}
     assert len(pairs) == 6
-    a, b = (store.logits(name, found.rows) for name in ("a", "b"))
+    a, b = (store.logits(name, comparison.rows) for name in ("a", "b"))
     assert pairs["a", "b"].agreement == pytest.approx((a.argmax(1) == b.argmax(1)).mean())
     sharp, other = pairs["a", "sharp"], pairs["a", "other"]
     assert sharp.agreement == 1
     assert sharp.cka == pytest.approx(1, abs=1e-4)
     assert sharp.neighbours > 0.98
     assert sharp.first_more_confident == 0
-    nats = (store.entropy(name, found.rows) for name in ("a", "sharp"))
+    nats = (store.entropy(name, comparison.rows) for name in ("a", "sharp"))
     assert sharp.entropy_correlation == pytest.approx(spearmanr(*nats).statistic)
     assert other.agreement is None
     assert other.cka < 0.2
     assert other.neighbours == pytest.approx(other.neighbours_by_chance, abs=0.03)
-    # The video on which `b` was turned round, by SciPy's distance from the stored logits.
-    (at, _), *_ = compare_teachers(store, ["a", "b"]).most_disputed(3)
-    assert found.videos[at] == Related.disputed
-    for place, video in enumerate(found.videos.tolist()):
+    # The classes of `b` are reversed on one video. SciPy computes the distance of stored logits.
+    (index, _), *_ = compare_teachers(store, ["a", "b"]).most_disputed(3)
+    assert comparison.videos[index] == Related.disputed
+    for i, video in enumerate(comparison.videos.tolist()):
         rows = store.frames(video)[2]
         middles = ((np.arange(6) + 0.5) * len(rows) / 6).astype(int)
         p, q = (softmax(store.logits(n, rows[middles]).mean(axis=0)) for n in ("a", "b"))
         expected = jensenshannon(p, q, base=2) ** 2
-        assert pairs["a", "b"].disagreement[place] == pytest.approx(expected, abs=1e-4)
+        assert pairs["a", "b"].disagreement[i] == pytest.approx(expected, abs=1e-4)
 
 
-def test_cka_and_neighbours_see_neither_rotation_nor_factor() -> None:
+def test_cka_and_neighbours_ignore_rotation_and_scale() -> None:
     random = np.random.default_rng(2)
     x = random.normal(0, 1, (300, 12)).astype(np.float32)
     y = (x @ ortho_group.rvs(12, random_state=3) * 5 + 1).astype(np.float32)
@@ -97,7 +97,7 @@ def test_cka_and_neighbours_see_neither_rotation_nor_factor() -> None:
     assert linear_cka(x, other) == pytest.approx(expected, rel=1e-4)
 
 
-def test_frames_of_a_video_are_no_neighbours() -> None:
+def test_frames_of_one_video_are_not_neighbours() -> None:
     random = np.random.default_rng(4)
     x = np.repeat(random.normal(0, 1, (40, 6)), 5, axis=0).astype(np.float32)
     y = np.repeat(random.normal(0, 1, (40, 6)), 5, axis=0).astype(np.float32)
@@ -107,12 +107,12 @@ def test_frames_of_a_video_are_no_neighbours() -> None:
 
 def test_the_page_and_the_result(related: Path, tmp_path: Path) -> None:
     options = CompareConfig(store=str(related), out=str(tmp_path / "look"), videos=2)
-    found = targets_compare(options, Console(quiet=True))
-    page = Path(found["page"]).read_text()
-    assert len(found["disputed"]) == 2
-    for each in found["disputed"]:
-        assert each["path"].partition(" ")[0] in page
-    assert {teacher["name"] for teacher in found["teachers"]} == {"a", "b", "sharp", "other"}
+    result = targets_compare(options, Console(quiet=True))
+    page = Path(result["page"]).read_text()
+    assert len(result["disputed"]) == 2
+    for video in result["disputed"]:
+        assert video["path"].partition(" ")[0] in page
+    assert {teacher["name"] for teacher in result["teachers"]} == {"a", "b", "sharp", "other"}
     assert "http" not in page.replace("http://www.w3.org", "")
 
 

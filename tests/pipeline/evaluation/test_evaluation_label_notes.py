@@ -1,5 +1,5 @@
-"""What label lists leave out, repeat or share is told or refused; the test side of other labels
-stands alone."""
+"""Notes and errors on videos that label lists leave out, repeat or share, and the test side of
+labels without the other sides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENDS = b"\x10" * 2**16
 
 
 def write(root: Path, rows: str, contents: dict[str, bytes] | None = None) -> str:
-    """A csv, and the files that it names, each of its own content unless `contents` gives it."""
+    """Write a csv and the files that it names, each with other content unless `contents` has it."""
     root.mkdir(exist_ok=True)
     (root / "labels.csv").write_text(rows)
     for line in rows.splitlines()[1:]:
@@ -30,8 +30,8 @@ def write(root: Path, rows: str, contents: dict[str, bytes] | None = None) -> st
 FOUR = "path,label,split1\na.mp4,x,train\nb.mp4,y,train\nc.mp4,x,test\nd.mp4,y,test\n"
 
 
-def test_files_with_equal_ends_are_other_files(tmp_path: Path) -> None:
-    """Raw videos that begin and end in black: size, head and tail agree, the middles do not."""
+def test_files_with_equal_ends_are_different_files(tmp_path: Path) -> None:
+    """Raw videos that begin and end in black have equal sizes, heads and tails."""
     contents = {f"{name}.mp4": ENDS + name.encode() * 1000 + ENDS for name in "abcd"}
     labels = load_labels(write(tmp_path, FOUR, contents))
     assert (len(labels.train), len(labels.test)) == (2, 2)
@@ -43,10 +43,11 @@ def test_files_with_equal_ends_are_other_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["train", "test"])
 def test_a_copy_with_another_label_is_refused(tmp_path: Path, side: str) -> None:
     rows = f"{FOUR}e.mp4,x,{side}\nf.mp4,y,{side}\n"
-    same = dict.fromkeys(("e.mp4", "f.mp4"), b"same content")
+    contents = dict.fromkeys(("e.mp4", "f.mp4"), b"same content")
     with pytest.raises(LabelsError, match=r"e\.mp4.*'x' \(line 6\).*f\.mp4.*'y' \(line 7\)"):
-        load_labels(write(tmp_path, rows, same))
-    assert len(load_labels(write(tmp_path, rows.replace("f.mp4,y", "f.mp4,x"), same)).classes) == 2
+        load_labels(write(tmp_path, rows, contents))
+    equal_labels = write(tmp_path, rows.replace("f.mp4,y", "f.mp4,x"), contents)
+    assert len(load_labels(equal_labels).classes) == 2
 
 
 def test_recordings_on_both_sides_are_counted(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_recordings_on_both_sides_are_counted(tmp_path: Path) -> None:
 
 
 def test_one_video_of_youtube_on_both_sides_of_kinetics_is_counted(tmp_path: Path) -> None:
-    """Other seconds of it: the same are refused."""
+    """Different seconds of a video are counted; equal ones are refused."""
     rows = "label,youtube_id,time_start,time_end,split\nx,abc,1,11,train\nx,abc,21,31,val\nx,def,0,10,val\n"
     (tmp_path / "k.csv").write_text(rows)
     for name in ("abc_000001_000011.mp4", "abc_000021_000031.mp4", "def_000000_000010.mp4"):
@@ -79,19 +80,19 @@ def folder(root: Path, *names: str | bytes) -> str:
     return f"folder:{root / 'set'}"
 
 
-def test_what_a_folder_leaves_out_is_named(tmp_path: Path) -> None:
+def test_ignored_files_of_a_folder_are_named(tmp_path: Path) -> None:
     used = ["train/a/1.mp4", "test/a/2.mp4", "train/b/1.3gpp", "test/b/2.264"]
-    others = [
+    ignored = [
         "train/a/noending",
         "test/a/x.weird",
         "train/wave/1.weird",
         "test/wave/2.weird",
         "valid/a/3.mp4",
     ]
-    others += ["train/a/.hidden", "notes/readme.txt"]
-    labels = load_labels(folder(tmp_path, *used, *others))
+    ignored += ["train/a/.hidden", "notes/readme.txt"]
+    labels = load_labels(folder(tmp_path, *used, *ignored))
     assert labels.classes == ("a", "b")
-    told = "\n".join(labels.notes)
+    notes = "\n".join(labels.notes)
     for name in (
         "train/a/noending",
         "test/a/x.weird",
@@ -100,27 +101,27 @@ def test_what_a_folder_leaves_out_is_named(tmp_path: Path) -> None:
         "'wave'",
         "valid/",
     ):
-        assert name in told
+        assert name in notes
     for name in ("hidden", "notes", "readme"):
-        assert name not in told
+        assert name not in notes
     assert load_labels(folder(tmp_path / "clean", *used)).notes == ()
 
 
-def test_a_class_that_its_endings_leave_to_one_side_is_explained(tmp_path: Path) -> None:
-    where = folder(tmp_path, "train/a/1.mp4", "test/a/2.mp4", "train/b/1.mp4", "test/b/2.weird")
+def test_a_class_with_videos_on_one_side_is_explained(tmp_path: Path) -> None:
+    dataset = folder(tmp_path, "train/a/1.mp4", "test/a/2.mp4", "train/b/1.mp4", "test/b/2.weird")
     with pytest.raises(LabelsError, match=r"'b'.*test/b/2\.weird"):
-        load_labels(where)
+        load_labels(dataset)
 
 
 def test_class_folders_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
-    where = folder(
+    dataset = folder(
         tmp_path,
         b"train/caf\xe9/1.mp4",
         b"test/caf\xe9/2.mp4",
         "train/100%/1.mp4",
         "test/100%/2.mp4",
     )
-    labels = load_labels(where)
+    labels = load_labels(dataset)
     assert labels.classes == ("100%", "caf%E9")
     assert all(os.path.exists(labels.absolute(video)) for video in labels.train)
 
@@ -140,39 +141,39 @@ def test_a_csv_with_cells_that_are_not_utf8_is_refused_with_its_line(
     assert load_labels(f"csv:{tmp_path / 'labels.csv'}").classes in (("café",), ("plain",))
 
 
-def test_what_a_missing_path_may_be_is_said(tmp_path: Path) -> None:
-    where = write(tmp_path, FOUR)
+def test_a_similar_path_is_suggested(tmp_path: Path) -> None:
+    dataset = write(tmp_path, FOUR)
     (tmp_path / "c.mp4").rename(tmp_path / "c.webm")
     with pytest.raises(LabelsError, match=r"c\.mp4 \(line 4\).*c\.webm"):
-        load_labels(where)
+        load_labels(dataset)
 
 
-def test_the_test_side_alone_for_the_classes_of_a_model(tmp_path: Path) -> None:
-    where = write(
+def test_the_test_side_for_the_classes_of_a_model(tmp_path: Path) -> None:
+    dataset = write(
         tmp_path,
         FOUR.replace("train", "test").replace("b.mp4,y,test\n", "").replace("d.mp4,y,test\n", ""),
     )
     with pytest.raises(LabelsError, match=" train "):
-        load_labels(where)
-    labels = load_labels(where, classes=("y", "x"))
+        load_labels(dataset)
+    labels = load_labels(dataset, classes=("y", "x"))
     assert [(v.path, v.label) for v in labels.test] == [("a.mp4", 1), ("c.mp4", 1)]
     assert labels.train == ()
     assert labels.classes == ("y", "x")
     assert any("'y'" in note for note in labels.notes)
     with pytest.raises(CheckpointError, match="'x'"):
-        load_labels(where, classes=("y", "z"))
+        load_labels(dataset, classes=("y", "z"))
     with pytest.raises(LabelsError, match=" test "):
         load_labels(write(tmp_path / "n", FOUR.replace("test", "train")), classes=("x", "y"))
 
 
-def test_a_run_knows_its_labels(tmp_path: Path) -> None:
+def test_a_run_records_its_labels(tmp_path: Path) -> None:
     labels = load_labels(write(tmp_path, FOUR))
     RunLabels.from_labels(labels).write(tmp_path)
     record = RunLabels.read(tmp_path)
     assert record is not None
     shutil.copytree(tmp_path, tmp_path / "moved")
     assert record.difference(load_labels(f"csv:{tmp_path / 'moved/labels.csv'}")) == ""
-    for number, (old, new, what) in enumerate(
+    for number, (old, new, name) in enumerate(
         (
             ("a.mp4,x,train", "a.mp4,x,test", "a.mp4"),
             ("a.mp4,x,train\n", "a.mp4,x,train\ng.mp4,x,train\n", "g.mp4"),
@@ -181,5 +182,5 @@ def test_a_run_knows_its_labels(tmp_path: Path) -> None:
         )
     ):
         text = FOUR.replace(old, new) + "h.mp4,x,train\ni.mp4,x,test\n"
-        assert what in record.difference(load_labels(write(tmp_path / str(number), text)))
+        assert name in record.difference(load_labels(write(tmp_path / str(number), text)))
     assert RunLabels.read(tmp_path / "nowhere") is None
