@@ -292,7 +292,7 @@ def hold_out(labels: Labels, share: float) -> Labels:
     if not held_out:
         raise UsageError(
             f"--held-out {share:g}: takes none of the {len(labels.train)} train videos of {labels.dataset}; "
-            "a class keeps one recording for training, give a larger share or more videos"
+            "each class keeps one recording for training; give a larger share or more videos"
         )
     val = tuple(video for video in labels.train if video in held_out)
     train = tuple(video for video in labels.train if video not in held_out)
