@@ -1,7 +1,7 @@
-"""Sphinx builds the site from the pages of this folder: `make docs`.
+"""Configure Sphinx, which builds the site from the pages of this folder: `make docs`.
 
-The pages are plain Markdown, so that they read well on GitHub too. Nothing is fetched while they
-are built, and no code of a page is run: tests run it.
+The pages are plain Markdown, so that they read well on GitHub too. The build downloads nothing and
+runs no code of a page; the tests run it.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ html_title = f"distinit {distinit.__version__}"
 
 # Headings of two levels can be linked to, as on GitHub.
 myst_heading_anchors = 3
-# Links to files outside of this folder are links to the repository, which a site does not have.
+# Links to files outside of this folder lead into the repository, which is not part of the site.
 suppress_warnings = ["myst.xref_missing"]
 
-# Notebooks are shown with the output that they were saved with.
+# Notebooks are shown with their saved outputs.
 nb_execution_mode = "off"
-# Shell blocks hold placeholders that are no shell, such as `--clip …`.
+# Shell blocks contain placeholders that no lexer accepts, such as `--clip …`.
 highlight_language = "none"
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": False}
 napoleon_numpy_docstring = False
-# In docstrings, `name` is code.
+# Single backticks in docstrings mark code.
 default_role = "code"
 
 
-def _bring_notebooks() -> None:
+def _copy_notebooks() -> None:
     """Copy examples/*.ipynb next to the pages, where Sphinx looks for them, and link them."""
-    shown = FOLDER / "examples"
-    shutil.rmtree(shown, ignore_errors=True)
-    shown.mkdir()
+    pages = FOLDER / "examples"
+    shutil.rmtree(pages, ignore_errors=True)
+    pages.mkdir()
     names = [
-        Path(shutil.copy(notebook, shown)).stem
+        Path(shutil.copy(notebook, pages)).stem
         for notebook in sorted((FOLDER.parent / "examples").glob("*.ipynb"))
     ]
     lines = ["# Examples", "", "Notebooks that run in minutes.", "", "```{toctree}", *names, "```"]
-    (shown / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (pages / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-_bring_notebooks()
+_copy_notebooks()

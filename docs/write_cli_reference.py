@@ -22,21 +22,22 @@ WIDTH = 100
 SETTINGS: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH}
 
 
-def below(context: click.Context) -> Iterator[click.Context]:
-    """Yield the context of a command, then those of all commands below it, in their order."""
+def contexts(context: click.Context) -> Iterator[click.Context]:
+    """Yield the context of a command, then those of its subcommands at all levels, in order."""
     yield context
     if isinstance(context.command, click.Group):
         for name in context.command.list_commands(context):
             command = context.command.get_command(context, name)
             if command is not None and not command.hidden:
-                yield from below(click.Context(command, info_name=name, parent=context, **SETTINGS))
+                child = click.Context(command, info_name=name, parent=context, **SETTINGS)
+                yield from contexts(child)
 
 
 def reference() -> str:
     """Return the whole page as Markdown."""
     top = click.Context(cli, info_name="distinit", **(cli.context_settings | SETTINGS))
     parts = [HEAD]
-    for context in below(top):
+    for context in contexts(top):
         path = context.command_path
         text = context.get_help().rstrip()
         parts.append(f"## {path}\n\n```text\n{text}\n```\n")
