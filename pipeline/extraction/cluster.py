@@ -1,8 +1,8 @@
-"""Extraction on dask.distributed: a task is a shard, workers stage files, the client alone commits.
+"""Extract on dask.distributed: one task per shard, staged by a worker and committed by the client.
 
-Teachers and decode processes are set up once per worker and stay. What a worker returns is small:
-names and digests of the files it staged inside the store, which therefore must be on a file system
-that all of them see.
+Teachers and decoding processes are set up once per worker and reused. A worker stages files inside
+the store and returns only their names and digests, so that the store must be on a file system that
+the client and all workers share.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from ..teachers.teacher_options import TeacherSpec
 from ..video.perceptual_hash import HASH_VIEW
 from ..video.sampling import Sampling
 from .extract_options import ExtractConfig
-from .machine import outputs_of, run_record, use_engines
+from .machine import outputs_of, run_record, use_engines, views_of
 from .shard_filler import ShardFiller, ShardTask
 from .teacher_runner import GPU_THREADS, TeacherRunner
 
@@ -39,24 +39,30 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
     from ..store.writer import StoreWriter
-    from ..teachers.teacher import TeacherOutput
+    from ..teachers.teacher import Teacher, TeacherOutput
 
-IN_FLIGHT = 2  # tasks a worker holds: one at work, one waiting
-QUEUED = 32  # tasks at least, whatever the workers: a cluster that adapts grows by what waits
+# Tasks per worker: one that it fills, and one that waits.
+IN_FLIGHT = 2
+# The least number of tasks, for any number of workers: an adaptive cluster grows if tasks wait.
+QUEUED = 32
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """All that a worker needs to know in addition to its task.
+    """The settings that a worker needs in addition to its task.
 
-    Equal setups share teachers and decoders.
+    Teachers and decoders are reused for equal setups.
     """
 
     root: str
-    specs: tuple[str, ...]  # TeacherSpec as JSON
-    identities: tuple[tuple[str, str], ...]  # name → identity as JSON: a worker's own must be equal
-    run: str  # the run record as JSON: likewise
-    engines: tuple[tuple[str, str], ...]  # name → engine: likewise
+    specs: tuple[str, ...]
+    """Each `TeacherSpec` as JSON."""
+    identities: tuple[tuple[str, str], ...]
+    """Name → identity as JSON; those of the worker must be equal."""
+    run: str
+    """The numerics as JSON; those of the worker must be equal."""
+    engines: tuple[tuple[str, str], ...]
+    """Name → engine; those of the worker must be equal."""
     sampling: str
     shard_rows: int
     batch_size: int
@@ -76,13 +82,13 @@ class WorkerSetup:
         run: Mapping[str, Any],
         engines: Mapping[str, str],
     ) -> WorkerSetup:
-        """Return the setup that makes a worker do what the client would do by itself.
+        """Return the setup with which a worker computes the same as the client.
 
-        It holds wherever the worker was started.
+        It is valid in any working folder.
         """
         return cls(
             root=str(writer.root),
-            specs=tuple(_anywhere(spec).model_dump_json() for spec in config.teachers),
+            specs=tuple(_with_absolute_paths(spec).model_dump_json() for spec in config.teachers),
             identities=tuple((n, _json(t.identity(config.precision))) for n, t in teachers.items()),
             run=_json(run),
             engines=tuple(engines.items()),
@@ -98,21 +104,22 @@ class WorkerSetup:
 
 
 class _Worker:
-    """What a worker process keeps between shards: teachers and decoders of its latest setup."""
+    """State of a worker process between shards: teachers and decoders of its latest setup."""
 
     def __init__(self) -> None:
-        # A worker of several threads fills one shard at a time all the same.
-        self.busy = threading.Lock()
+        # A worker with several threads fills one shard at a time too.
+        self.lock = threading.Lock()
         self.setup: WorkerSetup | None = None
         self.filler: ShardFiller | None = None
-        self.open = ExitStack()
-        atexit.register(self.open.close)
+        self.resources = ExitStack()
+        atexit.register(self.resources.close)
 
     def filler_of(self, setup: WorkerSetup) -> ShardFiller:
+        """Return the filler for a setup; make it if the latest setup was different."""
         if self.filler is None or self.setup != setup:
             self.setup = self.filler = None
-            self.open.close()
-            self.filler = _make_filler(setup, self.open)
+            self.resources.close()
+            self.filler = _make_filler(setup, self.resources)
             self.setup = setup
         return self.filler
 
@@ -121,38 +128,35 @@ _WORKER = _Worker()
 
 
 def fill_shard(setup: WorkerSetup, task: ShardTask) -> ShardResult:
-    """Fill and stage one shard in a worker; what it raises makes dask try again."""
-    with _WORKER.busy:
+    """Fill and stage one shard in a worker; dask tries again after any exception."""
+    with _WORKER.lock:
         try:
             (result,) = _WORKER.filler_of(setup).fill([task])
         except BaseException as error:
-            # Dask keeps the error: its frames would hold what the next try needs.
+            # Dask keeps the error, whose frames would keep batches and decoders in use.
             clear_frames(error.__traceback__)
             raise
     return result
 
 
 def run_of_workers(client: Client, config: ExtractConfig) -> dict[str, Any]:
-    """Return the numerics of a worker of the cluster.
-
-    It may have a GPU where the client has none.
-    """
+    """Return the numerics of a worker of the cluster, whose device may differ from the client's."""
     if not client.nthreads():
-        log.info("no worker has joined yet: waiting for the first")
+        log.info("no worker has joined yet; waiting for the first")
     record: dict[str, Any] = client.submit(
-        _run_here, config.batch_size, config.precision, config.device
+        _worker_run, config.batch_size, config.precision, config.device
     ).result()
     return record
 
 
-def _run_here(batch_size: int, precision: str, device: str) -> dict[str, Any]:
+def _worker_run(batch_size: int, precision: str, device: str) -> dict[str, Any]:
     from ..common.devices import resolve_device
 
     return run_record(batch_size, precision, resolve_device(device))
 
 
-def _anywhere(spec: TeacherSpec) -> TeacherSpec:
-    """Return the spec with absolute paths, which hold in any working folder."""
+def _with_absolute_paths(spec: TeacherSpec) -> TeacherSpec:
+    """Return the spec with absolute paths, which are valid in any working folder."""
     options = dict(spec.options)
     if "classes" in options:
         options["classes"] = os.path.abspath(options["classes"])
@@ -160,14 +164,15 @@ def _anywhere(spec: TeacherSpec) -> TeacherSpec:
     return spec.model_copy(update={"options": options, "weights": weights})
 
 
-def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
+def _make_filler(setup: WorkerSetup, resources: ExitStack) -> ShardFiller:
+    """Load the teachers and start the decoders of a setup; `resources` closes them.
+
+    Raises:
+        StoreMismatchError: This worker computes with other numerics or other teachers.
+    """
     import torch
 
     from ..common.devices import keep_freed_memory, resolve_device
-    from ..store.layout import read_fingerprint
-    from ..store.storage import LocalFiles
-    from ..teachers.fingerprint import Fingerprint
-    from ..teachers.probes import fingerprints
     from ..teachers.teacher import load_teacher
     from ..video.pool.decode_pool import DecodePool
 
@@ -178,29 +183,19 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
             f"this worker would compute with {run}, the others do with {setup.run}"
         )
     if device.type == "cpu":
-        torch.set_num_threads(1)  # workers share the machine's cores; more threads spin
+        # Workers share the machine's cores, on which more threads would spin.
+        torch.set_num_threads(1)
         keep_freed_memory()
     specs = [TeacherSpec.model_validate_json(text) for text in setup.specs]
     teachers = [load_teacher(spec).to(device, setup.precision) for spec in specs]
     engines = {name: {"engine": engine} for name, engine in setup.engines}
-    used = use_engines(teachers, "auto", engines, json.loads(run))
-    if used != dict(setup.engines):
+    worker_engines = use_engines(teachers, "auto", engines, json.loads(run))
+    if worker_engines != dict(setup.engines):
         raise StoreMismatchError(
-            f"this worker would compute with {_json(used)}, the others do with {_json(dict(setup.engines))}"
+            f"this worker would compute with {_json(worker_engines)}, the others do with {_json(dict(setup.engines))}"
         )
-    outputs, expected = outputs_of(teachers), dict(setup.identities)
-    found = {t.store_names[o]: f for t in teachers for o, f in fingerprints(t).items()}
-    for name, output in outputs.items():
-        here = _json(output.identity(setup.precision))
-        if here != expected[name]:
-            raise StoreMismatchError(
-                f"teacher {name!r} differs on this worker: {here}, the client's is {expected[name]}"
-            )
-        node = read_fingerprint(LocalFiles(Path(setup.root)), name)
-        if node is not None:
-            stored = Fingerprint.parse(node, f"{setup.root}/teachers/{name}")
-            stored.check(found[name], name, f"{setup.root}, on this worker")
-    views = list(dict.fromkeys(teacher.view for teacher in teachers))
+    outputs, views = outputs_of(teachers), views_of(teachers)
+    _check_outputs(setup, teachers, outputs)
     pool = DecodePool(
         processes=setup.decoders,
         views=[*views, HASH_VIEW],
@@ -209,12 +204,39 @@ def _make_filler(setup: WorkerSetup, open_: ExitStack) -> ShardFiller:
     )
     threads = GPU_THREADS if device.type == "cuda" else 1
     runner = TeacherRunner(outputs, views, batch_size=setup.batch_size, threads=threads)
-    open_.enter_context(pool)
-    open_.enter_context(runner)
+    resources.enter_context(pool)
+    resources.enter_context(runner)
     sampling = Sampling.model_validate_json(setup.sampling)
     return ShardFiller(
         Path(setup.root), runner, pool, sampling=sampling, shard_rows=setup.shard_rows
     )
+
+
+def _check_outputs(
+    setup: WorkerSetup, teachers: Sequence[Teacher], outputs: Mapping[str, TeacherOutput]
+) -> None:
+    """Raise StoreMismatchError for an output that differs from the client's or the store's."""
+    from ..store.layout import read_fingerprint
+    from ..store.storage import LocalFiles
+    from ..teachers.fingerprint import Fingerprint
+    from ..teachers.probes import fingerprints
+
+    client_identities = dict(setup.identities)
+    worker_fingerprints = {
+        teacher.store_names[key]: fingerprint
+        for teacher in teachers
+        for key, fingerprint in fingerprints(teacher).items()
+    }
+    for name, output in outputs.items():
+        identity = _json(output.identity(setup.precision))
+        if identity != client_identities[name]:
+            raise StoreMismatchError(
+                f"teacher {name!r} differs on this worker: {identity}, the client's is {client_identities[name]}"
+            )
+        node = read_fingerprint(LocalFiles(Path(setup.root)), name)
+        if node is not None:
+            stored = Fingerprint.parse(node, f"{setup.root}/teachers/{name}")
+            stored.check(worker_fingerprints[name], name, f"{setup.root}, on this worker")
 
 
 def _json(record: Mapping[str, Any]) -> str:
@@ -222,9 +244,9 @@ def _json(record: Mapping[str, Any]) -> str:
 
 
 def _worker_device(device: Any) -> Any:
-    """Return the device of a worker; each worker of this machine gets its own GPU.
+    """Return the device of a worker.
 
-    The number in the worker's name is that of the GPU.
+    Each worker of this machine computes on another GPU, whose number is in the worker's name.
     """
     import torch
 
@@ -238,10 +260,13 @@ def run_shards(
 ) -> Iterator[ShardResult]:
     """Yield shards as workers finish them, in any order.
 
-    A shard that fails for good does not stop the others; workers that join get their share.
+    A shard that failed on every try does not stop the others. Workers may join at any time.
 
     Raises:
-        DistInitError: At the end, if any shard failed on every try; what was yielded stands.
+        DistInitError: At the end, if a shard failed on every try. Shards that were yielded are
+            valid.
+        OSError: The disk of the store is full.
+        DecoderError: The decoder of a worker does not work.
     """
     from distributed import as_completed
 
@@ -262,9 +287,10 @@ def run_shards(
         if future.status == "finished":
             yield future.result()
         else:
-            error = _why(future)
+            error = _error_of(future)
+            # No other worker can write to a full disk either.
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise error  # no other worker can write to it either
+                raise error
             if isinstance(error, DecoderError):
                 raise DecoderError(f"on a worker: {error}") from error
             failed.append(
@@ -279,9 +305,10 @@ def run_shards(
         )
 
 
-def _why(future: Future) -> BaseException:
+def _error_of(future: Future) -> BaseException:
+    """Return the exception of a failed task; CancelledError if the scheduler has ended."""
     try:
         error: BaseException = future.exception()
-    except CancelledError as lost:  # the scheduler itself went away
-        return lost
+    except CancelledError as cancelled:
+        return cancelled
     return error

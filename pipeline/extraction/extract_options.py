@@ -20,7 +20,8 @@ from ..store.store_options import PlainEncoding
 from ..teachers.teacher_options import EngineName, TeacherSpec, parse_teachers
 from ..video.sampling import Sampling
 
-PROBED_AT_ONCE = 10_000  # videos probed between two writes of the video table
+PROBED_AT_ONCE = 10_000
+"""Number of videos that are probed between two writes of the video table."""
 TEACHERS = CliOption(
     "--teacher",
     "Teacher",
@@ -41,19 +42,18 @@ TEACHERS = CliOption(
         (
             "--teacher-sha256",
             "[NAME=]HEX",
-            "what the SHA-256 of a teacher's weights file must be; repeatable",
+            "the expected SHA-256 of a teacher's weights file; repeatable",
         ),
         (
             "--teacher-output",
             "[NAME=]OUTPUT",
-            "logits (default), features or logits,features: what is stored of a teacher's forward "
-            "pass; repeatable",
+            "outputs of a teacher to store: logits (default), features or logits,features; repeatable",
         ),
         (
             "--views",
             "[NAME=]VIEWS",
-            "center (default), center,flip (the mirrored frame too, for clips that are mirrored), "
-            "grid:G or center,grid:G (GxG cells of features, averaged under a clip's crop); repeatable",
+            "center (default), center,flip (also the mirrored frame, for mirrored clips), grid:G or "
+            "center,grid:G (GxG cells of features, averaged under a clip's crop); repeatable",
         ),
     ),
 )
@@ -64,18 +64,18 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
 
     sources: Annotated[list[str], CliOption("SOURCE")] = []
     out: Annotated[Path, CliOption(group="Output", metavar="STORE")] = Field(
-        description="the target store: made, or continued"
+        description="the target store, which is created or continued"
     )
     part: Annotated[str | None, CliOption(metavar="I/N")] = Field(
         None,
-        description="only the I-th of N shares of the videos, for machines that share nothing; "
-        "see `targets merge`",
+        description="only the I-th of N parts of the videos, for machines that share nothing; see "
+        "`targets merge`",
     )
     teachers: Annotated[list[TeacherSpec], TEACHERS] = Field(
         min_length=1,
         description="efficientnet_lite0 (1, 2), resnet50, resnet50-places365, "
         "torchvision:NAME[@WEIGHTS], timm:NAME, open_clip:ARCH[@WEIGHTS], hf:ORG/NAME or "
-        "package.module:factory; repeatable, one decode serves all",
+        "package.module:factory; repeatable; videos are decoded once for all teachers",
     )
     sampling: Annotated[Sampling | None, CliOption()] = None
     batch_size: Annotated[int, CliOption(group="Hardware", metavar="B")] = Field(
@@ -84,14 +84,14 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
     device: Annotated[str, DEVICE] = Field("auto", description=DEVICE_HELP)
     precision: Annotated[Literal["auto", "fp32", "bf16"], CliOption(group="Hardware")] = Field(
         "fp32",
-        description="what teachers compute in; auto is that of an existing store's teachers, else bf16 on "
-        "a GPU that has it and fp32 elsewhere",
+        description="precision of the teachers; auto is that of an existing store's teachers, else bf16 "
+        "on a GPU that supports it and fp32 on other devices",
     )
     engine: Annotated[EngineName, CliOption(group="Hardware")] = Field(
         "auto",
-        description="what runs teachers: torch, torch with compilation (faster on a GPU, after a "
-        "minute), or ONNX Runtime on a CPU; auto is the engine that the store's rows began with, for "
-        "a new teacher on a CPU ONNX Runtime where it agrees with torch and is faster, else torch",
+        description="engine of the teachers: torch, torch with compilation (faster on a GPU, after a "
+        "minute), or ONNX Runtime on a CPU; auto is the engine of the store's first rows, for a new "
+        "teacher on a CPU ONNX Runtime if it agrees with torch and is faster, else torch",
     )
     decoders: Annotated[
         int | None, CliOption(group="Hardware", metavar="N", shown="depending on the machine")
@@ -109,8 +109,8 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
     )
     accept_teachers: Annotated[list[str], CliOption("--accept-teacher", "Teacher", "NAME")] = Field(
         [],
-        description="accept a teacher as that of a store of version 0.1 although no video is left to "
-        "check it with; repeatable",
+        description="accept a teacher as that of a store of version 0.1 if no video is left to check it "
+        "with; repeatable",
     )
     retries: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
         2, ge=0, description="attempts at a failed shard after the first"
@@ -122,7 +122,7 @@ class ExtractConfig(ClusterOptions, DecodingOptions):
 
     @field_validator("part")
     @classmethod
-    def _a_part(cls, part: str | None) -> str | None:
+    def _check_part(cls, part: str | None) -> str | None:
         from ..corpus.sources import Part
 
         return None if part is None else str(Part.parse(part))

@@ -1,4 +1,4 @@
-"""What an extraction computes with here: teachers on their device, decoders, numerics."""
+"""Teachers on their device, number of decoders and numerics of an extraction on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..store.reader import TargetStore
 from ..teachers.engines import use_engine
 from ..teachers.teacher import Teacher, TeacherOutput, load_teacher
 from ..teachers.teacher_options import EngineName
+from ..video.geometry import View
 from .extract_options import ExtractConfig
 
 
@@ -52,15 +53,15 @@ def with_precision(config: ExtractConfig, device: torch.device) -> ExtractConfig
 
 def use_engines(
     teachers: Sequence[Teacher],
-    asked: EngineName,
+    engine: EngineName,
     stored: Mapping[str, Mapping[str, Any]],
     run: Mapping[str, Any],
 ) -> dict[str, str]:
-    """Give the teachers their engines; return the name of each by its output's name in the store.
+    """Give the teachers their engines; return the engines by their outputs' names in the store.
 
     Args:
-        teachers: On their device.
-        asked: As `use_engine` takes it.
+        teachers: The teachers, on their device.
+        engine: The engine that the user chose; see `use_engine`.
         stored: The numerics of the teachers that the store holds.
         run: The numerics of this command; its workers may be on another kind of device.
     """
@@ -73,9 +74,16 @@ def use_engines(
         if recorded is None and run["device"] != teacher.device.type:
             recorded = "torch"
         engines.update(
-            dict.fromkeys(names, use_engine(teacher, asked, recorded, batch_size=run["batch_size"]))
+            dict.fromkeys(
+                names, use_engine(teacher, engine, recorded, batch_size=run["batch_size"])
+            )
         )
     return engines
+
+
+def views_of(teachers: Sequence[Teacher]) -> list[View]:
+    """Return the distinct views of the teachers, in their order."""
+    return list(dict.fromkeys(teacher.view for teacher in teachers))
 
 
 def outputs_of(teachers: Sequence[Teacher]) -> dict[str, TeacherOutput]:
@@ -85,18 +93,18 @@ def outputs_of(teachers: Sequence[Teacher]) -> dict[str, TeacherOutput]:
 
 
 def default_decoders(device: torch.device) -> int:
-    """Return the number of decode processes.
+    """Return the number of decoding processes.
 
-    One per core next to a teacher on the CPU, since whichever is ahead waits; all cores but one
-    next to a GPU.
+    With teachers on the CPU it is one per core: decoders that are ahead of the teachers wait, and
+    leave them the cores. With teachers on a GPU it is one less than the number of cores.
     """
     return cores() if device.type == "cpu" else max(1, cores() - 1)
 
 
 def run_record(batch_size: int, precision: str, device: torch.device) -> dict[str, Any]:
-    """Return what makes equal inputs give equal bits on this machine.
+    """Return the numerics of this machine: what must match for equal bits of equal inputs.
 
-    It is recorded with the teacher and in every commit.
+    They are recorded with the teacher and in every commit.
     """
     return {
         "batch_size": batch_size,

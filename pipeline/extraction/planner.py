@@ -1,7 +1,7 @@
-"""The planning half of extraction: which files are new, what is in them, which shards they fill.
+"""Plan an extraction: list and probe new files, and assign their frames to shards.
 
-Everything here happens in the client. The video table grows by slabs, so that a killed planning run
-keeps what it has probed; segments are planned in one act.
+The client alone plans. Videos are probed and added to the video table in slabs, so that a killed
+run keeps those that it has probed. Segments are added in one write.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .shard_filler import SegmentTask, ShardTask
 
 
 class StorePlan:
-    """The store's tables as planning and tasks need them: listed videos and their current files."""
+    """The videos that a store lists, and their current files."""
 
     def __init__(self, writer: StoreWriter) -> None:
         self.writer = writer
@@ -41,35 +41,38 @@ class StorePlan:
         self._columns: dict[str, NDArray[Any]] = {}
 
     def locate(self, videos: VideoList) -> VideoList:
-        """Take the folders of corpora from `videos`, for this run.
+        """Take the folders of corpora from `videos` for this run.
 
-        Returns the videos as the store would list them. A corpus is known by its name, and videos
-        by their paths in it. A list in another folder than before, whose files stayed in place,
-        gives each a new path: its videos are located by the root that the store records.
+        A corpus is identified by its name, and a video by its path in the corpus. If a list of
+        files was moved to another folder but the files were not, each has a new path in the corpus:
+        then its videos are located by the root that the store records.
+
+        Returns:
+            The videos with the roots and paths under which the store lists them.
         """
         corpora, paths = list(videos.corpora), list(videos.paths)
         for number, corpus in enumerate(videos.corpora):
             recorded = self.roots.get(corpus.name, corpus.root)
             if recorded != corpus.root:
                 numbers = np.flatnonzero(videos.corpus == number).tolist()
-                listed = {unescape_path(path) for path in self.paths_of(corpus.name).values()}
-                before = {i: os.path.relpath(videos.absolute(i), recorded) for i in numbers}
-                if sum(path in listed for path in before.values()) > sum(
-                    paths[i] in listed for i in numbers
-                ):
+                stored = {unescape_path(path) for path in self.paths_of(corpus.name).values()}
+                old_paths = {i: os.path.relpath(videos.absolute(i), recorded) for i in numbers}
+                num_by_old_path = sum(path in stored for path in old_paths.values())
+                num_by_new_path = sum(paths[i] in stored for i in numbers)
+                if num_by_old_path > num_by_new_path:
                     corpora[number] = Corpus(corpus.name, recorded)
-                    for i, path in before.items():
+                    for i, path in old_paths.items():
                         paths[i] = path
         self.roots.update({c.name: c.root for c in corpora})
         return replace(videos, corpora=tuple(corpora), paths=paths)
 
     def paths_of(self, corpus: str) -> dict[int, str]:
-        """Return the escaped paths of a corpus' videos, by video."""
+        """Return the escaped path of each video of a corpus, by the number of the video."""
         number, path = [c["name"] for c in self.corpora].index(corpus), self.column("path")
         return {v: str(path[v]) for v in np.flatnonzero(self.column("corpus") == number).tolist()}
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return a column of the video table [V], read once per state of the table."""
+        """Return a column of the video table [V]; it is cached until the table grows."""
         n = self.writer.index.n_videos
         if name not in self._columns or len(self._columns[name]) != n:
             files, ranges = LocalFiles(self.writer.root), self.writer.index.ranges
@@ -78,36 +81,37 @@ class StorePlan:
 
     @property
     def sampling(self) -> Sampling:
-        """Which frames the store keeps."""
+        """The sampling of the store's frames."""
         return Sampling.model_validate(self.writer.attributes["sampling"])
 
     def forget(self) -> None:
-        """Read the columns again: rows were written in place."""
+        """Drop the cached columns, after rows of the table were rewritten."""
         self._columns.clear()
 
     def path(self, video: int) -> str:
-        """Return where a video is located in this run."""
+        """Return the path of a video's file in this run."""
         name = self.corpora[int(self.column("corpus")[video])]["name"]
         return f"{self.roots[name]}/{unescape_path(str(self.column('path')[video]))}"
 
     def digest(self, video: int) -> str:
-        """Return a video's digest when it was listed, '' if it could not be read then."""
+        """Return the digest that a video had when it was listed; '' if it could not be read."""
         raw = bytes(self.column("digest")[video])
         return raw.hex() if any(raw) else ""
 
 
 def new_videos(plan: StorePlan, videos: VideoList) -> list[int]:
-    """Return those of the located videos that the store does not list yet."""
-    listed = _known(plan)
+    """Return the indices of located videos that the store does not list yet."""
+    listed = _listed_videos(plan)
     return [i for i, key in enumerate(_keys(plan, videos)) if key not in listed]
 
 
 def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_failures: int) -> int:
-    """Probe the files that the store does not list yet and list them; returns how many.
+    """Probe and list the files that the store does not list yet; return their number.
 
-    StoreMismatchError if they would join another corpus of the same name. DistInitError where the
-    first `max_failures` of them, or all of fewer, cannot be read for one reason; then none of them
-    is listed.
+    Raises:
+        StoreMismatchError: The files would join another corpus of the same name.
+        DistInitError: The first `max_failures` of them, or all of fewer, cannot be read for one
+            reason. None of them is listed then.
     """
     names = {c["name"]: i for i, c in enumerate(plan.corpora)}
     for c in videos.corpora:
@@ -121,8 +125,8 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_fai
         _check_moved(plan, plan.corpora[corpus])
     watch = SameFailure(max_failures)
     with progress_bar("probing", len(new), "videos") as bar:
-        for at in range(0, len(new), PROBED_AT_ONCE):
-            slab = new[at : at + PROBED_AT_ONCE]
+        for start in range(0, len(new), PROBED_AT_ONCE):
+            slab = new[start : start + PROBED_AT_ONCE]
             probes = []
             for (i, _), probe in zip(
                 slab, pool.probe([videos.absolute(i) for i, _ in slab]), strict=True
@@ -130,7 +134,7 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_fai
                 watch.add(i, probe.error, videos.absolute(i))
                 probes.append(probe)
                 bar.advance(1)
-            if at + PROBED_AT_ONCE >= len(new) and not (plan.writer.index.state == OK).any():
+            if start + PROBED_AT_ONCE >= len(new) and not (plan.writer.index.state == OK).any():
                 watch.finish()
             columns = video_columns(probes, plan.sampling)
             columns["corpus"] = [c for _, c in slab]
@@ -140,55 +144,56 @@ def add_new_videos(plan: StorePlan, videos: VideoList, pool: DecodePool, max_fai
 
 
 def _check_moved(plan: StorePlan, corpus: dict[str, str]) -> None:
-    """Raise StoreMismatchError if videos of a corpus do not exist in its current folder.
+    """Raise StoreMismatchError if videos of a moved corpus do not exist in its current folder.
 
-    What is new in that folder then belongs to another corpus. A corpus that moved as a whole has
-    all of them; one that stays where it was may lose some.
+    New videos in that folder then belong to another corpus. A corpus that was moved as a whole has
+    all of its videos. One whose folder is the same may lose some.
     """
     name, old_root, root = corpus["name"], unescape_path(corpus["root"]), plan.roots[corpus["name"]]
     if old_root == root:
         return
-    seen = {v: path for v, path in plan.paths_of(name).items() if plan.digest(v)}
-    gone = sum(
-        not os.path.lexists(os.path.join(root, unescape_path(path))) for path in seen.values()
+    paths = [path for video, path in plan.paths_of(name).items() if plan.digest(video)]
+    num_missing = sum(
+        not os.path.lexists(os.path.join(root, unescape_path(path))) for path in paths
     )
-    if gone:
+    if num_missing:
         raise StoreMismatchError(
-            f"corpus {name!r} was extracted from {old_root}, and {gone} of its {len(seen)} videos are not in {root}; "
-            f"give the new source another name (new={root}), or the whole moved folder"
+            f"corpus {name!r} was extracted from {old_root}, and {num_missing} of its {len(paths)} videos are "
+            f"not in {root}; give the new source another name (new={root}), or the whole moved folder"
         )
 
 
 def check_unchanged(plan: StorePlan, videos: VideoList) -> None:
-    """Raise StoreMismatchError for the first listed file whose size the teachers did not see."""
+    """Raise StoreMismatchError for the first file whose size is not that of the stored video."""
     state = plan.writer.index.video_state()
-    size, listed = plan.column("size"), _known(plan)
+    size, listed = plan.column("size"), _listed_videos(plan)
     for i, key in enumerate(_keys(plan, videos)):
         video = listed.get(key)
         if video is None or state[video] != OK:
             continue
         try:
-            now = os.stat(videos.absolute(i)).st_size
+            current_size = os.stat(videos.absolute(i)).st_size
         except OSError:
-            continue  # deleted, but its targets stay valid: nothing to extract
-        if now != size[video]:
+            # The targets of a deleted file stay valid.
+            continue
+        if current_size != size[video]:
             raise StoreMismatchError(
-                f"{videos.absolute(i)}: {now} bytes, but the teachers saw a file of {int(size[video])} bytes; put that "
-                "file back, or leave this one out of the sources"
+                f"{videos.absolute(i)}: {current_size} bytes, but the teachers saw a file of {int(size[video])} bytes; "
+                "put that file back, or leave this one out of the sources"
             )
 
 
 def plan_segments(plan: StorePlan, pool: DecodePool) -> None:
-    """Give every listed video without a segment its place in shards."""
+    """Assign every listed video without a segment to shards."""
     writer = plan.writer
-    planned = np.zeros(writer.index.n_videos, bool)
-    planned[writer.index.video] = True
-    todo = np.flatnonzero(~planned)
-    if len(todo) == 0:
+    is_planned = np.zeros(writer.index.n_videos, bool)
+    is_planned[writer.index.video] = True
+    videos = np.flatnonzero(~is_planned)
+    if len(videos) == 0:
         return
-    writer.set_shard_rows_for(int(plan.column("rows_bound")[todo].sum()))
+    writer.set_shard_rows_for(int(plan.column("rows_bound")[videos].sum()))
     segments: list[FrameRange] = []
-    for video in todo.tolist():
+    for video in videos.tolist():
         segments += segments_of(plan, pool, video)
     writer.add_segments(segments)
 
@@ -196,19 +201,21 @@ def plan_segments(plan: StorePlan, pool: DecodePool) -> None:
 def plan_overflow(plan: StorePlan, pool: DecodePool) -> None:
     """Plan again, from an exact count, the segments that held more rows than their bound."""
     index = plan.writer.index
-    moved = np.flatnonzero((index.state == OVERFLOWED) & index.live)
+    overflowed = np.flatnonzero((index.state == OVERFLOWED) & index.live)
     segments: list[FrameRange] = []
-    for s in moved.tolist():
+    for s in overflowed.tolist():
         if index.first[s] == 0 and index.end[s] == -1:
-            segments += _exact(plan, pool, int(index.video[s]), s)
-        else:  # one range of several: the others stay, so it keeps its frames and gets more rows
+            segments += _exact_segments(plan, pool, int(index.video[s]), s)
+        else:
+            # The other ranges of the video stay, so that this one keeps its frames and gets more
+            # rows.
             bound = min(2 * int(index.overflow[s]), plan.writer.shard_rows)
-            segments.append(replace(again(index, s), bound=bound))
+            segments.append(replace(retry_range(index, s), bound=bound))
     plan.writer.add_segments(segments)
 
 
 def open_tasks(plan: StorePlan, teachers: Sequence[str]) -> list[int]:
-    """Return shards that lack their frames or the rows of one of these teachers, in order."""
+    """Return the shards that lack their frames or the rows of one of these teachers, in order."""
     index = plan.writer.index
     return [
         shard
@@ -219,7 +226,7 @@ def open_tasks(plan: StorePlan, teachers: Sequence[str]) -> list[int]:
 
 
 def hashed_in_part(plan: StorePlan) -> list[int]:
-    """Return the shards with a segment that was not hashed, and whose video can be read now."""
+    """Return the shards that lack the hashes of a segment whose video can be read now."""
     index = plan.writer.index
 
     def readable(segment: int) -> bool:
@@ -233,7 +240,7 @@ def hashed_in_part(plan: StorePlan) -> list[int]:
 
 
 def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> Iterator[ShardTask]:
-    """Return the work of each shard; with committed frames, only that of the teachers it lacks."""
+    """Yield the task of each shard; if its frames are committed, for the missing teachers only."""
     index = plan.writer.index
     store = (
         TargetStore.open(plan.writer.root)
@@ -241,43 +248,48 @@ def tasks(plan: StorePlan, shards: Sequence[int], teachers: Sequence[str]) -> It
         else None
     )
     order = np.argsort(index.shard, kind="stable")
-    begin = np.searchsorted(index.shard[order], np.arange(index.n_shards + 1))
+    starts = np.searchsorted(index.shard[order], np.arange(index.n_shards + 1))
     for shard in shards:
-        segment_ids = order[begin[shard] : begin[shard + 1]]
-        stored = shard in index.frame_commits
-        lacking = {
+        segments = order[starts[shard] : starts[shard + 1]]
+        frames_stored = shard in index.frame_commits
+        encodings = {
             t: index.teachers[t].encoding for t in teachers if shard not in index.teachers[t].shards
         }
-        if stored:
-            segment_ids = segment_ids[index.state[segment_ids] == OK]
-        num_rows_stored = int(index.rows[segment_ids].sum()) if stored else 0
-        segments = tuple(_segment(plan, int(s), store if stored else None) for s in segment_ids)
-        hashes = index.version >= 2 and shard not in index.hashes
-        yield ShardTask(shard, segments, lacking, stored, num_rows_stored, hashes)
+        if frames_stored:
+            segments = segments[index.state[segments] == OK]
+        yield ShardTask(
+            shard,
+            tuple(_segment_task(plan, int(s), store if frames_stored else None) for s in segments),
+            encodings,
+            frames_stored,
+            num_rows_stored=int(index.rows[segments].sum()) if frames_stored else 0,
+            hashes=index.version >= 2 and shard not in index.hashes,
+        )
 
 
-def _segment(plan: StorePlan, s: int, store: TargetStore | None) -> SegmentTask:
+def _segment_task(plan: StorePlan, segment: int, store: TargetStore | None) -> SegmentTask:
+    """Return the task of a segment, with its stored frames if a store is passed."""
     index = plan.writer.index
-    video = int(index.video[s])
+    video = int(index.video[segment])
     frames = None
     if store is not None:
-        rows = store.rows_of_segments(np.array([s]))
+        rows = store.rows_of_segments(np.array([segment]))
         frames = (store.read_table("index", rows), store.read_table("pts", rows))
-    end = int(index.end[s])
+    end = int(index.end[segment])
     return SegmentTask(
-        s,
+        segment,
         video,
         plan.path(video),
         plan.digest(video),
-        int(index.first[s]),
+        int(index.first[segment]),
         None if end < 0 else end,
-        int(index.bound[s]),
+        int(index.bound[segment]),
         frames,
     )
 
 
 def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list[Any]]:
-    """Return the columns of the video table that come from probing."""
+    """Return the columns of the video table that are probed."""
     digests = [bytes.fromhex(p.digest) if p.digest else bytes(16) for p in probes]
     return {
         "size": [p.size for p in probes],
@@ -292,8 +304,8 @@ def video_columns(probes: Sequence[Probe], sampling: Sampling) -> dict[str, list
     }
 
 
-def again(index: StoreIndex, segment: int) -> FrameRange:
-    """Return the frames of a segment as another attempt at it."""
+def retry_range(index: StoreIndex, segment: int) -> FrameRange:
+    """Return the frames of a segment as a new attempt that replaces it."""
     video, first, end, bound = (
         int(column[segment]) for column in (index.video, index.first, index.end, index.bound)
     )
@@ -303,44 +315,48 @@ def again(index: StoreIndex, segment: int) -> FrameRange:
 def segments_of(
     plan: StorePlan, pool: DecodePool, video: int, replaces: int = -1
 ) -> list[FrameRange]:
-    """Return a video as ranges of frames that fit a shard, by the bound of its probe."""
+    """Divide a video into ranges of frames that fit into a shard, by the bound of its probe."""
     bound = int(plan.column("rows_bound")[video])
     if bound <= plan.writer.shard_rows:
         return [FrameRange(video, 0, -1, bound, replaces)]
-    return _exact(plan, pool, video, replaces)
+    return _exact_segments(plan, pool, video, replaces)
 
 
-def _exact(plan: StorePlan, pool: DecodePool, video: int, replaces: int) -> list[FrameRange]:
-    """Return ranges of a video from its whole timeline.
+def _exact_segments(
+    plan: StorePlan, pool: DecodePool, video: int, replaces: int
+) -> list[FrameRange]:
+    """Divide a video into ranges by its whole timeline.
 
-    For long videos and for those with more frames than their bound.
+    This is for long videos, and for videos with more frames than their bound.
     """
     try:
         timeline = pool.timeline(plan.path(video))
     except VideoError:
-        # The decode will report what is wrong with it.
+        # Decoding reports the reason.
         return [FrameRange(video, 0, -1, 0, replaces)]
     selected = plan.sampling.select(timeline.pts, timeline.key, timeline.time_base)
     keys = np.flatnonzero(timeline.key)
-    parts = cut(video, selected, keys, len(timeline.pts), plan.writer.shard_rows)
-    return [replace(part, replaces=replaces) for part in parts]
+    ranges = cut(video, selected, keys, len(timeline.pts), plan.writer.shard_rows)
+    return [replace(frame_range, replaces=replaces) for frame_range in ranges]
 
 
 def ids_of(plan: StorePlan, videos: VideoList) -> list[int]:
-    """Return the store's numbers of those located videos that it lists."""
-    listed = _known(plan)
+    """Return the numbers in the store of those located videos that it lists."""
+    listed = _listed_videos(plan)
     return [listed[key] for key in _keys(plan, videos) if key in listed]
 
 
 def _keys(plan: StorePlan, videos: VideoList) -> list[tuple[int, str]]:
-    """Return the keys in `_known` of located videos; the corpus is -1 if the store has none."""
-    names = {c["name"]: i for i, c in enumerate(plan.corpora)}
-    of = [names.get(corpus.name, -1) for corpus in videos.corpora]
+    """Return the (corpus, path) of located videos; the corpus is -1 if the store has none."""
+    numbers = {c["name"]: i for i, c in enumerate(plan.corpora)}
+    corpora = [numbers.get(corpus.name, -1) for corpus in videos.corpora]
     return [
-        (of[int(c)], escape_path(path)) for c, path in zip(videos.corpus, videos.paths, strict=True)
+        (corpora[int(c)], escape_path(path))
+        for c, path in zip(videos.corpus, videos.paths, strict=True)
     ]
 
 
-def _known(plan: StorePlan) -> dict[tuple[int, str], int]:
+def _listed_videos(plan: StorePlan) -> dict[tuple[int, str], int]:
+    """Return the number in the store of each (corpus, escaped path)."""
     corpus, path = plan.column("corpus"), plan.column("path")
     return {(int(c), str(p)): i for i, (c, p) in enumerate(zip(corpus, path, strict=True))}

@@ -1,8 +1,8 @@
-"""Run batches of frames through the teachers, several at once, while more frames are decoded.
+"""Run several batches of frames through the teachers at once, while more frames are decoded.
 
-Each thread runs whole batches with torch's own parallelism off: that gives the same bits, needs no
-cores kept apart for the decoders (whichever has work gets the time), and does not spin as OpenMP
-does on busy cores (several times slower, docs/benchmarks.md).
+Each thread runs whole batches, and torch's own parallelism is off. This gives the same bits for any
+number of threads. Teachers and decoders can share all cores, while OpenMP's threads would spin on
+busy cores (several times slower, docs/benchmarks.md).
 
 Shapes: B rows of a batch, h w pixels of a view, D numbers of an output.
 """
@@ -27,8 +27,10 @@ from ..common.devices import keep_freed_memory
 from ..teachers.teacher import Teacher, TeacherOutput
 from ..video.geometry import View
 
-MOST_THREADS = 16  # each holds the activations of one batch
-GPU_THREADS = 2  # one waits for outputs while the other one's batch is queued
+MAX_THREADS = 16
+"""Number of threads on a CPU; each holds the activations of one batch."""
+GPU_THREADS = 2
+"""Number of threads on a GPU: one waits for outputs while the batch of the other is queued."""
 
 Outputs = dict[str, NDArray[np.float32]]
 """[B, D] of each teacher of the store, by name."""
@@ -48,10 +50,14 @@ class Batch:
 
 
 class TeacherRunner:
-    """Runs teachers over batches in `threads` threads; batches come from `take` and go to `submit`.
+    """Runs teachers over batches in threads: take a batch, fill it, submit it.
 
-    outputs: by name in the store; of one teacher's outputs the forward pass is run once.
-    views: the distinct views of all teachers, in the order of a batch's images.
+    Args:
+        outputs: The outputs by name in the store. One forward pass computes all outputs of a
+            teacher.
+        views: The distinct views of all teachers, in the order of a batch's images.
+        batch_size: The number of rows per batch.
+        threads: The number of threads.
     """
 
     def __init__(
@@ -59,12 +65,12 @@ class TeacherRunner:
     ) -> None:
         self.outputs = outputs
         self._views = views
-        shapes = [t.fixed_shape for t in views]
-        # A GPU is given one batch after the other: the settings of its kernels are of the whole
-        # process. Threads wait for the outputs of their batches at the same time.
+        shapes = [view.fixed_shape for view in views]
+        # Batches are queued on a GPU one after the other, since the settings of its kernels apply
+        # to the whole process. Threads wait for the outputs of their batches at the same time.
         gpu = any(output.teacher.device.type == "cuda" for output in outputs.values())
         self._starting: AbstractContextManager[object] = threading.Lock() if gpu else nullcontext()
-        # One batch is filled while each thread has one at work and one more waits.
+        # Each thread runs one batch, one more waits, and one is filled.
         self._batches = [
             Batch(
                 [
@@ -80,24 +86,22 @@ class TeacherRunner:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="teacher")
 
     def take(self) -> Batch:
-        """Return an empty batch; wait for the oldest one that runs if there is none."""
+        """Return an empty batch; if there is none, wait for the oldest one that runs."""
         while self._running and (self._running[0][0].done() or not self._free):
             future, batch = self._running.popleft()
-            future.exception()  # waits; the exception is raised where the outputs are used
+            # This waits. An exception is raised where the outputs are used.
+            future.exception()
             batch.count = 0
             self._free.append(batch)
         return self._free.pop()
 
     def give_back(self, batch: Batch) -> None:
-        """Return a batch that nobody needs to see."""
+        """Return a batch that is not submitted."""
         batch.count = 0
         self._free.append(batch)
 
     def take_back(self) -> None:
-        """Make all batches free again, also those that were taken and not returned.
-
-        Waits for those that run.
-        """
+        """Wait for the batches that run, and free all batches, including those not returned."""
         while self._running:
             future, _ = self._running.popleft()
             if not future.cancel():
@@ -107,12 +111,17 @@ class TeacherRunner:
             batch.count = 0
 
     def submit(self, batch: Batch, names: Iterable[str]) -> Future[Outputs]:
-        """Run the batch; the result is the output of these teachers of the store, all B rows.
+        """Run a batch, which must not be used afterwards.
 
-        Rows beyond `count` have no meaning. The batch must not be used afterwards.
+        Args:
+            batch: The batch; it is padded to its full size.
+            names: Names of outputs in the store.
+
+        Returns:
+            The outputs by name, all B rows; rows beyond `count` have no meaning.
         """
         for images in batch.images:
-            images[batch.count :] = 0  # padded, so that every batch has one size
+            images[batch.count :] = 0
         future = self._threads.submit(self._run, batch, tuple(names))
         self._running.append((future, batch))
         return future
@@ -126,42 +135,45 @@ class TeacherRunner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End the threads, each after the batch it is at."""
+        """End the threads, each after its current batch."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, batch: Batch, names: tuple[str, ...]) -> Outputs:
         outputs = {name: self.outputs[name] for name in names}
         with self._starting:
             running: dict[Teacher, Callable[[], dict[str, Tensor]]] = {}
-            for teacher in dict.fromkeys(of.teacher for of in outputs.values()):
+            for teacher in dict.fromkeys(output.teacher for output in outputs.values()):
                 images = batch.images[self._views.index(teacher.view)]
-                only = [of.key for of in outputs.values() if of.teacher is teacher]
-                running[teacher] = teacher.start(images, only)
+                keys = [output.key for output in outputs.values() if output.teacher is teacher]
+                running[teacher] = teacher.start(images, keys)
         computed = {teacher: finish() for teacher, finish in running.items()}
-        return {name: computed[of.teacher][of.key].numpy() for name, of in outputs.items()}
+        return {
+            name: computed[output.teacher][output.key].numpy() for name, output in outputs.items()
+        }
 
 
 def _zeros(shape: tuple[int, ...], *, pinned: bool) -> NDArray[np.uint8]:
-    """Return an array of zeros; pinned memory is copied to a GPU while this process continues."""
+    """Return zeros; pinned memory is copied to a GPU asynchronously."""
     zeros: NDArray[np.uint8] = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
     return zeros
 
 
 @contextmanager
-def batch_threads(device: torch.device, cores: int) -> Iterator[int]:
-    """Return how many batches run at once on a device, and torch's own threads meanwhile.
+def batch_threads(device: torch.device, num_cores: int) -> Iterator[int]:
+    """Yield the number of batches that run at once on a device.
 
-    On the CPU torch's threads are few, at best one. A GPU computes one batch while the next one is
-    queued and a third is put together.
+    On a CPU the cores are divided among the batches, and torch's own threads are limited to the
+    share of one batch, usually one core. A GPU computes one batch while the next one is queued and
+    a third is filled.
     """
     if device.type != "cpu":
         yield GPU_THREADS if device.type == "cuda" else 1
         return
     keep_freed_memory()
-    threads = min(cores, MOST_THREADS)
-    before = torch.get_num_threads()
-    torch.set_num_threads(cores // threads)
+    threads = min(num_cores, MAX_THREADS)
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(num_cores // threads)
     try:
         yield threads
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(torch_threads)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..clips.clip_options import NORMALIZATION
 from ..clips.transforms import normalize_clip
 from ..common.errors import CheckpointError, third_party
+from ..common.onnx_export import export_onnx
 from ..common.plugins import import_extra
 from .student import Student
 
@@ -98,20 +99,7 @@ def _exported(graph: Graph, clips: Tensor) -> Any:
 
 
 def _onnx(graph: Graph, clips: Tensor) -> bytes:
-    program = torch.onnx.export(
-        graph,
-        (clips,),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=[CLIPS],
-        output_names=output_names(graph.student),
-        verbose=False,
-    )
-    if program is None:
-        who = graph.student.options.describe()
-        raise CheckpointError(f"--to onnx: {who}: the exporter gave no graph")
-    content: bytes = program.model_proto.SerializeToString()
-    return content
+    return export_onnx(graph, clips, input_name=CLIPS, output_names=output_names(graph.student))
 
 
 def _torch_export(graph: Graph, clips: Tensor) -> bytes:

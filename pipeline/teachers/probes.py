@@ -59,7 +59,7 @@ def examine(teacher: Teacher) -> dict[str, Fingerprint]:
     return first
 
 
-def says_probabilities(logits: NDArray[np.float32]) -> bool:
+def look_like_probabilities(logits: NDArray[np.float32]) -> bool:
     """Return whether logits [P, K] look like probabilities or shares.
 
     They do if none is negative, and each is at most 1 or all rows have one sum: softmax would make

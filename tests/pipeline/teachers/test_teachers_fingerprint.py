@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.teachers.fingerprint import COUNT, Difference, Fingerprint
-from distinit.pipeline.teachers.probes import probe_images, says_probabilities
+from distinit.pipeline.teachers.probes import probe_images, look_like_probabilities
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(COUNT, 50)).astype(np.float32)
@@ -67,7 +67,7 @@ def test_another_processor_or_torch_may_be_further_off(
 def test_what_looks_like_probabilities() -> None:
     softmax = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
     for probabilities in (softmax, 100 * softmax, 1 / (1 + np.exp(-LOGITS))):
-        assert says_probabilities(probabilities)
+        assert look_like_probabilities(probabilities)
     for logits in (
         LOGITS,
         np.log(softmax),
@@ -76,4 +76,4 @@ def test_what_looks_like_probabilities() -> None:
         LOGITS[:, :1] ** 2,
         softmax * np.nan,
     ):
-        assert not says_probabilities(logits)
+        assert not look_like_probabilities(logits)
