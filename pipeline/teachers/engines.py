@@ -1,12 +1,12 @@
-"""Engines that run a teacher's forward pass in place of torch without compilation.
+"""Choose the engine that runs a teacher's forward pass: torch, compiled torch or ONNX Runtime.
 
-An engine changes the last bits of the outputs, not what is computed, so that it belongs to the
-numerics of a store and not to the identity of the teacher.
+Another engine changes only the last bits of the outputs. It is therefore part of the numerics of a
+store, and not of the identity of the teacher.
 
-ONNX Runtime is the engine on a CPU. Rows do not depend on the size of their batch there, nor on the
-other images in it: that is checked to the bit on the probe images, whose outputs also have to agree
-with torch's. An exported file is kept in the user's cache under a digest of what determines it, and
-so is the reason why a teacher is left to torch.
+ONNX Runtime runs on a CPU. It is used if its outputs of the probe images agree with torch's, and if
+the rows do not depend, to the bit, on the size of their batch and the other images in it. The
+exported model is cached in the user's cache folder, under a digest of all that determines it. If
+ONNX Runtime is not used, the reason is cached too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from ..common.errors import DistInitError, TeacherError, in_one_line, third_party
 from ..common.files import write_whole
+from ..common.onnx_export import export_onnx
 from ..store.cache import cache_folder
-from .fingerprint import ALIKE, COUNT, Difference
+from .fingerprint import NUM_PROBES, SAME_MACHINE, Difference
 from .loaded_model import MAP
 from .probes import probe_images
 from .teacher import Engine, Teacher
@@ -38,40 +39,43 @@ from .teacher_options import EngineName
 TORCH = "torch"
 COMPILED = "torch.compile"
 ONNX = "onnxruntime"
-FORM = 1
-"""Of the exported files: another way of export has another number."""
+EXPORT_VERSION = 1
+"""Version of the exported files; it changes with the way of export."""
 CHEAP_S = 0.004
-"""Seconds of a core per image below which decoding costs more than the teacher."""
-GAIN = 1.1
-"""Least ratio of the rates of ONNX Runtime and torch for which a new store takes it."""
-ROUNDS = 3
+"""Core seconds per image below which decoding costs more than the teacher."""
+MIN_SPEEDUP = 1.1
+"""Smallest ratio of the rates of ONNX Runtime and torch for which a new store uses the former."""
+NUM_TIMED = 3
+"""Number of timed calls."""
 AT_ONCE = 4
-"""Images of one call: a layer's outputs of more of them do not fit the cache of a core."""
+"""Images per call. The outputs of a layer for more images exceed the cache of a core."""
 
 log = logging.getLogger(__name__)
 
 
 def use_engine(
-    teacher: Teacher, asked: EngineName, recorded: str | None = None, *, batch_size: int = 0
+    teacher: Teacher, engine: EngineName, recorded: str | None = None, *, batch_size: int = 0
 ) -> str:
-    """Give a teacher that is on its device an engine; return the name that numerics record.
+    """Set the engine of a teacher; return the name that the numerics record.
 
     Args:
-        teacher: Loaded, on its device and in its precision.
-        asked: `auto` takes the recorded engine; without one ONNX Runtime where it is faster, else
-            torch.
-        recorded: The name of the engine that the store's rows were computed with.
-        batch_size: Compilation is done for batches of this size; 0 leaves it to the first batch.
+        teacher: The teacher, on its device and in its precision.
+        engine: The engine that the user chose. `auto` is the recorded engine; without one it is
+            ONNX Runtime if that is faster, else torch.
+        recorded: The recorded name of the engine that computed the store's rows.
+        batch_size: Compile for batches of this size; 0 compiles for the first batch.
 
     Raises:
-        TeacherError: The recorded engine is not known to this version, or the engine asked for
-            does not run the teacher.
+        TeacherError: This version does not have the recorded engine, or the chosen engine cannot
+            run the teacher.
     """
     teacher.engine = None
     who = f"teacher {teacher.name!r}"
-    chosen = _by_name(teacher, recorded) if asked == "auto" and recorded is not None else asked
+    chosen = engine
+    if engine == "auto" and recorded is not None:
+        chosen = _recorded_engine(teacher, recorded)
     if chosen == "compile":
-        # Batches are padded to one size, so that nothing is gained by code for any size.
+        # All batches are padded to one size, so that code for other sizes is not required.
         teacher.engine = Engine(COMPILED, torch.compile(teacher.run, dynamic=False))
         with third_party(f"{who}: --engine compile: fails", TeacherError):
             teacher.compute(np.zeros((batch_size, *teacher.input_shape, 3), np.uint8))
@@ -80,29 +84,30 @@ def use_engine(
             teacher.engine = onnx_engine(teacher, if_faster=chosen == "auto")
             log.info(f"{who}: runs in {teacher.engine.name}")
         except TeacherError as error:
-            if asked == "onnx":
+            if engine == "onnx":
                 raise TeacherError(f"{who}: --engine onnx: {error}") from error
-            why = str(error)[:300]
-            log.info(f"{who}: runs in torch; ONNX Runtime is not used: {why}")
+            reason = str(error)[:300]
+            log.info(f"{who}: runs in torch; ONNX Runtime is not used: {reason}")
     return TORCH if teacher.engine is None else teacher.engine.name
 
 
-def _by_name(teacher: Teacher, recorded: str) -> EngineName:
-    known: dict[str, EngineName] = {TORCH: "torch", COMPILED: "compile", ONNX: "onnx"}
-    engine = known.get(recorded.partition(" ")[0])
+def _recorded_engine(teacher: Teacher, recorded: str) -> EngineName:
+    """Return the option value of a recorded engine, whose name may end with a version."""
+    engines: dict[str, EngineName] = {TORCH: "torch", COMPILED: "compile", ONNX: "onnx"}
+    engine = engines.get(recorded.partition(" ")[0])
     if engine is None:
         raise TeacherError(
             f"teacher {teacher.name!r}: the store's rows were computed by the engine {recorded!r}, which this "
-            f"version does not have; allowed: {', '.join(known)}, or --engine with --allow-different-numerics"
+            f"version does not have; allowed: {', '.join(engines)}, or --engine with --allow-different-numerics"
         )
     return engine
 
 
 def onnx_version() -> str:
-    """Return the engine's name as numerics record it, with its version.
+    """Return the name and version of ONNX Runtime as the numerics record them.
 
     Raises:
-        TeacherError: It is not installed.
+        TeacherError: ONNX Runtime is not installed.
     """
     try:
         import onnxruntime
@@ -115,11 +120,11 @@ def onnx_engine(teacher: Teacher, *, if_faster: bool) -> Engine:
     """Return ONNX Runtime as the engine of a teacher.
 
     Args:
-        teacher: On its device, in its precision.
-        if_faster: Only where it is faster than torch, and where the teacher is not cheap anyway.
+        teacher: The teacher, on its device and in its precision.
+        if_faster: Whether to refuse a teacher that is cheap, or not faster than in torch.
 
     Raises:
-        TeacherError: The reason why not.
+        TeacherError: ONNX Runtime cannot run the teacher, or is refused; the message is the reason.
     """
     if teacher.device.type != "cpu":
         raise TeacherError(f"it runs on a CPU only, not on {teacher.device.type}")
@@ -127,25 +132,25 @@ def onnx_engine(teacher: Teacher, *, if_faster: bool) -> Engine:
         raise TeacherError(f"it computes in fp32, not in {teacher.precision}")
     name = onnx_version()
     images = probe_images(*teacher.input_shape)
-    file = _file(teacher, name)
+    file = _cached_file(teacher, name)
     verdict = _read_verdict(file)
     if if_faster and verdict is not None and verdict["reason"] is not None:
         raise TeacherError(str(verdict["reason"]))
     timed = if_faster and verdict is None
     torch_s = _seconds(lambda: teacher.run(torch.from_numpy(images))) if timed else 0.0
-    if timed and torch_s < CHEAP_S * COUNT:
+    if timed and torch_s < CHEAP_S * NUM_PROBES:
         raise TeacherError("the teacher costs less than decoding a frame")
     try:
         run, exported = _checked_run(teacher, images, file)
-        if timed and torch_s < GAIN * _seconds(lambda: run(torch.from_numpy(images))):
+        if timed and torch_s < MIN_SPEEDUP * _seconds(lambda: run(torch.from_numpy(images))):
             raise TeacherError("it is not faster than torch with this teacher")
     except TeacherError as error:
-        _keep_verdict(file, str(error))
+        _write_verdict(file, str(error))
         raise
     if exported is not None:
-        _keep(file, exported)
+        _write_cached(file, exported)
     if timed:
-        _keep_verdict(file, None)
+        _write_verdict(file, None)
     return Engine(name, run)
 
 
@@ -153,8 +158,8 @@ _Run = Callable[..., Mapping[Any, Tensor]]
 
 
 def _checked_run(teacher: Teacher, images: np.ndarray, file: Path) -> tuple[_Run, bytes | None]:
-    """Return a forward pass that agrees with torch's, and the exported model where it is new."""
-    # The code of a teacher may have changed since its file was written.
+    """Return a forward pass that agrees with torch's, and the exported model if it is new."""
+    # The cached model is checked, since the code of the teacher may have changed.
     with contextlib.suppress(OSError, TeacherError):
         run = _session(teacher, file.read_bytes())
         _check(teacher, images, run)
@@ -168,19 +173,22 @@ def _checked_run(teacher: Teacher, images: np.ndarray, file: Path) -> tuple[_Run
 def _check(teacher: Teacher, images: np.ndarray, run: _Run) -> None:
     """Raise TeacherError unless rows agree with torch's and do not depend on their batch."""
     with third_party("it fails on the probe images", TeacherError):
-        expected, found = teacher.run(torch.from_numpy(images)), run(torch.from_numpy(images))
-        # Earlier versions computed whole batches, and stores hold their rows.
-        others = [run(torch.from_numpy(images), COUNT), run(torch.from_numpy(images[: COUNT // 2]))]
-    for output in teacher.asked:
-        apart = Difference.of(
-            *(rows[output].float().flatten(1).numpy() for rows in (expected, found))
+        pixels = torch.from_numpy(images)
+        expected, computed = teacher.run(pixels), run(pixels)
+        # All images in one call as well: earlier versions computed whole batches, and stores hold
+        # their rows.
+        other_batches = [run(pixels, NUM_PROBES), run(pixels[: NUM_PROBES // 2])]
+    for output in teacher.forward_outputs:
+        difference = Difference.of(
+            *(rows[output].float().flatten(1).numpy() for rows in (expected, computed))
         )
-        if not apart.within(ALIKE["fp32"]):
+        if not difference.within(SAME_MACHINE["fp32"]):
             raise TeacherError(
-                f"its {output} of the probe images are off by up to {apart.largest:.2g} deviations"
+                f"its {output} of the probe images are off by up to {difference.largest:.2g} deviations"
             )
         if not all(
-            torch.equal(rows[output], found[output][: len(rows[output])]) for rows in others
+            torch.equal(rows[output], computed[output][: len(rows[output])])
+            for rows in other_batches
         ):
             raise TeacherError(f"its {output} depend on the size of the batch")
 
@@ -195,40 +203,34 @@ class _Exported(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         (teacher,) = self._teacher
-        given = teacher.run(images)
-        return tuple(given[output].float() for output in teacher.asked)
+        outputs = teacher.run(images)
+        return tuple(outputs[output].float() for output in teacher.forward_outputs)
 
 
 def _export(teacher: Teacher) -> bytes:
     """Return the teacher as ONNX, with a free batch size.
 
     Raises:
-        TeacherError: It cannot be exported.
+        TeacherError: The teacher cannot be exported.
     """
     example = torch.zeros(2, *teacher.input_shape, 3, dtype=torch.uint8)
-    began = time.monotonic()
+    start_s = time.monotonic()
     with third_party("it cannot be exported", TeacherError), _quiet(), torch.no_grad():
-        program = torch.onnx.export(
+        model = export_onnx(
             _Exported(teacher).eval(),
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["images"],
-            output_names=list(teacher.asked),
-            verbose=False,
+            example,
+            input_name="images",
+            output_names=teacher.forward_outputs,
         )
-        if program is None:
-            raise TeacherError("it cannot be exported")
-        model = program.model_proto.SerializeToString()
     log.info(
-        f"teacher {teacher.name!r}: exported in {time.monotonic() - began:.0f} s, kept for the next time"
+        f"teacher {teacher.name!r}: exported in {time.monotonic() - start_s:.0f} s, cached for later runs"
     )
     return model
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what the exporter prints and warns from the screen; errors are raised anyway."""
+    """Hide the output, warnings and log lines of the exporter; its errors are raised."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -251,54 +253,62 @@ def _session(teacher: Teacher, model: bytes) -> _Run:
     options.log_severity_level = 3
     with third_party("it cannot open the exported model", TeacherError):
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    outputs = teacher.asked
+    outputs = teacher.forward_outputs
 
     def run(batch: Tensor, at_once: int = AT_ONCE) -> Mapping[Any, Tensor]:
-        found = [
+        parts = [
             session.run(list(outputs), {"images": images.numpy()})
             for images in batch.split(at_once)
         ]
         return {
             output: torch.from_numpy(np.concatenate(rows))
-            for output, rows in zip(outputs, zip(*found, strict=True), strict=True)
+            for output, rows in zip(outputs, zip(*parts, strict=True), strict=True)
         }
 
     return run
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Return the least processor time of a call on this thread, with torch's own threads off."""
-    before = torch.get_num_threads()
+    """Return the smallest processor time of a call, on this thread alone."""
+    torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
             run()
             times = []
-            for _ in range(ROUNDS):
-                began = time.thread_time()
+            for _ in range(NUM_TIMED):
+                start_s = time.thread_time()
                 run()
-                times.append(time.thread_time() - began)
+                times.append(time.thread_time() - start_s)
         return min(times)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(torch_threads)
 
 
-def _file(teacher: Teacher, name: str) -> Path:
-    """Return where the exported teacher is kept: by all that determines it but its code."""
-    made_of = {
-        "form": FORM,
-        "teacher": [teacher.identity(output=output) for output in teacher.asked if output != MAP],
-        "map": MAP in teacher.asked,
+def _cached_file(teacher: Teacher, name: str) -> Path:
+    """Return the path of the exported teacher in the cache.
+
+    Its name is a digest of all that determines the file, except the code of the teacher.
+    """
+    inputs = {
+        "form": EXPORT_VERSION,
+        "teacher": [
+            teacher.identity(output=output) for output in teacher.forward_outputs if output != MAP
+        ],
+        "map": MAP in teacher.forward_outputs,
         "torch": torch.__version__,
         "engine": name,
         "processor": torch.backends.cpu.get_cpu_capability(),
     }
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "onnx" / f"{digest[:32]}.onnx"
 
 
 def _read_verdict(file: Path) -> dict[str, Any] | None:
-    """Return `{"reason": why not, or null}` of an earlier run, None without one of this speed."""
+    """Return `{"reason": text or null}` of an earlier run with as many images per call, or None.
+
+    The reason is why ONNX Runtime is not used, null if it is used.
+    """
     try:
         verdict = json.loads(file.with_suffix(".json").read_bytes())
     except (OSError, ValueError):
@@ -308,12 +318,13 @@ def _read_verdict(file: Path) -> dict[str, Any] | None:
     return verdict if "reason" in verdict else None
 
 
-def _keep_verdict(file: Path, reason: str | None) -> None:
-    _keep(file.with_suffix(".json"), json.dumps({"reason": reason, "at_once": AT_ONCE}).encode())
+def _write_verdict(file: Path, reason: str | None) -> None:
+    content = json.dumps({"reason": reason, "at_once": AT_ONCE}).encode()
+    _write_cached(file.with_suffix(".json"), content)
 
 
-def _keep(file: Path, content: bytes) -> None:
-    """Write a file of the cache; one that cannot be written costs the next run some time only."""
+def _write_cached(file: Path, content: bytes) -> None:
+    """Write a file of the cache; if that fails, only the next run takes longer."""
     try:
         write_whole(file, content)
     except DistInitError as error:

@@ -1,7 +1,7 @@
-"""Weights and configurations of models on the Hugging Face Hub: data alone, never code.
+"""Find weights and configurations of models on the Hugging Face Hub; code is never loaded.
 
-Weights are safetensors. What is asked for by name is fetched into the user's own cache of
-huggingface_hub; where nothing may be downloaded, only that cache is looked at.
+Weights are safetensors. They are fetched into the user's cache of huggingface_hub. If downloads are
+not allowed, only that cache is searched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MODEL_FILES = [
 
 
 def need_safetensors(spec: TeacherSpec, path: Path) -> Path:
-    """Return `path`; WeightsError if it is a weights file of another kind."""
+    """Return `path`; raise WeightsError if its suffix is not that of safetensors."""
     if path.suffix != ".safetensors":
         raise WeightsError(
             f"weights file {path}: teacher {spec.name!r} takes safetensors alone; convert it: "
@@ -35,46 +35,54 @@ def need_safetensors(spec: TeacherSpec, path: Path) -> Path:
 def hub_file(
     spec: TeacherSpec, repository: str, names: Sequence[str], revision: str | None = None
 ) -> Path:
-    """Return the first of these files that a repository has, of its newest revision by default.
+    """Return the first of these files that a repository has.
+
+    Args:
+        spec: The teacher.
+        repository: The repository on the Hub.
+        names: The names of the files, the preferred one first.
+        revision: The revision, by default the newest one.
 
     Raises:
-        WeightsError: None is in the cache, and none can be fetched.
+        WeightsError: None of the files is cached or can be fetched.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    def first(*, local: bool) -> str:
-        missing: Exception = FileNotFoundError(f"{repository} has none of {', '.join(names)}")
+    def find_file(*, local: bool) -> str:
+        last_error: Exception = FileNotFoundError(f"{repository} has none of {', '.join(names)}")
         for name in names:
             try:
                 return hf_hub_download(repository, name, revision=revision, local_files_only=local)
             except EntryNotFoundError as error:
-                missing = error
-        raise missing
+                last_error = error
+        raise last_error
 
-    return Path(_cached_or_fetched(spec, repository, first))
+    return Path(_cached_or_fetched(spec, repository, find_file))
 
 
 def hub_folder_of(spec: TeacherSpec, repository: str) -> Path:
     """Return a local folder with a repository's configuration and safetensors weights.
 
     Raises:
-        WeightsError: It is not in the cache, and cannot be fetched.
+        WeightsError: The repository is not cached and cannot be fetched.
     """
     from huggingface_hub import snapshot_download
 
-    def folder(*, local: bool) -> str:
+    def find_folder(*, local: bool) -> str:
         return str(
             snapshot_download(repository, allow_patterns=_MODEL_FILES, local_files_only=local)
         )
 
-    return Path(_cached_or_fetched(spec, repository, folder))
+    return Path(_cached_or_fetched(spec, repository, find_folder))
 
 
 def _cached_or_fetched(spec: TeacherSpec, repository: str, find: Callable[..., Any]) -> str:
+    """Return the path that `find` returns; raise WeightsError if it fails."""
     try:
         return str(find(local=not spec.fetch))
-    except Exception as error:  # huggingface_hub's, httpx's or the system's
+    # huggingface_hub, httpx and the system raise errors of any type.
+    except Exception as error:
         how = "cannot be fetched" if spec.fetch else "is not downloaded here"
         raise WeightsError(
             f"teacher {spec.name!r}: {repository} is not in the cache of huggingface_hub and {how} "

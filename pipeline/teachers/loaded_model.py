@@ -1,4 +1,4 @@
-"""What every family of teachers hands over: a model, its forward pass, and the options they share.
+"""The model and forward pass that every family of teachers returns, and the options they share.
 
 Shapes: B images, h w cells of a map, K classes, D features, G cells per side of a grid.
 """
@@ -28,8 +28,8 @@ from ..video.geometry import View
 from .teacher_options import TeacherSpec
 
 Forward = Callable[[Tensor, tuple[str, ...]], Mapping[str, Tensor]]
-"""One forward pass: images [B, 3, h, w], outputs asked for → logits [B, K], features [B, D], and
-where it `maps` the map [B, D, h, w] that features are pooled from."""
+"""One forward pass: images [B, 3, h, w] and the names of outputs → logits [B, K], features [B, D],
+and for a model that `maps` the feature map [B, D, h, w] before pooling."""
 MAP = "map"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,37 +37,39 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Preprocessing(Options):
-    """From a video frame to a teacher's input: a view of the frame, then (pixel − mean) / std."""
+    """The preprocessing of a video frame: a view of the frame, then (pixel − mean) / std."""
 
     view: View
     mean: tuple[float, float, float]
-    """In pixel values, 0–255, RGB."""
+    """Mean of each channel of RGB, in pixel values from 0 to 255."""
     std: tuple[float, float, float]
+    """Standard deviation of each channel, in pixel values from 0 to 255."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A built module with everything that a teacher is made of."""
+    """A built module with the preprocessing and description of a teacher."""
 
     architecture: str
     weights: str
-    """The weights' name: `IMAGENET1K_V1`, `pretrained`, `file`, …"""
+    """The name of the weights: `IMAGENET1K_V1`, `pretrained`, `file`, …"""
     module: nn.Module
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None = None
-    """None where nobody knows them: then `class 0`, `class 1`, …"""
+    """The class names; None if they are unknown, for `class 0`, `class 1`, …"""
     file: str | None = None
+    """The name of the weights file, None without one."""
     file_sha256: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments that reached the builder."""
+    """Keyword arguments of the builder."""
     offers: tuple[Output, ...] = ("logits",)
-    """What the model can give."""
+    """The outputs that the model has."""
     forward: Forward | None = None
-    """None where the module's own output is the one output, or a mapping of outputs by name."""
+    """The forward pass; None if the module returns its one output, or outputs by name."""
     maps: bool = False
-    """Whether `forward` also gives the last feature map, as the output `map`."""
+    """Whether the forward pass also returns the last feature map, as the output `map`."""
     pooling: str | None = None
-    """How features are taken: the pooling, or the layer whose input they are. In their identity."""
+    """The pooling of the features, or the layer whose input they are; part of their identity."""
 
 
 def preprocessing(
@@ -75,7 +77,7 @@ def preprocessing(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Preprocessing:
-    """Preprocessing from the habitual mean and std of pixels in 0–1."""
+    """Return the preprocessing for a mean and std of pixels in 0–1."""
     return Preprocessing(
         view=view,
         mean=tuple(round(255 * value, 6) for value in mean),
@@ -89,15 +91,15 @@ BACKENDS = ("swscale", "pil")
 
 
 def builder_options(spec: TeacherSpec) -> dict[str, Any]:
-    """Parse the options for the model's builder: `true`, `3`, `0.5`, `[1, 2]` or text."""
+    """Return the options of the model's builder, parsed as `true`, `3`, `0.5`, `[1, 2]` or text."""
     return {key: _value(text) for key, text in spec.options.items() if key not in OWN_OPTIONS}
 
 
 def refuse_builder_options(spec: TeacherSpec) -> None:
-    """Refuse options for the builder, for teachers whose builder is fixed.
+    """Refuse builder options for a teacher whose builder has none.
 
     Raises:
-        TeacherError: an option that is not distinit's own.
+        TeacherError: An option is not one of distinit.
     """
     for key in builder_options(spec):
         raise TeacherError(
@@ -117,7 +119,7 @@ def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
     if "input_size" in options:
         crop = _integer(spec, "input_size")
         if "resize" not in options:
-            # The habitual margin: a short side of 256 around a crop of 224.
+            # The usual ratio: a short side of 256 around a crop of 224.
             resize = round(crop * 256 / 224)
     if "resize" in options:
         pair = re.fullmatch(r"(\d+)x(\d+)", options["resize"])
@@ -135,7 +137,7 @@ def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
             f"teacher {spec.name!r}: a short side of {view.resize} alone has no fixed size; set input_size as well"
         )
     changed = {
-        key: tuple(round(255 * value, 6) for value in _three(spec, key))
+        key: tuple(round(255 * value, 6) for value in _three_numbers(spec, key))
         for key in ("mean", "std")
         if key in options
     }
@@ -145,10 +147,12 @@ def apply_view_options(base: Preprocessing, spec: TeacherSpec) -> Preprocessing:
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
-    """Read class names from a text file, one per line; also Places365's `/a/airfield 0` lines.
+    """Read class names from a text file, one per line.
+
+    Lines of the form `/a/airfield 0`, as those of Places365, are sorted by their number.
 
     Raises:
-        TeacherError: The file cannot be read or is empty.
+        TeacherError: The file cannot be read, is not UTF-8 or is empty.
     """
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
@@ -177,7 +181,8 @@ def imagenet_classes() -> tuple[str, ...]:
 
     Some names occur twice: crane, maillot.
     """
-    # From a file, since torchvision takes seconds to import, which EfficientNet-Lite does without.
+    # The names are read from a file, since importing torchvision takes seconds, which
+    # EfficientNet-Lite does not need.
     return tuple((CONF / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
 
 
@@ -189,7 +194,7 @@ def _value(text: str) -> Any:
 
 
 def _interpolation(view: View, spec: TeacherSpec) -> str:
-    """Return the filter by the name that `View` has for it; PIL's have a prefix."""
+    """Return the name of the interpolation in `View`, where those of PIL have a prefix."""
     name = spec.options.get("interpolation", view.interpolation)
     backend = spec.options.get("resize_backend")
     if backend is None:
@@ -212,78 +217,79 @@ def _integer(spec: TeacherSpec, key: str) -> int:
     return int(text)
 
 
-def _three(spec: TeacherSpec, key: str) -> tuple[float, ...]:
+def _three_numbers(spec: TeacherSpec, key: str) -> tuple[float, ...]:
     text = spec.options[key]
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     numbers = numbers * 3 if len(numbers) == 1 else numbers
-    good = len(numbers) == 3 and all(0 <= number <= 1 for number in numbers)
-    if not good or (key == "std" and min(numbers) == 0):
-        least = "above 0" if key == "std" else "0"
+    is_valid = len(numbers) == 3 and all(0 <= number <= 1 for number in numbers)
+    if not is_valid or (key == "std" and min(numbers) == 0):
+        minimum = "above 0" if key == "std" else "0"
         raise TeacherError(
-            f"teacher {spec.name!r}: option {key} is {text!r}, allowed: one or three numbers a,b,c from {least} to 1, "
-            f"for pixels in 0–1; divide values for pixels in 0–255 by 255"
+            f"teacher {spec.name!r}: option {key} is {text!r}, allowed: one or three numbers a,b,c from {minimum} to "
+            f"1, for pixels in 0–1; divide values for pixels in 0–255 by 255"
         )
     return numbers
 
 
-_POOLS = ("avgpool", "_avg_pooling")
+_POOLING_LAYERS = ("avgpool", "_avg_pooling")
 
 
 def tapped(module: nn.Module, layer: str) -> Forward:
     """Return a forward pass whose features are the input [B, D] of `layer`, the classifier.
 
-    The logits are the module's own output, whether features are asked for or not. The map is the
-    input of the layer that pools it, where there is one.
+    The logits are the output of the module. The feature map is the input of the layer that pools
+    it, if there is one.
     """
-    # Of its own in each thread: several batches run through one module at once.
-    seen = threading.local()
+    # Each thread has its own inputs, since several batches run through one module at once.
+    layer_inputs = threading.local()
 
-    def remember(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.inputs = inputs[0]
+    def save_features(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        layer_inputs.features = inputs[0]
 
-    def remember_map(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.map = inputs[0]
+    def save_map(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        layer_inputs.map = inputs[0]
 
-    module.get_submodule(layer).register_forward_pre_hook(remember)
-    if (pool := pooling_layer(module)) is not None:
-        module.get_submodule(pool).register_forward_pre_hook(remember_map)
+    module.get_submodule(layer).register_forward_pre_hook(save_features)
+    if (pooling := pooling_layer(module)) is not None:
+        module.get_submodule(pooling).register_forward_pre_hook(save_map)
 
     def forward(images: Tensor, outputs: tuple[str, ...]) -> Mapping[str, Tensor]:
-        logits = module(images)
-        found = {"logits": logits, "features": seen.inputs}
-        seen.inputs = None
+        results = {"logits": module(images)}
+        results["features"] = layer_inputs.features
+        layer_inputs.features = None
         if MAP in outputs:
-            found[MAP] = seen.map
-        seen.map = None
-        return found
+            results[MAP] = layer_inputs.map
+        layer_inputs.map = None
+        return results
 
     return forward
 
 
 def pooling_layer(module: nn.Module) -> str | None:
     """Return the name of the layer that pools the last feature map, or None."""
-    return next((name for name, _ in module.named_children() if name in _POOLS), None)
+    return next((name for name, _ in module.named_children() if name in _POOLING_LAYERS), None)
 
 
 def grid_cells(maps: Tensor, grid: int) -> Tensor:
-    """Average maps [B, D, h, w] over G × G cells of equal area, [B, G·G·D], the cells row by row.
+    """Average maps [B, D, h, w] over G × G cells of equal area; return [B, G·G·D], row by row.
 
-    Where a cell ends inside one of the map, each takes its share of the area, so that the mean of
-    all cells is that of the map.
+    If the border of two cells is inside a position of the map, each cell gets its share of the
+    area, so that the mean of all cells is that of the map.
     """
-    down, across = (
+    row_shares, column_shares = (
         torch.stack(
             [torch.from_numpy(shares(i / grid, (i + 1) / grid, length)) for i in range(grid)]
         ).to(maps)
         for length in maps.shape[2:]
     )
-    return torch.einsum("gh,bdhw,kw->bgkd", down, maps, across).flatten(1)
+    return torch.einsum("gh,bdhw,kw->bgkd", row_shares, maps, column_shares).flatten(1)
 
 
 def last_linear(module: nn.Module) -> str | None:
-    """Return the name of a module's last linear layer that it runs as a layer, None without one."""
+    """Return the name of a module's last linear layer; None if it has none."""
+    # Subclasses of nn.Linear are inside other layers, which do not run them as layers.
     names = [name for name, layer in module.named_modules() if type(layer) is nn.Linear]
     return names[-1] if names else None

@@ -1,6 +1,6 @@
-"""Models of open_clip: CLIP, SigLIP and their kin.
+"""Load models of open_clip: CLIP, SigLIP and similar ones.
 
-The embedding of their image tower is a feature, and their text tower makes a classifier of texts.
+Features are the embedding of the image tower. The text tower makes a classifier from texts.
 
 Shapes: K classes, D features.
 """
@@ -29,29 +29,31 @@ def open_clip_model(spec: TeacherSpec, model: str, tag: str | None) -> LoadedMod
     """Load the image tower of an open_clip architecture, with published weights or those of a file.
 
     Args:
-        spec: What the user asked for.
+        spec: The teacher.
         model: An architecture of open_clip, such as `ViT-B-32`.
-        tag: The name of published weights, such as `laion2b_s34b_b79k`; it chooses the
-            preprocessing also where a file is given.
+        tag: The name of published weights, such as `laion2b_s34b_b79k`. It determines the
+            preprocessing even if a weights file is used.
 
     Raises:
         TeacherError: open_clip is not installed, or has no such architecture or weights.
         WeightsError: The weights are not safetensors, cannot be fetched or do not fit.
     """
     refuse_builder_options(spec)
-    whole = open_clip_whole(spec, model, tag)
+    loaded = load_both_towers(spec, model, tag)
     return LoadedModel(
         architecture=f"open_clip:{model}",
         weights="file" if spec.weights else str(tag),
-        module=whole.model.visual,
+        module=loaded.model.visual,
         preprocessing=apply_view_options(
             preprocessing(
-                _view(whole.config, spec), tuple(whole.config["mean"]), tuple(whole.config["std"])
+                _view(loaded.config, spec),
+                tuple(loaded.config["mean"]),
+                tuple(loaded.config["std"]),
             ),
             spec,
         ),
-        file=whole.file.name,
-        file_sha256=whole.file.sha256,
+        file=loaded.file.name,
+        file_sha256=loaded.file.sha256,
         offers=("features",),
         pooling="image embedding",
     )
@@ -66,23 +68,23 @@ class OpenClipModel:
     file: WeightsFile
 
 
-def open_clip_whole(spec: TeacherSpec, model: str, tag: str | None) -> OpenClipModel:
+def load_both_towers(spec: TeacherSpec, model: str, tag: str | None) -> OpenClipModel:
     """Load both towers of an open_clip architecture; see `open_clip_model`."""
     library = import_extra("open_clip", "clip", f"teacher {spec.name!r}", TeacherError)
     if model not in library.list_models():
-        near = [name for name in library.list_models() if model.lower() in name.lower()][:5]
+        similar = [name for name in library.list_models() if model.lower() in name.lower()][:5]
         raise TeacherError(
             f"open_clip has no architecture {model!r}"
-            + (f"; near: {', '.join(near)}" if near else "")
+            + (f"; similar: {', '.join(similar)}" if similar else "")
         )
     published = _published(library, spec, model, tag)
     path = _weights_path(library, spec, published)
     file = load_weights(path, spec.sha256)
-    return OpenClipModel(*_built(library, spec, model, path, published), file)
+    return OpenClipModel(*_build(library, spec, model, path, published), file)
 
 
 def _published(library: Any, spec: TeacherSpec, model: str, tag: str | None) -> dict[str, Any]:
-    """Return what open_clip records of published weights: address and preprocessing."""
+    """Return open_clip's record of published weights, with their address and preprocessing."""
     tags = library.list_pretrained_tags_by_model(model)
     if tag is None and spec.weights is None:
         raise TeacherError(
@@ -93,23 +95,24 @@ def _published(library: Any, spec: TeacherSpec, model: str, tag: str | None) -> 
         raise TeacherError(
             f"open_clip's {model} has no weights {tag!r}; allowed: {', '.join(tags) or 'none'}"
         )
-    found: dict[str, Any] = dict(library.get_pretrained_cfg(model, tag)) if tag else {}
-    if found and bool(found.get("quick_gelu")) != bool(
+    published: dict[str, Any] = dict(library.get_pretrained_cfg(model, tag)) if tag else {}
+    if published and bool(published.get("quick_gelu")) != bool(
         library.get_model_config(model).get("quick_gelu")
     ):
-        # open_clip only warns, and the features would be others than those that were trained.
+        # open_clip only warns, but the features would differ from those that were trained.
         raise TeacherError(
             f"teacher {spec.name!r}: the weights {tag!r} are of the other activation (QuickGELU): "
             f"name the architecture with or without -quickgelu"
         )
-    return found
+    return published
 
 
 def _weights_path(library: Any, spec: TeacherSpec, published: dict[str, Any]) -> Path:
+    """Return the user's weights file, or the safetensors file of published weights."""
     if spec.weights is not None:
         return need_safetensors(spec, Path(spec.weights))
     repository, _, name = str(published.get("hf_hub", "")).rpartition("/")
-    # As open_clip looks for them: the published name itself, or its safetensors alternatives.
+    # As open_clip does, look for the published name or its alternatives in safetensors.
     alternatives = library.pretrained._get_safe_alternatives(
         name or library.pretrained.HF_WEIGHTS_NAME
     )
@@ -122,52 +125,60 @@ def _weights_path(library: Any, spec: TeacherSpec, published: dict[str, Any]) ->
     return hub_file(spec, repository, names)
 
 
-def _built(
+def _build(
     library: Any, spec: TeacherSpec, model: str, path: Path, published: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Build the model, load its weights; return it and open_clip's preprocessing."""
-    text = library.get_model_config(model).get("text_cfg", {})
-    if "hf_model_name" in text and not spec.fetch:
+    """Build the model and load its weights; return it and open_clip's preprocessing."""
+    text_config = library.get_model_config(model).get("text_cfg", {})
+    if "hf_model_name" in text_config and not spec.fetch:
         raise WeightsError(
             f"teacher {spec.name!r}: open_clip would fetch the configuration of its text tower, which is not allowed"
         )
     with third_party(f"teacher {spec.name!r}: open_clip cannot build it", TeacherError):
-        whole = library.create_model(model, pretrained=None, pretrained_text=False)
+        built = library.create_model(model, pretrained=None, pretrained_text=False)
     try:
-        library.load_checkpoint(whole, str(path))
-    except Exception as error:  # a state that does not fit, in the words of torch
+        library.load_checkpoint(built, str(path))
+    # open_clip and torch raise errors of several types for a state that does not fit.
+    except Exception as error:
         raise WeightsError(
             f"weights file {path}: does not fit open_clip's {model} ({first_line(error)})"
         ) from None
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     config = merge_preprocess_dict(asdict(PreprocessCfg()), published)
-    config["size"] = getattr(whole.visual, "image_size", config["size"])
-    return whole, config
+    config["size"] = getattr(built.visual, "image_size", config["size"])
+    return built, config
 
 
 def _view(config: dict[str, Any], spec: TeacherSpec) -> View:
-    """Return open_clip's evaluation view: a short side and a centre crop, or a squash."""
+    """Return the view of open_clip's evaluation: a short side and a centre crop, or a squash."""
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     mode = config["resize_mode"]
     if mode == "longest" and "resize" not in spec.options:
         raise TeacherError(
-            f"teacher {spec.name!r}: open_clip pads its pictures to a square, which a view cannot do; "
-            f"choose one, such as --teacher-option resize={height}x{width}"
+            f"teacher {spec.name!r}: open_clip pads its pictures to a square, which a view cannot; "
+            f"choose a resize, such as --teacher-option resize={height}x{width}"
         )
     if mode == "shortest" and height == width:
         return View(resize=height, crop=height, interpolation=interpolation)
     return View(resize=(height, width), interpolation=interpolation)
 
 
-BATCH = 64  # texts per forward pass
+BATCH_SIZE = 64
+"""Number of texts per forward pass."""
 
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """Embeddings of classes [K, D], each of length 1, and the scale and bias of their cosines."""
+    """The embeddings of classes, and the scale and bias of their cosines.
+
+    Args:
+        weight: Embeddings [K, D], each of length 1.
+        logit_scale: The factor of cosines.
+        logit_bias: The bias of scaled cosines, None without one.
+    """
 
     weight: NDArray[np.float32]
     logit_scale: float
@@ -178,37 +189,37 @@ def text_embeddings(spec: TeacherSpec, prompts: Sequence[Sequence[str]]) -> Text
     """Embed classes by their prompts: the mean of the prompts' embeddings, divided by its length.
 
     Args:
-        spec: `open_clip:ARCH@WEIGHTS`, perhaps with a weights file.
-        prompts: Of each class at least one text.
+        spec: `open_clip:ARCH@WEIGHTS`, optionally with a weights file.
+        prompts: One or more texts for each class.
 
     Raises:
-        UsageError: Another kind of teacher, or a model without a text tower.
+        UsageError: The teacher is not a model of open_clip.
         TeacherError: open_clip is not installed or has no such model.
         WeightsError: The weights are not safetensors, cannot be fetched or do not fit.
     """
-    family, _, rest = spec.name.partition(":")
-    if family != "open_clip" or not rest:
+    family, _, family_name = spec.name.partition(":")
+    if family != "open_clip" or not family_name:
         raise UsageError(
             f"--teacher {spec.name}: expected open_clip:ARCH@WEIGHTS, whose text tower embeds classes"
         )
-    architecture, _, tag = rest.partition("@")
-    whole = open_clip_whole(spec, architecture, tag or None).model.eval()
+    architecture, _, tag = family_name.partition("@")
+    model = load_both_towers(spec, architecture, tag or None).model.eval()
     with third_party(f"teacher {spec.name!r}: its text tower fails", TeacherError):
         import open_clip
 
         library: Any = open_clip
         tokenize = library.get_tokenizer(architecture)
-        texts = [text for each in prompts for text in each]
+        texts = [text for class_prompts in prompts for text in class_prompts]
         with torch.inference_mode():
-            parts = [
-                whole.encode_text(tokenize(texts[at : at + BATCH]), normalize=True).float()
-                for at in range(0, len(texts), BATCH)
+            batches = [
+                model.encode_text(tokenize(texts[i : i + BATCH_SIZE]), normalize=True).float()
+                for i in range(0, len(texts), BATCH_SIZE)
             ]
-    embeddings = torch.cat(parts).split([len(each) for each in prompts])
-    means = torch.stack([each.mean(dim=0) for each in embeddings])
-    bias = getattr(whole, "logit_bias", None)
+    embeddings = torch.cat(batches).split([len(class_prompts) for class_prompts in prompts])
+    means = torch.stack([class_embeddings.mean(dim=0) for class_embeddings in embeddings])
+    bias = getattr(model, "logit_bias", None)
     return TextEmbeddings(
         torch.nn.functional.normalize(means, dim=1).numpy(),
-        float(whole.logit_scale.detach().exp()),
+        float(model.logit_scale.detach().exp()),
         None if bias is None else float(bias.detach()),
     )

@@ -1,4 +1,4 @@
-"""Probe a teacher for its fingerprints: images, outputs, and what these reveal.
+"""Compute the fingerprints of a teacher on probe images, and check its outputs.
 
 Shapes: P probe images, h w pixels of a teacher's input, K classes or features.
 """
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from ..common.errors import TeacherError, third_party
 from ..store.frame_views import OutputView
-from .fingerprint import COUNT, Difference, Fingerprint
+from .fingerprint import NUM_PROBES, Difference, Fingerprint
 from .teacher import Teacher
 
-BATCH = (0.05, 0.3)
-"""How far the other images of a batch may move a row: int8 with scales of the whole batch stays
-below."""
+BATCH_TOLERANCE = (0.05, 0.3)
+"""Allowed difference of a row by the other images of its batch; int8 with scales for a whole batch
+stays below it."""
 
 
 def fingerprints(teacher: Teacher) -> dict[str, Fingerprint]:
-    """Return the fingerprint of each of the teacher's outputs on its current device.
+    """Return the fingerprint of each output of the teacher, on its current device.
 
     Raises:
-        TeacherError: Its forward fails on the probe images.
+        TeacherError: The forward pass fails on the probe images.
     """
     return _fingerprints(teacher, probe_images(*teacher.input_shape))
 
@@ -32,38 +32,40 @@ def examine(teacher: Teacher) -> dict[str, Fingerprint]:
     """Return the fingerprints of a teacher after checking that its outputs can be cached.
 
     Raises:
-        TeacherError: The same image gets another output each time, or one that depends on the rest
-            of a batch.
+        TeacherError: The output of an image is not the same in each call, or depends on the other
+            images of the batch.
     """
     images = probe_images(*teacher.input_shape)
-    first, again = (_fingerprints(teacher, images) for _ in range(2))
-    halves = slice(0, COUNT // 2), slice(COUNT // 2, COUNT)
+    first, second = (_fingerprints(teacher, images) for _ in range(2))
+    halves = slice(0, NUM_PROBES // 2), slice(NUM_PROBES // 2, NUM_PROBES)
     padded = []
     for half in halves:
-        batch = np.zeros_like(images)  # padded as the last batch of a shard is
+        # The other images are zeros, as in the last batch of a shard.
+        batch = np.zeros_like(images)
         batch[half] = images[half]
         padded.append(_outputs(teacher, batch))
-    for output, found in first.items():
-        if how := found.differs(again[output]):
+    for output, fingerprint in first.items():
+        if change := fingerprint.differs(second[output]):
             raise TeacherError(
-                f"teacher {teacher.name!r}: computes other {output} of the same images each time ({how}); is dropout "
-                f"or another randomness on in its forward?"
+                f"teacher {teacher.name!r}: computes other {output} of the same images each time ({change}); is "
+                f"dropout or another randomness on in its forward?"
             )
         parts = [values[output][half] for values, half in zip(padded, halves, strict=True)]
-        apart = Difference.of(found.values, np.concatenate(parts))
-        if not apart.within(BATCH):
+        difference = Difference.of(fingerprint.values, np.concatenate(parts))
+        if not difference.within(BATCH_TOLERANCE):
             raise TeacherError(
-                f"teacher {teacher.name!r}: the {output} of an image depend on the others of its batch (off by up to "
-                f"{apart.largest:.2g} of their standard deviation); is a normalisation over the batch in its forward?"
+                f"teacher {teacher.name!r}: the {output} of an image depend on the others of its batch (off by "
+                f"up to {difference.largest:.2g} of their standard deviation); is a "
+                f"normalisation over the batch in its forward?"
             )
     return first
 
 
 def look_like_probabilities(logits: NDArray[np.float32]) -> bool:
-    """Return whether logits [P, K] look like probabilities or shares.
+    """Return whether logits [P, K] look like probabilities, whose softmax is nearly uniform.
 
-    They do if none is negative, and each is at most 1 or all rows have one sum: softmax would make
-    nearly uniform targets of them. Log-probabilities are logits up to a constant.
+    They do if none is negative, and either none is above 1 or all rows have the same sum.
+    Log-probabilities do not: they are logits up to a constant.
     """
     if (
         logits.shape[1] < 2
@@ -77,9 +79,9 @@ def look_like_probabilities(logits: NDArray[np.float32]) -> bool:
 
 
 def probe_images(height: int, width: int) -> NDArray[np.uint8]:
-    """Return the P images [P, h, w, 3]: ramps, clouds, blocks, rings, noise.
+    """Return the probe images [P, h, w, 3]: ramps, clouds, blocks, rings and noise.
 
-    Integer arithmetic alone makes them, so that every machine has the same.
+    They are drawn by integer arithmetic alone, and so are the same on every machine.
     """
     y, x = np.arange(height, dtype=np.int64)[:, None], np.arange(width, dtype=np.int64)[None]
     across, down = x * 255 // max(width - 1, 1) + 0 * y, y * 255 // max(height - 1, 1) + 0 * x
@@ -100,23 +102,30 @@ def probe_images(height: int, width: int) -> NDArray[np.uint8]:
 def _clouds(
     height: int, width: int, octaves: tuple[tuple[int, int], ...], seed: int
 ) -> NDArray[np.int64]:
-    """Return smooth colours [h, w, 3]: for each (lattice, weight), values interpolated linearly."""
+    """Return smooth colours [h, w, 3]: a weighted sum of noise on lattices, interpolated linearly.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        octaves: The (size, weight) of each lattice.
+        seed: Seed of the noise.
+    """
     total = np.zeros((height, width, 3), np.int64)
     for lattice, weight in octaves:
         points = _noise(lattice + 1, lattice + 1, seed * 100 + lattice)
         rows, columns = (np.arange(n, dtype=np.int64) * lattice * 256 // n for n in (height, width))
-        for axis, at in ((0, rows), (1, columns)):
+        for axis, positions in ((0, rows), (1, columns)):
             shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
-            low, part = at // 256, (at % 256).reshape(shape)
+            low, fraction = positions // 256, (positions % 256).reshape(shape)
             points = (
-                points.take(low, axis) * (256 - part) + points.take(low + 1, axis) * part
+                points.take(low, axis) * (256 - fraction) + points.take(low + 1, axis) * fraction
             ) // 256
         total += weight * points
     return total // sum(weight for _, weight in octaves)
 
 
 def _noise(height: int, width: int, seed: int) -> NDArray[np.int64]:
-    """0 … 255 [h, w, 3] from a counter (splitmix64)."""
+    """Return numbers from 0 to 255 [h, w, 3], drawn by a counter-based generator (splitmix64)."""
     z = np.arange(height * width * 3, dtype=np.uint64) + np.uint64(seed << 32)
     z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -142,14 +151,14 @@ def _fingerprints(teacher: Teacher, images: NDArray[np.uint8]) -> dict[str, Fing
 
 
 def _outputs(teacher: Teacher, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-    """Return the outputs in float32, computed by torch.
+    """Return the outputs, computed by torch in float32.
 
-    In float32 different code shows at far smaller differences than in half precision.
+    In float32 a change of the code shows in far smaller differences than in half precision.
     """
     precision, engine = teacher.precision, teacher.engine
     try:
         with third_party(f"teacher {teacher.name!r}: fails on {len(images)} images", TeacherError):
-            found = teacher.to(teacher.device).compute(images)
-            return {key: values.numpy() for key, values in found.items()}
+            outputs = teacher.to(teacher.device).compute(images)
+            return {key: values.numpy() for key, values in outputs.items()}
     finally:
         teacher.to(teacher.device, precision).engine = engine

@@ -1,8 +1,8 @@
-"""Load a teacher again from what a target store records of it, without trusting the store.
+"""Load a teacher from the record of a target store, without trusting the store.
 
-A store may come from anybody. By itself, its record only chooses among the teachers that distinit
-ships, built with plain values. Code, downloads and other options need a name on the command line;
-files are only those given there.
+A store may come from anybody. Its record alone can only select a teacher that ships with distinit,
+with plain values of its options. Third-party code, downloads and other options require the name of
+the teacher on the command line. Files are opened only if the command line names them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,29 @@ from .teacher_options import TeacherSpec
 _LIBRARY_MODEL = re.compile(
     r"(torchvision|timm):[A-Za-z0-9_.]+(@[A-Za-z0-9_]+)?"
     r"|open_clip:[A-Za-z0-9_.-]+(@[A-Za-z0-9_.-]+)?"
-    # A name on the Hub; nothing that could be a path out of its cache.
+    # A name on the Hub, which cannot be a path out of its cache.
     r"|hf:[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
 )
 _NUMBER = re.compile(r"-?\d{1,9}(\.\d{1,9})?|true|false", re.ASCII)
 _PIXELS = re.compile(r"\d{1,4}(x\d{1,4})?", re.ASCII)
 _OPENS_FILES = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-"""Options of timm's builder that lead it to files and addresses."""
+"""Options of timm's builder that name files or addresses."""
 
 
 def recorded_spec(provenance: Mapping[str, Any], where: str) -> TeacherSpec:
-    """Return how the teacher that a store records was asked for.
+    """Return the spec of a teacher that a store records.
+
+    Args:
+        provenance: The attribute `provenance` of the teacher's node.
+        where: The path of the node, for messages.
 
     Raises:
-        UsageError: The store does not say it.
-        StoreError: The record is none.
+        UsageError: The store has no spec of the teacher.
+        StoreError: The record is not a spec.
     """
     if "spec" not in provenance:
         raise UsageError(
-            "the store does not say how the teacher was asked for, so that it cannot be loaded again"
+            "the store does not record the options of the teacher, so that it cannot be loaded again"
         )
     try:
         return TeacherSpec.model_validate(provenance["spec"])
@@ -57,15 +61,16 @@ def load_spec(
     """Return the teacher of a `recorded_spec`, on the CPU.
 
     Args:
-        spec: How the teacher was asked for, as the store records it.
-        weights: The weights file given on the command line; a file that only the store names is
-            never opened.
-        trusted: Teachers named on the command line, as the store spells them: their code may run,
+        spec: The recorded spec.
+        weights: The weights file of the command line; a file that only the store names is never
+            opened.
+        trusted: Teachers that the command line names, spelled as in the store. Their code may run,
             their weights may be downloaded, and their options may have any value.
 
     Raises:
-        UsageError: What has to be named on the command line first.
-        TeacherError, WeightsError: As `load_teacher`.
+        UsageError: The teacher or its weights file must be named on the command line first.
+        TeacherError: See `load_teacher`.
+        WeightsError: See `load_teacher`.
     """
     if spec.name not in trusted:
         _check_plain(spec)
@@ -79,7 +84,7 @@ def load_spec(
             f"the store names the weights file {spec.weights!r}, which is never opened by that name: "
             "pass --teacher-weights NAME=FILE"
         )
-    # The classes are a file; the store has the names.
+    # The option `classes` names a file; the store has the class names.
     options = {key: value for key, value in spec.options.items() if key != "classes"}
     spec = spec.model_copy(
         update={"weights": weights, "options": options, "fetch": spec.name in trusted}
@@ -88,7 +93,7 @@ def load_spec(
         return load_teacher(spec)
     except DistInitError:
         raise
-    # A library meets numbers that it never checks, and has errors of its own.
+    # Libraries do not check all numbers, and raise errors of any type.
     except Exception as error:
         raise TeacherError(
             f"teacher {spec.name!r}: cannot be built as the store records it ({in_one_line(error)})"
@@ -97,22 +102,22 @@ def load_spec(
 
 def _check_plain(spec: TeacherSpec) -> None:
     """Raise UsageError if loading would run third-party code or open a file that a store chose."""
-    allow = f"if you trust it, allow it with --allow-teacher {spec.name!r}"
+    advice = f"if you trust it, allow it with --allow-teacher {spec.name!r}"
     if spec.name not in SHIPPED and not _LIBRARY_MODEL.fullmatch(spec.name):
-        what = (
+        reason = (
             "is a function whose code would be run"
             if is_factory(spec.name)
             else "does not ship with distinit"
         )
-        raise UsageError(f"teacher {spec.name!r} {what}; {allow}")
+        raise UsageError(f"teacher {spec.name!r} {reason}; {advice}")
     for key, text in spec.options.items():
         if key in ("input_size", "resize"):
-            plain = _PIXELS.fullmatch(text) is not None
+            is_plain = _PIXELS.fullmatch(text) is not None
         elif key == "pooling":
-            plain = text in POOLINGS
+            is_plain = text in POOLINGS
         else:
-            plain = key in OWN_OPTIONS or _NUMBER.fullmatch(text) is not None
-        if not plain:
+            is_plain = key in OWN_OPTIONS or _NUMBER.fullmatch(text) is not None
+        if not is_plain:
             raise UsageError(
-                f"teacher {spec.name!r}: the store sets its option {key!r} to {text[:80]!r}; {allow}"
+                f"teacher {spec.name!r}: the store sets its option {key!r} to {text[:80]!r}; {advice}"
             )

@@ -1,12 +1,12 @@
-"""Frozen image models that look at single frames. `load_teacher` turns a name into one.
+"""Frozen image models that compute outputs of single frames. `load_teacher` loads one by name.
 
 Names: `efficientnet_lite0` (1, 2), `resnet50`, `resnet50-places365`, `torchvision:NAME[@WEIGHTS]`,
 `timm:NAME`, `open_clip:ARCH[@WEIGHTS]`, `hf:ORG/NAME`, and `package.module:factory`, a function
-that returns an `nn.Module` (images [B, 3, h, w] → the output asked for) or a `Teacher`.
+that returns an `nn.Module` (images [B, 3, h, w] → the requested output) or a `Teacher`.
 
-A teacher gives logits, features or both, of one forward pass; of the mirrored frame, if asked for,
-in another. A store holds each as a teacher of its own: NAME, NAME.features, NAME.flip, …
-(`store.frame_views`).
+A teacher computes logits, features or both in one forward pass, and those of the mirrored frame, if
+requested, in another one. A store holds each output as a separate teacher: NAME, NAME.features,
+NAME.flip, … (`store.frame_views`).
 
 Shapes: B images, h w pixels of the view, K classes, D numbers of an output, G cells per side.
 """
@@ -61,15 +61,16 @@ _BY_NAME: dict[str, Callable[[TeacherSpec], LoadedModel]] = {
     "resnet50-places365": resnet50_places365,
 }
 SHIPPED = frozenset(_BY_NAME)
-"""Names of teachers that need no library's model name."""
+"""Names of teachers that are not models of a library by their name there."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs a teacher's forward pass in place of torch itself.
+    """An engine that runs a teacher's forward pass in place of torch.
 
-    name: as `numerics` records it, with the version where it has one.
-    run: images uint8 [B, h, w, 3] on the teacher's device → outputs [B, D].
+    Args:
+        name: The name that the numerics record, with a version if the engine has one.
+        run: Images uint8 [B, h, w, 3] on the teacher's device → outputs [B, D].
     """
 
     name: str
@@ -77,17 +78,17 @@ class Engine:
 
 
 class Teacher:
-    """A frozen image model with its preprocessing, classes and identity; in evaluation mode always.
+    """A frozen image model with its preprocessing, classes and identity, always in evaluation mode.
 
     Args:
-        name: its name in a store; characters other than letters, digits, `.`, `_`, `-` become `-`.
-        recipe: the module and what belongs to it.
-        outputs: what is taken of its forward pass.
-        views: of each frame.
+        name: The name in a store; characters other than letters, digits, `.`, `_`, `-` become `-`.
+        recipe: The module with its preprocessing and its description.
+        outputs: The outputs to compute: logits, features or both.
+        views: The views of each frame to compute.
 
     Raises:
-        TeacherError: the model does not give an output, or not as [B, D] of a batch of images; or
-            the number of class names is not that of its logits.
+        TeacherError: The model does not have an output, or it is not [B, D] for a batch of images;
+            or the number of class names is not that of its logits.
     """
 
     def __init__(
@@ -118,23 +119,23 @@ class Teacher:
         self.state_sha256 = state_sha256(self.module.state_dict())
         self.device, self.precision = torch.device("cpu"), "fp32"
         self.engine: Engine | None = None
-        self._place()
+        self._move_normalization()
         self.choose(outputs, views)
         self.classes: list[str] = (
             self._class_names(self._widths["logits"]) if "logits" in outputs else []
         )
 
     def choose(self, outputs: tuple[Output, ...], views: tuple[str, ...]) -> None:
-        """Set what is computed: keys of `OutputView`, and how many numbers each has.
+        """Set the outputs and views to compute, and measure the width of each.
 
         Raises:
-            TeacherError: The model has no feature map to take cells of.
+            TeacherError: The views have cells, but the model has no feature map.
         """
         self.outputs: tuple[str, ...] = output_keys(outputs, views)
         self.plain_mean = False
         has_cells = any(OutputView.of(key).grid for key in self.outputs)
-        # What one forward pass gives; views are made of it.
-        self.asked: tuple[str, ...] = (*outputs, MAP) if has_cells else outputs
+        # The outputs of one forward pass, of which the views are computed.
+        self.forward_outputs: tuple[str, ...] = (*outputs, MAP) if has_cells else outputs
         if has_cells and not self.recipe.maps:
             raise TeacherError(
                 f"teacher {self.name!r}: --views {','.join(views)}: no feature map of "
@@ -145,48 +146,51 @@ class Teacher:
 
     @property
     def view(self) -> View:
-        """How a frame is resized and cropped for this teacher; the result has a fixed size."""
+        """The resize and crop of a frame for this teacher, with a fixed size."""
         return self.recipe.preprocessing.view
 
     def to(self, device: torch.device | str, precision: str = "fp32") -> Teacher:
         """Move to a device and choose the precision: `fp32`, or `bf16` (autocast).
 
-        With `bf16` the weights stay float32. From here on torch runs the teacher, until it gets
-        another engine.
+        With `bf16` the weights stay float32. The engine is reset to torch.
 
         Raises:
-            TeacherError: Another precision was given.
+            TeacherError: The precision is not one of these.
         """
         if precision not in _COMPUTE:
             raise TeacherError(f"precision is {precision!r}, allowed: {', '.join(_COMPUTE)}")
         self.device, self.precision, self.engine = torch.device(device), precision, None
         self.module.to(self.device)
-        self._place()
+        self._move_normalization()
         return self
 
     @property
     def store_names(self) -> dict[str, str]:
-        """Names of the teachers of a store that hold the outputs, as NAME and NAME.features."""
+        """Output → name of the teacher in a store that holds it, such as NAME.features."""
         return {key: OutputView.of(key).store_name(self.name) for key in self.outputs}
 
     def width(self, key: str) -> int:
-        """Return the number of classes, or of features, of all cells."""
+        """Return the number of classes, or of features of all cells."""
         return self._widths[key]
 
     def identity(self, precision: str | None = None, output: str | None = None) -> dict[str, Any]:
-        """Return what determines an output (default: the first), the same on every machine.
+        """Return all that determines an output, in a form for JSON.
 
-        It is JSON-able. `sha256` is that of the loaded state (its form:
-        `distinit.pipeline.common.weights`), so a file of another name with the same tensors is the
-        same teacher. The device is not part of it. Features have a `pooling` where logits have
-        classes, whose names do not change them.
+        The identity is the same on every machine and device. `sha256` is that of the loaded state
+        (`distinit.pipeline.common.weights`), so that a file of another name with the same tensors
+        is the same teacher. Logits have `classes`; features have `pooling`, since class names do
+        not change them.
+
+        Args:
+            precision: The precision, by default the current one.
+            output: The key of the output, by default the first one.
         """
-        prepared, asked = self.recipe.preprocessing, OutputView.of(output or self.outputs[0])
-        if asked.output == "features":
-            of_output: dict[str, Any] = {"output": "features", "pooling": self.recipe.pooling}
+        prepared, view = self.recipe.preprocessing, OutputView.of(output or self.outputs[0])
+        if view.output == "features":
+            description: dict[str, Any] = {"output": "features", "pooling": self.recipe.pooling}
         else:
             names = "\n".join(self.classes).encode()
-            of_output = {
+            description = {
                 "classes": len(self.classes),
                 "classes_sha256": hashlib.sha256(names).hexdigest(),
             }
@@ -195,24 +199,24 @@ class Teacher:
             "weights": self.recipe.weights,
             "sha256": self.state_sha256,
             "options": self.recipe.options,
-            **of_output,
+            **description,
             "view": prepared.view.model_dump(mode="json"),
             "mean": prepared.mean,
             "std": prepared.std,
             "compute": _COMPUTE[precision or self.precision],
         }
-        # Of the centre alone nothing is added: its identity is that of stores without views.
-        if asked.grid:
-            identity |= {"grid": asked.grid, "plain_mean": self.plain_mean}
-        if asked.mirrored:
+        # Nothing is added for the centre alone, whose identity is that of stores without views.
+        if view.grid:
+            identity |= {"grid": view.grid, "plain_mean": self.plain_mean}
+        if view.mirrored:
             identity["mirrored"] = True
-        plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
-        return plain
+        json_identity: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+        return json_identity
 
     def provenance(self) -> dict[str, Any]:
-        """Return what is recorded for people and not compared.
+        """Return the attributes that are recorded for people and not compared.
 
-        The name and sha256 of the weights file as `sha256sum` prints it, and torch's version.
+        They are the name and sha256 of the weights file, and torch's version.
         """
         return {
             "weights_file": self.recipe.file,
@@ -221,71 +225,76 @@ class Teacher:
         }
 
     def logits(self, images: np.ndarray | Tensor) -> Tensor:
-        """logits[B, K] of images, as `compute` returns them."""
+        """Return the logits [B, K] of images; see `compute`."""
         return self.compute(images)["logits"]
 
     def compute(
-        self, images: np.ndarray | Tensor, only: Collection[str] | None = None
+        self, images: np.ndarray | Tensor, keys: Collection[str] | None = None
     ) -> dict[str, Tensor]:
-        """Return each output [B, D], float32 on the CPU, of one forward pass, or two with flip.
+        """Return the outputs [B, D] of images, float32 on the CPU.
 
-        The same batch gives the same values; another batch size may change the last bits, so
+        The same batch gives the same values. Another batch size may change the last bits, so that
         batches are padded to one size where stores must be equal.
 
         Args:
-            images: RGB [B, h, w, 3], uint8, rendered by `view`.
-            only: Some of the outputs; a pass that gives none of them is not run.
+            images: RGB images uint8 [B, h, w, 3], rendered by `view`.
+            keys: The outputs to compute, by default all. Mirrored images need a second forward
+                pass, which is run only if one of these outputs is of them.
 
         Raises:
-            TeacherError: images of another dtype or shape.
+            TeacherError: The images have another dtype or shape.
         """
-        return self.start(images, only)()
+        return self.start(images, keys)()
 
     def start(
-        self, images: np.ndarray | Tensor, only: Collection[str] | None = None
+        self, images: np.ndarray | Tensor, keys: Collection[str] | None = None
     ) -> Callable[[], dict[str, Tensor]]:
-        """Start a forward pass; the function returned waits for its outputs, those of `compute`.
+        """Start to compute outputs; return a function that waits for them.
 
-        On a CUDA device the work is queued and this returns before it is done, so that another
-        batch can be queued meanwhile. `images` must not change before the outputs are there; they
-        are copied without a halt where they are in pinned memory.
+        On a CUDA device the work is queued, so that another batch can be queued meanwhile. `images`
+        must not change before the outputs are computed. Images in pinned memory are copied
+        asynchronously.
+
+        Args:
+            images: See `compute`.
+            keys: See `compute`.
 
         Raises:
-            TeacherError: images of another dtype or shape.
+            TeacherError: The images have another dtype or shape.
         """
         batch = self._checked(images)
-        wanted = [key for key in self.outputs if only is None or key in only]
+        views = {key: OutputView.of(key) for key in self.outputs if keys is None or key in keys}
         if len(batch) == 0:
-            return lambda: {key: torch.zeros(0, self._widths[key]) for key in wanted}
+            return lambda: {key: torch.zeros(0, self._widths[key]) for key in views}
         run = self.run if self.engine is None else self.engine.run
-        given: dict[bool, Mapping[str, Any]] = {}
+        # Whether the images are mirrored → the outputs of the forward pass.
+        passes: dict[bool, Mapping[str, Any]] = {}
         with torch.inference_mode(), self._arithmetic():
             pixels = batch.to(self.device, non_blocking=True)
-            for mirrored in sorted({OutputView.of(key).mirrored for key in wanted}):
-                given[mirrored] = run(pixels.flip(2) if mirrored else pixels)
+            for mirrored in sorted({view.mirrored for view in views.values()}):
+                passes[mirrored] = run(pixels.flip(2) if mirrored else pixels)
         rows = {
-            key: self._rows(view, given[view.mirrored], len(batch))
-            for key, view in ((key, OutputView.of(key)) for key in wanted)
+            key: self._rows(view, passes[view.mirrored], len(batch)) for key, view in views.items()
         }
         if self.device.type != "cuda":
             return lambda: rows
-        done = torch.cuda.current_stream(self.device).record_event()
+        event = torch.cuda.current_stream(self.device).record_event()
 
         def finish() -> dict[str, Tensor]:
-            done.synchronize()
+            event.synchronize()
             return rows
 
         return finish
 
     def run(self, batch: Tensor) -> Mapping[str, Any]:
-        """Run torch's forward pass on images uint8 [B, h, w, 3] that are on the device already."""
-        # [B, h, w, 3] seen as [B, 3, h, w] is in memory as channels_last already.
+        """Run torch's forward pass on images uint8 [B, h, w, 3] on the teacher's device."""
+        # The permuted view [B, 3, h, w] has the memory format channels_last.
         pixels = batch.permute(0, 3, 1, 2).float()
         return self._forward((pixels - self._mean) / self._std)
 
     def _checked(self, images: np.ndarray | Tensor) -> Tensor:
         if isinstance(images, np.ndarray):
-            # Shared memory comes read-only, which torch.from_numpy warns about: that is copied.
+            # Shared memory is read-only. It is copied, since torch.from_numpy would warn.
             images = torch.from_numpy(np.require(images, requirements="W"))
         height, width = self.input_shape
         if (
@@ -301,19 +310,20 @@ class Teacher:
 
     def _forward(self, pixels: Tensor) -> Mapping[str, Any]:
         if self.recipe.forward is not None:
-            return self.recipe.forward(pixels, self.asked)
-        given = self.module(pixels)
-        return given if isinstance(given, Mapping) else {self.asked[0]: given}
+            return self.recipe.forward(pixels, self.forward_outputs)
+        result = self.module(pixels)
+        return result if isinstance(result, Mapping) else {self.forward_outputs[0]: result}
 
     def _rows(self, view: OutputView, outputs: Mapping[str, Any], count: int) -> Tensor:
+        """Return the rows [count, D] of a view, computed from the outputs of a forward pass."""
         output = view.output
-        given = outputs.get(MAP if view.grid else output)
+        values = outputs.get(MAP if view.grid else output)
         dimensions = 4 if view.grid else 2
-        if isinstance(given, Tensor) and given.ndim == dimensions and len(given) == count:
-            rows = grid_cells(given.float(), view.grid) if view.grid else given.float()
-            # Into pinned host memory, so that the GPU continues during the copy.
+        if isinstance(values, Tensor) and values.ndim == dimensions and len(values) == count:
+            rows = grid_cells(values.float(), view.grid) if view.grid else values.float()
+            # The copy goes to pinned memory, so that the GPU continues meanwhile.
             return rows.to("cpu", non_blocking=self.device.type == "cuda")
-        shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         if view.grid:
             raise TeacherError(
                 f"teacher {self.name!r}: --views grid:{view.grid}: its feature map must be "
@@ -324,17 +334,18 @@ class Teacher:
             f"teacher {self.name!r}: {output} must be [{count}, {letter}], got {shape}"
         )
 
-    def _place(self) -> None:
+    def _move_normalization(self) -> None:
+        """Put the mean and standard deviation of pixels on the device."""
         prepared = self.recipe.preprocessing
         self._mean = torch.tensor(prepared.mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(prepared.std, device=self.device).view(1, 3, 1, 1)
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Any:
-        """Deterministic kernels, no TF32, and autocast for bf16."""
+        """Use deterministic kernels, no TF32, and autocast for bf16."""
         bf16 = self.precision == "bf16"
-        # The flags are of the whole process: left alone where they mean nothing, since threads run
-        # teachers there.
+        # The flags apply to the whole process. On a CPU, where they have no effect and threads run
+        # teachers, they are left as they are.
         cuda = self.device.type == "cuda"
         flags = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
         with (
@@ -344,20 +355,21 @@ class Teacher:
             yield
 
     def _measure_widths(self) -> dict[str, int]:
+        """Return the width of each output, and set `plain_mean`."""
         height, width = self.input_shape
         who = f"teacher {self.name!r}: fails on an image [1, 3, {height}, {width}]"
         with third_party(who, TeacherError):
-            given = self.compute(np.zeros((1, height, width, 3), np.uint8))
-            if MAP in self.asked:
-                self.plain_mean = self._pools_by_the_mean()
-        return {key: values.shape[1] for key, values in given.items()}
+            outputs = self.compute(np.zeros((1, height, width, 3), np.uint8))
+            if MAP in self.forward_outputs:
+                self.plain_mean = self._pools_by_mean()
+        return {key: values.shape[1] for key, values in outputs.items()}
 
-    def _pools_by_the_mean(self) -> bool:
-        """Return whether the features are the mean of the map, as a picture of noise shows."""
+    def _pools_by_mean(self) -> bool:
+        """Return whether the features of a picture of noise are the mean of the feature map."""
         noise = np.random.default_rng(0).integers(0, 256, (1, *self.input_shape, 3), np.uint8)
         with torch.inference_mode(), self._arithmetic():
-            given = self.run(torch.from_numpy(noise).to(self.device))
-        features, mean = given["features"].float(), given[MAP].float().mean((2, 3))
+            outputs = self.run(torch.from_numpy(noise).to(self.device))
+        features, mean = outputs["features"].float(), outputs[MAP].float().mean((2, 3))
         return features.shape == mean.shape and bool(
             (features - mean).abs().max() <= 0.02 * features.abs().max()
         )
@@ -375,14 +387,19 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """One output of a view: what a store holds as a teacher of its own. key: of `OutputView`."""
+    """One output of a model, which a store holds as a separate teacher.
+
+    Args:
+        teacher: The model.
+        key: The key of its `OutputView`.
+    """
 
     teacher: Teacher
     key: str
 
     @property
     def output(self) -> Output:
-        """What its rows hold."""
+        """The kind of its numbers: logits or features."""
         return OutputView.of(self.key).output
 
     @property
@@ -397,7 +414,7 @@ class TeacherOutput:
 
     @property
     def classes(self) -> list[str]:
-        """Class names of logits; none of features."""
+        """The class names of logits; features have none."""
         return self.teacher.classes if self.output == "logits" else []
 
     def identity(self, precision: str | None = None) -> dict[str, Any]:
@@ -405,7 +422,7 @@ class TeacherOutput:
         return self.teacher.identity(precision, self.key)
 
     def view_attributes(self) -> dict[str, Any]:
-        """Return the attributes of the teacher's node that describe its view; {} for the centre."""
+        """Return the attributes of the store's node that describe the view; {} for the centre."""
         view, attributes = OutputView.of(self.key), dict[str, Any]()
         if view.grid:
             attributes["grid"] = {"cells": view.grid, "plain_mean": self.teacher.plain_mean}
@@ -417,7 +434,7 @@ class TeacherOutput:
 
 
 def known_teachers() -> list[str]:
-    """Return the names that a user can give, as patterns."""
+    """Return the names of teachers, as patterns."""
     return [
         *_BY_NAME,
         "torchvision:NAME[@WEIGHTS]",
@@ -429,44 +446,45 @@ def known_teachers() -> list[str]:
 
 
 def load_teacher(spec: TeacherSpec) -> Teacher:
-    """Build a teacher on the CPU in float32; then `teacher.to(device, precision)`.
+    """Build a teacher on the CPU in float32; `Teacher.to` moves it to another device.
 
-    What a library prints on the way goes to standard error.
+    The output of libraries is redirected to standard error.
 
     Raises:
-        TeacherError: an unknown name (the message has the list), an option that is not allowed, a
-            package that is missing, a module that is no image classifier.
-        WeightsError: weights that are missing, have another sha256, need a free unpickle or do not
-            fit.
+        TeacherError: The name is unknown (the message lists the allowed names), an option is not
+            allowed, a package is missing, or the module is not an image model.
+        WeightsError: The weights are missing, have another sha256, do not fit, or would run code
+            when unpickled.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        made = _build(spec)
-        if isinstance(made, Teacher):
-            teacher = made
-            _restrict(teacher, spec)
+        model = _build(spec)
+        if isinstance(model, Teacher):
+            teacher = model
+            _choose_outputs(teacher, spec)
         else:
             if "classes" in spec.options:
-                made = replace(made, classes=read_classes(spec.options["classes"]))
-            teacher = Teacher(spec.options.get("name", spec.name), made, spec.outputs, spec.views)
+                model = replace(model, classes=read_classes(spec.options["classes"]))
+            teacher = Teacher(spec.options.get("name", spec.name), model, spec.outputs, spec.views)
     if teacher.recipe.file is None:
         check_sha256(f"teacher {spec.name!r}: its loaded state", teacher.state_sha256, spec.sha256)
     return teacher
 
 
 def _build(spec: TeacherSpec) -> LoadedModel | Teacher:
+    """Build the model of a name; a factory may return a teacher."""
     if spec.name in _BY_NAME:
         return _BY_NAME[spec.name](spec)
-    family, _, rest = spec.name.partition(":")
-    if family == "torchvision" and rest:
-        model, _, weights = rest.partition("@")
+    family, _, family_name = spec.name.partition(":")
+    if family == "torchvision" and family_name:
+        model, _, weights = family_name.partition("@")
         return torchvision_model(spec, model, weights or None)
-    if family == "timm" and rest:
-        return timm_model(spec, rest)
-    if family == "open_clip" and rest:
-        model, _, weights = rest.partition("@")
+    if family == "timm" and family_name:
+        return timm_model(spec, family_name)
+    if family == "open_clip" and family_name:
+        model, _, weights = family_name.partition("@")
         return open_clip_model(spec, model, weights or None)
-    if family == "hf" and "/" in rest:
-        return hf_model(spec, rest)
+    if family == "hf" and "/" in family_name:
+        return hf_model(spec, family_name)
     if is_factory(spec.name):
         return _from_factory(spec)
     raise TeacherError(
@@ -474,8 +492,8 @@ def _build(spec: TeacherSpec) -> LoadedModel | Teacher:
     )
 
 
-def _restrict(teacher: Teacher, spec: TeacherSpec) -> None:
-    """Take only the outputs asked for of a teacher that a factory finished."""
+def _choose_outputs(teacher: Teacher, spec: TeacherSpec) -> None:
+    """Set the outputs and views of a teacher that a factory returned."""
     for output in spec.outputs:
         if output not in teacher.outputs:
             raise TeacherError(
@@ -488,34 +506,33 @@ def _restrict(teacher: Teacher, spec: TeacherSpec) -> None:
 def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
     """Call a user's factory with the options that are not distinit's own.
 
-    What a module returns is the output asked for; where both are, it returns a mapping with the
-    keys logits and features. A module is taken to require ImageNet's preprocessing (short side 256,
-    centre 224, mean and std of 0–1 pixels) unless options set another; a weights file is loaded
-    into it, every tensor.
+    A module returns the requested output; if logits and features are requested, it returns a
+    mapping with these keys. Its preprocessing is ImageNet's (short side 256, centre 224, mean and
+    std of 0–1 pixels) unless options change it. A weights file must have all of its tensors.
     """
     options = builder_options(spec)
-    made = call_factory(spec.name, f"teacher {spec.name!r}", options, error=TeacherError)
-    if isinstance(made, Teacher):
+    model = call_factory(spec.name, f"teacher {spec.name!r}", options, error=TeacherError)
+    if isinstance(model, Teacher):
         if spec.weights:
             raise TeacherError(
                 f"teacher {spec.name!r} is finished by its factory and takes no weights file"
             )
-        if refused := sorted(spec.options.keys() & set(OWN_OPTIONS)):
+        if refused_options := sorted(spec.options.keys() & set(OWN_OPTIONS)):
             raise TeacherError(
-                f"teacher {spec.name!r} is finished by its factory and takes no option {', '.join(refused)}"
+                f"teacher {spec.name!r} is finished by its factory and takes no option {', '.join(refused_options)}"
             )
-        return made
-    if not isinstance(made, nn.Module):
+        return model
+    if not isinstance(model, nn.Module):
         raise TeacherError(
-            f"teacher {spec.name!r}: the factory returned a {type(made).__name__}, allowed: torch.nn.Module, Teacher"
+            f"teacher {spec.name!r}: the factory returned a {type(model).__name__}, allowed: torch.nn.Module, Teacher"
         )
     file = load_weights(spec.weights, spec.sha256) if spec.weights else None
     if file is not None:
-        load_into(made, file.state, f"weights file {spec.weights}")
+        load_into(model, file.state, f"weights file {spec.weights}")
     return LoadedModel(
         architecture=spec.name,
         weights="file" if file else "factory",
-        module=made,
+        module=model,
         preprocessing=apply_view_options(preprocessing(View(resize=256, crop=224)), spec),
         file=file.name if file else None,
         file_sha256=file.sha256 if file else None,
@@ -527,7 +544,7 @@ def _from_factory(spec: TeacherSpec) -> LoadedModel | Teacher:
 
 
 def _store_name(name: str) -> str:
-    """Convert to a name that every file system and Zarr take; Zarr reserves a leading `__`."""
+    """Convert a name to one that Zarr and every file system allow; Zarr reserves a leading `__`."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")
     if not safe:
         raise TeacherError(f"teacher name {name!r} has no letter or digit")

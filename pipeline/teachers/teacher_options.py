@@ -1,4 +1,4 @@
-"""Which teacher, as the user asks for it. Free of torch."""
+"""Options of teachers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..store.frame_views import CENTER, OutputView, check_views
 from ..store.store_options import Output
 
 EngineName = Literal["auto", "torch", "compile", "onnx"]
-"""What runs a teacher, as the user asks for it."""
+"""The engine of a teacher, as a value of the option `--engine`."""
 
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 class TeacherSpec(Options):
-    """A teacher as the user asked for it; small and picklable, so that each worker loads its own.
+    """The options of a teacher; small and picklable, so that each worker can load it.
 
-    `options` are distinit's own, which any teacher takes: `name` (its name in the store), `classes`
-    (a file with one class name per line), `input_size` (side of the centre crop), `resize` (short
-    side, or HEIGHTxWIDTH), `interpolation`, `resize_backend` (swscale, or pil: the resize of image
+    These `options` are allowed for any teacher: `name` (its name in the store), `classes` (a file
+    with one class name per line), `input_size` (side of the centre crop), `resize` (short side, or
+    HEIGHTxWIDTH), `interpolation`, `resize_backend` (swscale, or pil: the resize of image
     libraries), `mean` and `std` (of pixels in 0–1, one number or three). All others are keyword
     arguments of the model's builder.
     """
@@ -34,12 +34,12 @@ class TeacherSpec(Options):
     sha256: str | None = None
     """Expected digest of the weights file, or of the loaded state if the weights have no file."""
     outputs: tuple[Output, ...] = ("logits",)
-    """What is taken of a forward pass: logits, features or both."""
+    """The outputs to store: logits, features or both."""
     views: tuple[str, ...] = (CENTER,)
-    """Views of a frame that are stored: center, grid:G (cells of features), flip (mirrored)."""
+    """The views of a frame to store: center, grid:G (cells of features), flip (mirrored)."""
     options: dict[str, str] = {}
     fetch: bool = Field(default=True, exclude=True)
-    """Whether weights that this machine lacks may be downloaded."""
+    """Whether weights that this machine does not have may be downloaded."""
 
     @field_validator("outputs")
     @classmethod
@@ -57,15 +57,16 @@ class TeacherSpec(Options):
     def _cells_of_features(self) -> TeacherSpec:
         if "features" not in self.outputs and any(view.startswith("grid") for view in self.views):
             raise UsageError(
-                f"--views {','.join(self.views)}: teacher {self.name!r}: cells are of features, "
-                f"which --teacher-output features asks for; it is {','.join(self.outputs)}"
+                f"--views {','.join(self.views)}: teacher {self.name!r}: cells require "
+                f"--teacher-output features; it is {','.join(self.outputs)}"
             )
         return self
 
     def record(self, key: str = "logits") -> dict[str, Any]:
-        """Return what a store records: enough to load one output again, without local folders.
+        """Return the record of one output in a store, from which it can be loaded again.
 
-        `weights` loses its folder and `classes` is left out: the store has the names.
+        It has no local folders: `weights` is the name of the file alone, and `classes` is left out,
+        since the store has the class names.
         """
         options = {key: value for key, value in self.options.items() if key != "classes"}
         weights = Path(self.weights).name if self.weights is not None else None
@@ -75,7 +76,7 @@ class TeacherSpec(Options):
             "sha256": self.sha256,
             "options": options,
         }
-        # The record of logits is that of version 0.1, which has no other output.
+        # The record of logits is the same as in version 0.1, which has no other output.
         view = OutputView.of(key)
         if view.output != "logits":
             record["outputs"] = [view.output]
@@ -92,13 +93,14 @@ def parse_teachers(
     outputs: tuple[str, ...] = (),
     views: tuple[str, ...] = (),
 ) -> list[dict[str, Any]] | None:
-    """Make config values of `--teacher` and what belongs to it; None when no teacher was given.
+    """Return the config values of `--teacher` and its other options; None without a teacher.
 
-    `NAME=logits,features`, `NAME=center,flip`, `NAME:key=value`, `NAME=FILE` and `NAME=DIGEST` name
-    the teacher; with one teacher NAME may be left out.
+    The values `NAME=logits,features`, `NAME=center,flip`, `NAME:key=value`, `NAME=FILE` and
+    `NAME=DIGEST` start with the name of the teacher, which may be left out if there is only one.
 
     Raises:
-        UsageError: A name is no `--teacher`, or is missing where it is needed; another output.
+        UsageError: A name is not that of a `--teacher` option, or is missing with several teachers;
+            or an output is not allowed.
     """
     specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
 
@@ -107,18 +109,18 @@ def parse_teachers(
             return specs[name]
         if not name and len(specs) == 1:
             return next(iter(specs.values()))
-        given = ", ".join(specs) or "none is given"
-        what = f"teacher {name!r} is not among" if name else "name the teacher, one of"
-        raise UsageError(f"{option}: {what} the --teacher options: {given}")
+        allowed = ", ".join(specs) or "none is given"
+        problem = f"teacher {name!r} is not among" if name else "name the teacher, one of"
+        raise UsageError(f"{option}: {problem} the --teacher options: {allowed}")
 
     for text in outputs:
         name, _, value = text.rpartition("=")
-        asked = value.split(",")
-        if not set(asked) <= set(OUTPUTS):
+        teacher_outputs = value.split(",")
+        if not set(teacher_outputs) <= set(OUTPUTS):
             raise UsageError(
                 f"--teacher-output {text}: the output is {value!r}, allowed: logits, features, logits,features"
             )
-        spec(name, f"--teacher-output {text}")["outputs"] = asked
+        spec(name, f"--teacher-output {text}")["outputs"] = teacher_outputs
     for text in views:
         name, _, value = text.rpartition("=")
         spec(name, f"--views {text}")["views"] = list(check_views(value.split(",")))
@@ -133,9 +135,9 @@ def parse_teachers(
         ("--teacher-sha256", "sha256", sha256),
     ):
         for text in texts:
-            # A file name may hold "=": what stands before it is a teacher's name or part of the
-            # file's.
+            # A file name may contain "=", so that the text before it is the name of a teacher or
+            # part of the file name.
             name, equals, value = text.partition("=")
-            named = equals != "" and (name in specs or field == "sha256")
-            spec(name if named else "", f"{option} {text}")[field] = value if named else text
+            has_name = equals != "" and (name in specs or field == "sha256")
+            spec(name if has_name else "", f"{option} {text}")[field] = value if has_name else text
     return list(specs.values()) or None

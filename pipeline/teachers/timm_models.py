@@ -1,7 +1,7 @@
-"""Teachers from timm, with the preprocessing that timm records for them.
+"""Load models of timm, with the preprocessing that timm records for them.
 
-Weights that come by a model's name are safetensors; a file of the user's own may be any that
-`load_weights` reads.
+Weights that are found by a model's name are safetensors. A weights file of the user may have any
+format that `load_weights` reads.
 """
 
 from __future__ import annotations
@@ -64,14 +64,16 @@ def timm_model(spec: TeacherSpec, model: str) -> LoadedModel:
 def _create(
     timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile | None
 ) -> nn.Module:
+    """Build the module with the weights of a file, or with published ones."""
     if not timm.is_model(model.split(".", 1)[0]) and ":" not in model:
-        near = timm.list_models(f"*{model.split('.', 1)[0]}*")[:5]
-        also = f"; near: {', '.join(near)}" if near else ""
-        raise TeacherError(f"timm has no model {model!r}{also}")
-    arguments = options if file is not None else _published(timm, spec, model, options)
+        similar = timm.list_models(f"*{model.split('.', 1)[0]}*")[:5]
+        hint = f"; similar: {', '.join(similar)}" if similar else ""
+        raise TeacherError(f"timm has no model {model!r}{hint}")
+    arguments = options if file is not None else _published_options(timm, spec, model, options)
     try:
         module: nn.Module = timm.create_model(model, pretrained=file is None, **arguments)
-    except Exception as error:  # of builders and of weights that do not fit, whatever they raise
+    # Builders, and weights that do not fit, raise errors of any type.
+    except Exception as error:
         raise TeacherError(
             f"teacher {spec.name!r}: timm refuses to build it: {first_line(error)}"
         ) from None
@@ -80,13 +82,15 @@ def _create(
     return module
 
 
-def _published(timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the builder's options with the safetensors file of a named model's weights.
+def _published_options(
+    timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the builder's options, with the safetensors file of a model's published weights.
 
-    By itself timm would open a pickled checkpoint where a repository has no other.
+    Without it timm would open a pickled checkpoint if a repository has no other file.
 
     Raises:
-        WeightsError: They are not published as safetensors, or not in the cache and cannot be
+        WeightsError: The weights are not published as safetensors, or are not cached and cannot be
             fetched.
     """
     scheme, _, repository = model.partition(":")
@@ -96,10 +100,12 @@ def _published(timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any]
             config = timm.models.resolve_pretrained_cfg(
                 model, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
             )
-        if config.file:  # which an option names: the user's own
+        # An option names a file of the user.
+        if config.file:
             return options
         repository, name, url = config.hf_hub_id, config.hf_hub_filename, str(config.url or "")
-    elif scheme not in ("hf-hub", "hf_hub"):  # such as local-dir, a folder of the user's own
+    # Another scheme, such as local-dir, names a folder of the user.
+    elif scheme not in ("hf-hub", "hf_hub"):
         return options
     elif not spec.fetch:
         raise WeightsError(
@@ -119,14 +125,14 @@ def _published(timm: Any, spec: TeacherSpec, model: str, options: dict[str, Any]
         else hub._get_safe_alternatives(name or hub.HF_WEIGHTS_NAME)
     )
     path = hub_file(spec, repository, [*names], revision or None)
-    # `custom_load` is of a file in another format, which some configurations name.
+    # Some configurations set `custom_load` for a file in another format.
     source = {"file": str(path), "custom_load": False, "source": ""}
-    given = options.get("pretrained_cfg_overlay") or {}
-    return {**options, "pretrained_cfg_overlay": {**given, **source}}
+    overlay = options.get("pretrained_cfg_overlay") or {}
+    return {**options, "pretrained_cfg_overlay": {**overlay, **source}}
 
 
 def _offers(module: nn.Module) -> tuple[Output, ...]:
-    """Return what a model gives: features alone without a classifier, as encoders come."""
+    """Return the outputs of a model; one without a classifier has features alone."""
     outputs: tuple[Output, ...] = ("logits",) if getattr(module, "num_classes", 0) else ()
     if hasattr(module, "forward_head") and hasattr(module, "forward_features"):
         outputs = (*outputs, "features")
@@ -134,39 +140,43 @@ def _offers(module: nn.Module) -> tuple[Output, ...]:
 
 
 def _pooling(module: nn.Module) -> str:
-    """Return the pooling that timm's forward_head does, as `forward_head, token`."""
+    """Return the pooling of timm's forward_head, such as `forward_head, token`."""
     for owner in (module, getattr(module, "head", None)):
-        pool = getattr(owner, "global_pool", None)
-        kind = pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
-        if kind:
-            return f"forward_head, {kind}"
+        global_pool = getattr(owner, "global_pool", None)
+        pooling = (
+            global_pool if isinstance(global_pool, str) else getattr(global_pool, "pool_type", None)
+        )
+        if pooling:
+            return f"forward_head, {pooling}"
     return "forward_head"
 
 
 def _forward(module: Any) -> Forward:
-    """Return timm's forward pass in its two halves, the second without and with the classifier.
+    """Return a forward pass of timm's forward_features and forward_head.
 
-    For logits alone the model's own forward is run.
+    forward_head is run without the classifier for features, and with it for logits. If only logits
+    are requested, the forward method of the model is run.
     """
 
     def forward(images: Tensor, outputs: tuple[str, ...]) -> Mapping[str, Tensor]:
         if "features" not in outputs:
             return {"logits": module(images)}
         maps = module.forward_features(images)
-        found: dict[str, Tensor] = {"features": module.forward_head(maps, pre_logits=True)}
+        results: dict[str, Tensor] = {"features": module.forward_head(maps, pre_logits=True)}
         if MAP in outputs:
-            found[MAP] = _map(module, maps)
+            results[MAP] = _map(module, maps)
         if "logits" in outputs:
-            found["logits"] = module.forward_head(maps)
-        return found
+            results["logits"] = module.forward_head(maps)
+        return results
 
     return forward
 
 
 def _map(module: Any, maps: Tensor) -> Tensor:
-    """Return the features before pooling as [B, D, h, w]: of a transformer its patch tokens.
+    """Return the features before pooling as [B, D, h, w], for a transformer from its patch tokens.
 
-    Whatever has no such form is returned as it is, which `Teacher` refuses.
+    Features that cannot be arranged in this form are returned unchanged, and `Teacher` refuses
+    them.
     """
     if maps.ndim == 4:
         nhwc = getattr(module, "output_fmt", "NCHW") == "NHWC"
@@ -179,13 +189,14 @@ def _map(module: Any, maps: Tensor) -> Tensor:
 
 
 def _tag(module: nn.Module) -> str:
+    """Return the name of the pretrained weights, '' if timm does not record it."""
     return str((getattr(module, "pretrained_cfg", None) or {}).get("tag", ""))
 
 
 def _view(config: dict[str, Any]) -> View:
-    """Return timm's evaluation view.
+    """Return the view of timm's evaluation.
 
-    It is a short side of ⌊size / crop_pct⌋ and a centre crop, or a squash to the input.
+    It is a short side of ⌊size / crop_pct⌋ and a centre crop, or a squash to the input size.
     """
     height, width = int(config["input_size"][1]), int(config["input_size"][2])
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
@@ -197,7 +208,7 @@ def _view(config: dict[str, Any]) -> View:
 
 
 def _classes(timm: Any, module: nn.Module) -> tuple[str, ...] | None:
-    """Return the names of the ImageNet subsets that timm knows; None for others."""
+    """Return the class names of an ImageNet subset that timm knows; None for other classes."""
     if getattr(module, "num_classes", 0) == 1000:
         return imagenet_classes()
     subset = timm.data.infer_imagenet_subset(module)

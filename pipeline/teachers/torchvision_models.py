@@ -1,6 +1,6 @@
-"""Teachers that torchvision builds: its classification models, and ResNet-50 on Places365.
+"""Load classification models of torchvision, and ResNet-50 on Places365.
 
-Their features are the input of the classifier, the penultimate layer's output.
+Features are the input of the classifier, which is the output of the penultimate layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .teacher_options import TeacherSpec
 PLACES_CLASSES = CONF / "places365_classes.txt"
 PLACES_FILE = "resnet50_places365.pth.tar"
 PLACES_URL = f"http://places2.csail.mit.edu/models_places365/{PLACES_FILE}"
-# Their builders set these only together with weights, which are loaded apart here.
+# The builders set these options only if they load weights, which are loaded separately here.
 _WITH_WEIGHTS: dict[str, dict[str, Any]] = {
     "googlenet": {"transform_input": True, "aux_logits": True, "init_weights": False},
     "inception_v3": {"transform_input": True, "aux_logits": True, "init_weights": False},
@@ -44,21 +44,29 @@ def torchvision_model(
 ) -> LoadedModel:
     """Load a classification model by torchvision's name, with its weights or those of a file.
 
-    Without a weights name: IMAGENET1K_V1, for `DEFAULT` is often the V2 whose outputs are far less
-    confident (pytorch/vision#7570). A file may have another number of classes.
+    Args:
+        spec: The teacher. Its weights file may have another number of classes.
+        model: torchvision's name of the model.
+        weights_name: torchvision's name of the weights. The default is IMAGENET1K_V1, since
+            `DEFAULT` is often V2, whose outputs are far less confident (pytorch/vision#7570).
 
     Raises:
-        TeacherError: The model, weights name or option is unknown.
+        TeacherError: The model, the name of the weights or an option is unknown.
         WeightsError: The weights do not exist, cannot be fetched, or do not fit.
     """
-    # Imported where it is used: it loads torch's compiler, seconds that other teachers do not need.
+    # torchvision is imported here, since it loads torch's compiler: seconds that other teachers do
+    # not need.
     import torchvision
 
     models = torchvision.models.list_models(module=torchvision.models)
     if model not in models:
-        near = difflib.get_close_matches(model, models, 5)
-        also = f"; did you mean {', '.join(near)}?" if near else f"; allowed: {', '.join(models)}"
-        raise TeacherError(f"torchvision has no classification model {model!r}{also}")
+        similar = difflib.get_close_matches(model, models, 5)
+        hint = (
+            f"; did you mean {', '.join(similar)}?"
+            if similar
+            else f"; allowed: {', '.join(models)}"
+        )
+        raise TeacherError(f"torchvision has no classification model {model!r}{hint}")
     choices = torchvision.models.get_model_weights(model)
     if weights_name is None:
         weights_name = "IMAGENET1K_V1" if "IMAGENET1K_V1" in choices.__members__ else "DEFAULT"
@@ -69,7 +77,7 @@ def torchvision_model(
     choice = choices[weights_name]
     options = {**_WITH_WEIGHTS.get(model, {}), **builder_options(spec)}
     file = load_weights(spec.weights, spec.sha256) if spec.weights else _library_file(spec, choice)
-    module = _fitting(spec, model, options, file)
+    module = _build(spec, model, options, file)
     pretrained = not spec.weights
     return LoadedModel(
         architecture=f"torchvision:{model}",
@@ -85,13 +93,14 @@ def torchvision_model(
 
 
 def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
-    """ResNet-50 on Places365 from CSAILVision's checkpoint: a file, or one in torch hub's cache.
+    """Load ResNet-50 with CSAILVision's checkpoint of Places365, from a file or torch hub's cache.
 
-    Class names come from `categories_places365.txt` next to the checkpoint, else from
-    the list in `conf`. Validation there: short side 256, centre crop 224.
+    Class names come from `categories_places365.txt` in the folder of the checkpoint, else from the
+    list in `conf`. The preprocessing is that of its authors' validation: short side 256, centre
+    crop 224.
 
     Raises:
-        WeightsError: no checkpoint (it is never downloaded), or one that does not fit.
+        WeightsError: The checkpoint does not exist (it is never downloaded) or does not fit.
     """
     import torchvision
 
@@ -119,7 +128,7 @@ def resnet50_places365(spec: TeacherSpec) -> LoadedModel:
 
 
 def _features(module: nn.Module) -> dict[str, Any]:
-    """Return the fields of LoadedModel for the penultimate features: the last linear layer's input.
+    """Return the fields of LoadedModel for features: the input of the last linear layer.
 
     A module without a linear layer (squeezenet ends in a convolution) has logits alone.
     """
@@ -135,7 +144,7 @@ def _features(module: nn.Module) -> dict[str, Any]:
 
 
 def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:
-    """Torchvision's own weights, fetched through its own API where torch hub's cache lacks them."""
+    """Return torchvision's weights from torch hub's cache, after a download if they are missing."""
     return library_weights(
         choice,
         spec.sha256,
@@ -145,37 +154,35 @@ def _library_file(spec: TeacherSpec, choice: Any) -> WeightsFile:
     )
 
 
-def _fitting(
-    spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile
-) -> nn.Module:
+def _build(spec: TeacherSpec, model: str, options: dict[str, Any], file: WeightsFile) -> nn.Module:
     """Build the module with the file's weights, and its number of classes if only that differs."""
     import torchvision
 
-    what = f"weights file {file.name}"
     try:
         module = torchvision.models.get_model(model, weights=None, **options)
-        fresh = module.state_dict()
-        other = {
-            (tuple(fresh[name].shape), tuple(tensor.shape))
+        state = module.state_dict()
+        # The (module's, file's) shape of each tensor whose shapes differ.
+        shapes = {
+            (tuple(state[name].shape), tuple(tensor.shape))
             for name, tensor in file.state.items()
-            if name in fresh and fresh[name].shape != tensor.shape
+            if name in state and state[name].shape != tensor.shape
         }
-        counts = {in_file[0] for _, in_file in other if in_file}
-        same_inputs = all(in_module[1:] == in_file[1:] for in_module, in_file in other)
-        if other and same_inputs and len(counts) == 1 and "num_classes" not in options:
+        class_counts = {in_file[0] for _, in_file in shapes if in_file}
+        same_inputs = all(in_module[1:] == in_file[1:] for in_module, in_file in shapes)
+        if shapes and same_inputs and len(class_counts) == 1 and "num_classes" not in options:
             module = torchvision.models.get_model(
-                model, weights=None, **options, num_classes=counts.pop()
+                model, weights=None, **options, num_classes=class_counts.pop()
             )
     except (TypeError, ValueError) as error:
         raise TeacherError(
             f"teacher {spec.name!r}: torchvision's {model} refuses its options: {error}"
         ) from None
-    load_into(module, file.state, what)
+    load_into(module, file.state, f"weights file {file.name}")
     return module
 
 
 def _from_preset(choice: Any) -> Preprocessing:
-    """Preprocessing from a weights' ImageClassification preset."""
+    """Return the preprocessing of weights from their preset for image classification."""
     preset = choice.transforms()
     return preprocessing(
         View(

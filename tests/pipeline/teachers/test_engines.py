@@ -152,7 +152,7 @@ def test_auto_takes_what_is_worth_it(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert use_engine(teacher, "auto") == "torch"  # decoding costs more than this teacher
     assert set(cache.glob("*")) == before
     monkeypatch.setattr(engines, "CHEAP_S", 0.0)
-    monkeypatch.setattr(engines, "GAIN", 0.0)
+    monkeypatch.setattr(engines, "MIN_SPEEDUP", 0.0)
     assert use_engine(teacher, "auto") == onnx_version()
     assert use_engine(teacher, "auto", "torch") == "torch"
 

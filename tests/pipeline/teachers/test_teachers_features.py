@@ -21,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from distinit.pipeline.common.errors import StoreError, TeacherError, UsageError, WeightsError
 from distinit.pipeline.store.encoding import shares
-from distinit.pipeline.teachers.fingerprint import COUNT, Fingerprint
+from distinit.pipeline.teachers.fingerprint import NUM_PROBES, Fingerprint
 from distinit.pipeline.teachers.loaded_model import last_linear, tapped
 from distinit.pipeline.teachers.probes import examine
 from distinit.pipeline.teachers.recorded import load_spec, recorded_spec
@@ -486,7 +486,7 @@ def test_fingerprints_tell_features_from_others() -> None:
     found = examine(teacher)
     record = json.loads(json.dumps(found["features"].record()))
     kept = Fingerprint.parse(record, "x")
-    assert (kept.output, kept.values.shape) == ("features", (COUNT, 512))
+    assert (kept.output, kept.values.shape) == ("features", (NUM_PROBES, 512))
     assert kept.differs(found["features"]) is None
     assert kept.differs(found["logits"]) is not None
     with torch.no_grad():

@@ -10,20 +10,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distinit.pipeline.teachers.fingerprint import COUNT, Difference, Fingerprint
-from distinit.pipeline.teachers.probes import probe_images, look_like_probabilities
+from distinit.pipeline.teachers.fingerprint import NUM_PROBES, Difference, Fingerprint
+from distinit.pipeline.teachers.probes import look_like_probabilities, probe_images
 
 RNG = np.random.default_rng(0)
-LOGITS = RNG.normal(size=(COUNT, 50)).astype(np.float32)
+LOGITS = RNG.normal(size=(NUM_PROBES, 50)).astype(np.float32)
 
 
 def test_probe_images_are_the_same_everywhere() -> None:
     images = probe_images(224, 224)
-    assert (images.shape, images.dtype) == ((COUNT, 224, 224, 3), np.uint8)
+    assert (images.shape, images.dtype) == ((NUM_PROBES, 224, 224, 3), np.uint8)
     assert hashlib.sha256(images.tobytes()).hexdigest()[:16] == "9f4a7f676846ebdf"
     assert all(image.std() > 20 for image in images)
     for size in ((1, 1), (2, 7), (331, 299)):
-        assert probe_images(*size).shape == (COUNT, *size, 3)
+        assert probe_images(*size).shape == (NUM_PROBES, *size, 3)
 
 
 def test_a_record_keeps_every_bit() -> None:
