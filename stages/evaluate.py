@@ -307,7 +307,7 @@ def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
         )
     except (LabelsError, UsageError):
         return None
-    return SeenVideos.of(
+    return SeenVideos.from_digests(
         [labels.digest(video) for video in labels.train],
         [labels.absolute(video) for video in labels.train],
     )

@@ -72,7 +72,7 @@ from ..pipeline.training.objective import (
     measure_baselines,
     most_frequent_shares,
 )
-from ..pipeline.training.seen_videos import OWN, SeenVideos
+from ..pipeline.training.seen_videos import SEEN_BY_RUN, SeenVideos
 from ..pipeline.training.training_time import (
     Rate,
     announce,
@@ -458,7 +458,9 @@ def _seen(store: TargetStore, videos: np.ndarray, video_roots: dict[str, str]) -
         places = [
             now if os.path.exists(now) else before for now, before in zip(places, lay, strict=True)
         ]
-    return SeenVideos(store.column("digest")[videos], places, np.full(len(videos), OWN, np.uint8))
+    return SeenVideos(
+        store.column("digest")[videos], places, np.full(len(videos), SEEN_BY_RUN, np.uint8)
+    )
 
 
 def _usable_held_out(

@@ -13,7 +13,7 @@ from ..common.errors import LabelsError, UsageError, VideoError
 from ..corpus.sources import escape_path
 from ..store.reader import TargetStore
 from ..store.selection import Exclusion, exclude_list
-from ..training.seen_videos import OWN, SeenVideos
+from ..training.seen_videos import SEEN_BY_RUN, SeenVideos
 from ..video.container import digest
 from .labels import (
     ALL,
@@ -221,7 +221,9 @@ def exclude(
         digests += [labels.digest(video) for video in labels.test]
         paths += [labels.absolute(video) for video in labels.test]
     store_paths = [store.video_path(video, video_roots) for video in range(store.n_videos)]
-    stored = SeenVideos(store.column("digest"), store_paths, np.full(store.n_videos, OWN, np.uint8))
+    stored = SeenVideos(
+        store.column("digest"), store_paths, np.full(store.n_videos, SEEN_BY_RUN, np.uint8)
+    )
     by_path = {path: video for video, path in enumerate(map(os.path.abspath, store_paths))}
     excluded = {video for videos in stored.rows(digests, paths) for video in videos}
     excluded |= {by_path[path] for path in map(os.path.abspath, paths) if path in by_path}

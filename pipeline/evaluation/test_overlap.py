@@ -11,7 +11,7 @@ from ..common.run_dir import SEEN_VIDEOS
 from ..corpus.sources import escape_path
 from ..students.initialization import student_file
 from ..students.student_files import read_meta
-from ..training.seen_videos import INIT, OWN, SeenVideos
+from ..training.seen_videos import SEEN_BY_INIT, SEEN_BY_RUN, SeenVideos
 from .labels import Labels
 from .predictions import require_classes
 from .run_labels import RunLabels, labels_digest
@@ -39,10 +39,10 @@ def record_and_compare(
     if seen_videos is None:
         # Options and epochs are chosen by the validation side, so that its videos count as seen.
         videos = [*labels.train, *labels.val]
-        trained = SeenVideos.of(
+        trained = SeenVideos.from_digests(
             [labels.digest(v) for v in videos], [labels.absolute(v) for v in videos]
         )
-        seen_videos = trained.after(_seen_by(init))
+        seen_videos = trained.with_init_videos(_seen_by(init))
         seen_videos.write(run_dir)
     if not resumed or RunLabels.read(run_dir) is None:
         RunLabels.from_labels(labels).write(run_dir)
@@ -113,9 +113,9 @@ def overlap(
     Returns:
         `test_videos_seen_by_init`, and with `training` also `test_videos_trained_on`.
     """
-    stages = {INIT: ("test_videos_seen_by_init", init_seen)}
+    stages = {SEEN_BY_INIT: ("test_videos_seen_by_init", init_seen)}
     if training:
-        stages[OWN] = ("test_videos_trained_on", "those that the run was trained on")
+        stages[SEEN_BY_RUN] = ("test_videos_trained_on", "those that the run was trained on")
     digests = [labels.digest(video) for video in labels.test]
     stages_of_videos = seen_videos.stages(
         digests, [labels.absolute(video) for video in labels.test]

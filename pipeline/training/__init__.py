@@ -1,1 +1,1 @@
-"""Training: loop, step, losses, loader, checkpoints, and several processes."""
+"""Training: loop, step, losses, loader, checkpoints, and launch of several processes."""

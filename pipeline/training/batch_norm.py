@@ -1,9 +1,9 @@
-"""Batch norm of 3D students in several threads of a CPU, with a faster backward pass.
+"""A faster backward pass for the batch norm of 3D students, with several threads on a CPU.
 
-Over channels-last memory PyTorch's backward pass gives each thread sums of its own, side by side.
-Where the channels do not fill whole cache lines of 16 numbers, as the 18 or 29 of R(2+1)D's narrow
-students, threads seem to wait for each other: two are half as fast as one, and half of a training
-step is spent there (docs/benchmarks.md).
+In channels-last memory PyTorch's backward pass keeps the sums of each thread next to each other. If
+the channels do not fill whole cache lines of 16 numbers, as with the 18 or 29 channels of narrow
+R(2+1)D students, threads seem to wait for each other: two are half as fast as one, and half of a
+training step is spent in batch norm (docs/benchmarks.md).
 
 Shapes: B clips, C channels, T frames, H W pixels; N = B·T·H·W.
 """
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LINE = 16  # numbers of float32 in a cache line
+# Number of float32 values in a cache line.
+LINE = 16
 
 
 class _FoldedBackward(torch.autograd.Function):
-    """PyTorch's own forward pass, and a backward pass over rows of `fold` pixels."""
+    """PyTorch's forward pass, and a backward pass over rows of `fold` pixels."""
 
     @staticmethod
     def forward(
@@ -72,11 +73,11 @@ class _FoldedBackward(torch.autograd.Function):
 
 
 class ChannelsLastBatchNorm3d(nn.BatchNorm3d):
-    """nn.BatchNorm3d: the same outputs and statistics, gradients that differ by rounding."""
+    """nn.BatchNorm3d with the same outputs and statistics; gradients differ only by rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize [B, C, T, H, W]."""
-        if not self.training or self.momentum is None or not self._applies(x):
+        if not self.training or self.momentum is None or not self._can_fold(x):
             return super().forward(x)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -86,7 +87,7 @@ class ChannelsLastBatchNorm3d(nn.BatchNorm3d):
         )
         return result
 
-    def _applies(self, x: Tensor) -> bool:
+    def _can_fold(self, x: Tensor) -> bool:
         return (
             self.affine
             and torch.get_num_threads() > 1
@@ -99,12 +100,12 @@ class ChannelsLastBatchNorm3d(nn.BatchNorm3d):
 
 
 def _fold(x: Tensor) -> int:
-    """Return how many pixels of [B, C, T, H, W] make a row: a divisor of N, at best LINE."""
+    """Return the number of pixels of [B, C, T, H, W] per row: a divisor of N, at most LINE."""
     return math.gcd(x.numel() // x.shape[1], LINE)
 
 
 def use_folded_backward(model: nn.Module) -> None:
-    """Give the model's 3D batch norms the faster backward pass; names and parameters stay."""
+    """Give the model's 3D batch norms the faster backward pass, with the same parameter names."""
     for module in model.modules():
         if type(module) is nn.BatchNorm3d:
             module.__class__ = ChannelsLastBatchNorm3d

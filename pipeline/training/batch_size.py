@@ -1,4 +1,4 @@
-"""`--batch-size auto`: find how many clips fit on a device, by steps of the training itself."""
+"""`--batch-size auto`: measure how many clips fit on a device, by trying training steps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ log = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=LoopOptions)
 
-FIRST, MOST = 8, 1024  # clips per device that are tried first, and at most
-# Kept free for what the tried steps do not have: fragments, validation, buffers of several GPUs.
+# Clips per device that are tried first, and at most.
+FIRST_SIZE, MAX_SIZE = 8, 1024
+# Share of memory that stays free, because the tried steps do not need it: fragmentation,
+# validation, buffers of several GPUs.
 MARGIN = 0.1
-# A training of fewer steps learns less from the same clips, however fast it is.
-LEAST_STEPS = 500
-EXAMPLES = 4  # real clips, repeated to the size that is tried
+# With fewer steps a student learns less from the same clips, however fast they are.
+MIN_STEPS = 500
+# Number of real clips, which are repeated to the size that is tried.
+EXAMPLES = 4
 
 
 def with_batch_size(
@@ -40,13 +43,13 @@ def with_batch_size(
 ) -> L:
     """Return the options with a number in place of `batch_size: auto`.
 
-    Without a CUDA device it is the default: on a CPU more clips at once are no faster.
+    Without a CUDA device it is the default, because larger batches are not faster on a CPU.
 
     Args:
-        options: Of the loop.
-        world: The number of processes that share a batch.
-        total_clips: Clips of the whole training.
-        parts: Makes the student, its clips and its objective, for a GPU.
+        options: Options of the loop.
+        world: Number of processes that share a batch.
+        total_clips: Number of clips of the whole training.
+        parts: Makes the student, its clips and its objective; called only with a GPU.
 
     Raises:
         TrainingError: Not even one clip fits.
@@ -55,12 +58,14 @@ def with_batch_size(
         return options
     device = resolve_device(options.device)
     if device.type != "cuda":
-        size, why = DEFAULT_BATCH_SIZE, "the default without a CUDA device"
+        size, reason = DEFAULT_BATCH_SIZE, "the default without a CUDA device"
     else:
-        most = min(MOST, max(1, total_clips // LEAST_STEPS // world))
-        size = world * largest_that_fits(*parts(), options, device, most)
-        why = f"what fits, at most {MOST} per GPU and as many as leave {LEAST_STEPS} steps"
-    log.info(f"batch size {size}: {why}")
+        max_size = min(MAX_SIZE, max(1, total_clips // MIN_STEPS // world))
+        size = world * largest_that_fits(*parts(), options, device, max_size)
+        reason = (
+            f"the largest that fits, up to {MAX_SIZE} per GPU and with at least {MIN_STEPS} steps"
+        )
+    log.info(f"batch size {size}: {reason}")
     return options.model_copy(update={"batch_size": size})
 
 
@@ -70,12 +75,13 @@ def largest_that_fits(
     objective: Objective,
     options: LoopOptions,
     device: torch.device,
-    most: int = MOST,
+    max_size: int = MAX_SIZE,
 ) -> int:
-    """Return the largest batch, up to `most` clips, of which a step has memory, less a margin.
+    """Return the largest batch size, up to `max_size`, that fits into memory, less a margin.
 
-    Each size is tried by a whole step on a copy of the model, with its optimizer: neither weights
-    nor random states change. The size is doubled until a step runs out of memory, and then refined.
+    Each size is tried by a whole step on a copy of the model with its optimizer, so that neither
+    weights nor random states change. The size is doubled until a step runs out of memory, and then
+    refined.
 
     Raises:
         TrainingError: Not even one clip fits, or the clips cannot be read.
@@ -90,10 +96,12 @@ def largest_that_fits(
         average = WeightAverage(shadow, options.ema) if options.ema is not None else None
 
         def fits(size: int) -> bool:
-            tried = options.model_copy(update={"batch_size": size})
+            step_options = options.model_copy(update={"batch_size": size})
             batch = repeated(examples, size)
             try:
-                take_step(shadow, objective, optimizer, batch, 0.0, tried, device, SINGLE_PROCESS)
+                take_step(
+                    shadow, objective, optimizer, batch, 0.0, step_options, device, SINGLE_PROCESS
+                )
             except (torch.OutOfMemoryError, TrainingError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -105,7 +113,7 @@ def largest_that_fits(
                 torch.cuda.empty_cache()
             return fitted
 
-        size = _search(fits, most)
+        size = _search(fits, max_size)
         del average
     if size == 0:
         raise TrainingError(
@@ -115,13 +123,13 @@ def largest_that_fits(
     return size
 
 
-def _search(fits: Callable[[int], bool], most: int) -> int:
-    """Return the largest size up to `most` that fits, less the margin; 0 if none does."""
-    size, failed = min(FIRST, most), 0
+def _search(fits: Callable[[int], bool], max_size: int) -> int:
+    """Return the largest size up to `max_size` that fits, less the margin; 0 if none fits."""
+    size, failed = min(FIRST_SIZE, max_size), 0
     while size and not fits(size):
         size, failed = size // 2, size
-    while size and not failed and size < most:
-        larger = min(2 * size, most)
+    while size and not failed and size < max_size:
+        larger = min(2 * size, max_size)
         size, failed = (larger, 0) if fits(larger) else (size, larger)
     if not size or not failed:
         return size
@@ -133,14 +141,16 @@ def _search(fits: Callable[[int], bool], most: int) -> int:
 
 
 def repeated(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Return a batch of `size` rows, those of a smaller batch again and again."""
+    """Return a batch of `size` rows that repeats the rows of a smaller batch."""
     rows = batch_size_of(batch)
-    index = [row % rows for row in range(size)]
+    sources = [row % rows for row in range(size)]
 
     def take(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: take(inner) for name, inner in value.items()}
-        return value[torch.tensor(index)] if torch.is_tensor(value) else [value[i] for i in index]
+        if torch.is_tensor(value):
+            return value[torch.tensor(sources)]
+        return [value[row] for row in sources]
 
     return {name: take(value) for name, value in batch.items()}
 

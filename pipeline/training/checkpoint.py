@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, and refused by a run that they do not belong to.
+"""Checkpoints of a run, which are written atomically and checked against the run that loads them.
 
-RUN/checkpoints/last.pt and best.pt hold model, optimizer, the moving average of the weights where
-the run has one (`ema`), position, random states and the identity of the run as a dict that torch
-loads with weights_only=True. They are zip archives whose comment is a digest of the whole file, see
-`sealed`; those of version 0.1 have the CRC-32 of each tensor alone.
+RUN/checkpoints/last.pt and best.pt hold model, optimizer, the moving average of the weights (with
+`ema`), counters, random states and the identity of the run, as a dict that torch loads with
+weights_only=True. They are zip archives whose comment is a digest of the whole file, see `sealed`.
+Those of version 0.1 have only the CRC-32 of each tensor.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from .optimizer import WeightAverage
 from .train_state import TrainState
 
 FORMAT_VERSION = 2
-# Keys of an identity that say what the targets are: a difference there is one of stores, not of
-# checkpoints.
+# Keys of an identity that describe the targets. If one differs, the store does not match.
 STORE_KEYS = frozenset({"store", "teachers", "sampling"})
-_KINDS: dict[str, type] = {
+_KEY_TYPES: dict[str, type] = {
     "identity": str,
     "model": dict,
     "optimizer": dict,
@@ -44,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def read_identity(run_dir: Path) -> dict[str, Any] | None:
-    """Return the identity in the last checkpoint of a run; None before the first checkpoint."""
+    """Return the identity in the last checkpoint of a run, or None before the first checkpoint."""
     path = run_dir / LAST
     if not path.exists():
         return None
@@ -52,19 +51,20 @@ def read_identity(run_dir: Path) -> dict[str, Any] | None:
 
 
 def require_not_longer(run_dir: Path, options: LoopOptions) -> None:
-    """Refuse a run that has done more steps than are asked for, since its summary would be wrong.
+    """Refuse a run with more steps than the options request, because its summary would be wrong.
 
     Raises:
-        UsageError: with the number of epochs and steps that it has done.
+        UsageError: The run is longer; the error names its number of epochs and steps.
     """
     path = run_dir / LAST
     if not path.exists():
         return
-    done = int(_load(path)["state"]["step"])
-    if done > options.total_steps:
+    steps = int(_load(path)["state"]["step"])
+    if steps > options.total_steps:
+        epochs = steps // options.steps_per_epoch
         raise UsageError(
-            f"--epochs {options.epochs}: {run_dir} has been trained for {done // options.steps_per_epoch} epochs "
-            f"({done} steps) already; --resume takes no fewer, choose another --out"
+            f"--epochs {options.epochs}: {run_dir} has already been trained for {epochs} epochs ({steps} steps); "
+            f"--resume cannot shorten a run, choose another --out"
         )
 
 
@@ -72,17 +72,18 @@ def check_identity(run_dir: Path, saved: Mapping[str, Any], current: Mapping[str
     """Compare the identity in a run's checkpoint with that of the current command.
 
     Raises:
-        CheckpointError: names the first key that differs (StoreMismatchError: one of the store).
+        CheckpointError: They differ; the error names the first key that does (StoreMismatchError: a
+            key of the store).
     """
     current = json.loads(json.dumps(current))
     for key in sorted(current.keys() | saved.keys()):
         difference = _difference(saved.get(key), current.get(key), key)
         if difference is None:
             continue
-        where, old, new = difference
+        key_path, old, new = difference
         error = StoreMismatchError if key in STORE_KEYS else CheckpointError
         raise error(
-            f"{run_dir} holds another run: it was trained with {where} = {_short(old)}, "
+            f"{run_dir} holds another run: it was trained with {key_path} = {_short(old)}, "
             f"now it is {_short(new)}; resume with the same or choose another --out"
         )
 
@@ -91,9 +92,9 @@ class Checkpoints:
     """The last and the best checkpoint of one run.
 
     Args:
-        run_dir: the folder of the run.
-        identity: JSON-able, by top-level key what a resume must share: store, teachers, sampling,
-            student, …
+        run_dir: The folder of the run.
+        identity: JSON-able. The values that a resume must share, under the keys store, teachers,
+            sampling, student, …
     """
 
     def __init__(self, run_dir: Path, identity: Mapping[str, Any]) -> None:
@@ -110,23 +111,23 @@ class Checkpoints:
         max_unreadable: int,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> TrainState:
-        """Return a fresh state, or that of last.pt, with everything else restored from it.
+        """Return a new state, or restore the arguments from last.pt and return its state.
 
-        With `resume` and no checkpoint (killed before the first one) the run starts from its
-        beginning. With another number of processes than before the random states of dropout begin
-        anew.
+        With `resume` and no checkpoint (killed before the first one) the run starts from the
+        beginning. If the number of processes has changed, new random states are drawn for dropout.
 
         Args:
-            model: takes the weights.
-            optimizer: takes its state.
-            average: takes the moving average.
-            resume: see `Resume`.
-            max_unreadable: unreadable videos that the state allows.
-            ranks: the processes that train together.
+            model: Its weights are restored.
+            optimizer: Its state is restored.
+            average: The moving average, which is restored.
+            resume: See `Resume`.
+            max_unreadable: Number of unreadable videos that the state allows.
+            ranks: The processes that train together.
 
         Raises:
-            UsageError: there is a checkpoint and `resume` is off.
-            CheckpointError: it is damaged or of another run (StoreMismatchError: another store).
+            UsageError: There is a checkpoint and `resume` is off.
+            CheckpointError: The checkpoint is damaged or of another run (StoreMismatchError: of
+                another store).
         """
         path = self.folder / "last.pt"
         if not path.exists():
@@ -147,10 +148,10 @@ class Checkpoints:
         state = TrainState.from_dict(saved["state"])
         state.max_unreadable = max_unreadable
         if len(saved["rng"]) == ranks.world:
-            own = saved["rng"][ranks.rank]
-            torch.set_rng_state(own["cpu"])
-            if own["cuda"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(own["cuda"])
+            states = saved["rng"][ranks.rank]
+            torch.set_rng_state(states["cpu"])
+            if states["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states["cuda"])
         else:
             torch.manual_seed(torch.initial_seed() + state.step * ranks.world)
         return state
@@ -168,15 +169,15 @@ class Checkpoints:
         """Write the `last` or `best` checkpoint and return its path.
 
         Args:
-            which: last or best.
-            model: its weights.
-            optimizer: its state.
-            state: the counters.
-            rng: the `random_states` of each rank.
-            average: the moving average, where the run has one.
+            which: "last" or "best".
+            model: The model; its weights are saved.
+            optimizer: The optimizer; its state is saved.
+            state: The counters.
+            rng: The `random_states` of each rank.
+            average: The moving average, if the run has one.
 
         Raises:
-            CheckpointError: the file cannot be written; the previous checkpoint stays intact.
+            CheckpointError: The file cannot be written; the previous checkpoint stays intact.
         """
         path = self.folder / f"{which}.pt"
         buffer = io.BytesIO()
@@ -198,7 +199,7 @@ class Checkpoints:
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of torch's generators in this process, on the CPU and on its GPU."""
+    """Return the states of torch's random generators in this process, on the CPU and on its GPU."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -211,7 +212,7 @@ def load_weights(
     """Load the weights of the `last` or `best` checkpoint, or their average, into `model`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, has no average, or does not fit the model.
+        CheckpointError: The checkpoint is damaged, has no average, or does not fit the model.
     """
     path = run_dir / "checkpoints" / f"{which}.pt"
     saved = _load(path)
@@ -227,12 +228,14 @@ def load_weights(
 def _load(path: Path) -> dict[str, Any]:
     sealed = check_seal(path, CheckpointError)
     try:
-        if not sealed:  # torch itself compares no checksum
+        # torch.load compares no checksums.
+        if not sealed:
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"the CRC-32 of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and zipfile raise half a dozen kinds for a damaged file
+    # torch and zipfile raise errors of many types for a damaged file.
+    except Exception as error:
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {first_line(error)}"
         ) from error
@@ -242,31 +245,31 @@ def _load(path: Path) -> dict[str, Any]:
             path,
         )
     if not isinstance(saved, dict) or saved.get("format_version") != FORMAT_VERSION:
-        found = saved.get("format_version") if isinstance(saved, dict) else None
+        version = saved.get("format_version") if isinstance(saved, dict) else None
         raise CheckpointError(
-            f"{path} has checkpoint format {found}, this version of distinit reads {FORMAT_VERSION}"
+            f"{path} has checkpoint format {version}, this version of distinit reads {FORMAT_VERSION}"
         )
-    wrong = [key for key, kind in _KINDS.items() if not isinstance(saved.get(key), kind)]
+    wrong = [key for key, kind in _KEY_TYPES.items() if not isinstance(saved.get(key), kind)]
     if wrong:
         raise CheckpointError(f"{path} is not a checkpoint of distinit: it has no {wrong[0]!r}")
     return saved
 
 
 def _identity_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity of a checkpoint, with the names that its keys have now."""
+    """Return the identity of a checkpoint, with its keys under their current names."""
     return current_keys(json.loads(saved["identity"]))
 
 
-def _difference(saved: Any, current: Any, where: str) -> tuple[str, Any, Any] | None:
-    """Return the first key, in alphabetical order, at which two JSON values differ, with both."""
+def _difference(saved: Any, current: Any, key_path: str) -> tuple[str, Any, Any] | None:
+    """Return the alphabetically first key at which two JSON values differ, and both values."""
     if saved == current:
         return None
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
-            difference = _difference(saved.get(key), current.get(key), f"{where}.{key}")
+            difference = _difference(saved.get(key), current.get(key), f"{key_path}.{key}")
             if difference is not None:
                 return difference
-    return where, saved, current
+    return key_path, saved, current
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Learning from cached targets: the objective of stage two and its held-out measure.
+"""Learn from cached targets: the objective of `train-student` and its held-out measures.
 
 Shapes: B clips, K classes or features, N teachers.
 """
@@ -30,17 +30,17 @@ from .step import LossReport
 
 
 class Distillation:
-    """objective(model, batch, counts): the weighted sum of all teachers' losses (paper, eq. 3).
+    """The objective of a student: the weighted sum of all teachers' losses (paper, eq. 3).
 
-    The parts that are logged are without weight.
+    The logged losses of single teachers are not weighted.
 
     Args:
-        teachers: Their names.
-        loss: Of all teachers whose targets are logits and that `heads` does not name.
+        teachers: Names of the teachers.
+        loss: Loss of each teacher that `heads` does not name; its targets must be logits.
         tau: Temperature of the targets of cross-entropy (eq. 1).
-        mse_reduction: Over classes, of "squared-error".
-        weights: teacher → factor of its loss, default 1.
-        heads: teacher → its loss.
+        mse_reduction: Reduction of "squared-error" over classes.
+        weights: Teacher → factor of its loss, default 1.
+        heads: Teacher → its loss.
     """
 
     def __init__(
@@ -54,29 +54,29 @@ class Distillation:
         heads: Mapping[str, HeadLoss] | None = None,
     ) -> None:
         self.teachers = tuple(teachers)
-        usual = HeadLoss("logits", loss, tau, mse_reduction)
-        self.heads = {name: (heads or {}).get(name, usual) for name in self.teachers}
+        default = HeadLoss("logits", loss, tau, mse_reduction)
+        self.heads = {name: (heads or {}).get(name, default) for name in self.teachers}
         self.weights = {name: (weights or {}).get(name, 1.0) for name in self.teachers}
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
-        """Count clips, int64 [1 + teachers]: those of at least one head, then those of each."""
-        each = [batch["weight"][name].ne(0).sum() for name in self.teachers]
-        return torch.stack([self.counted(batch).sum(), *each])
+        """Count the clips of at least one head, then those of each head: int64 [1 + N]."""
+        by_head = [batch["weight"][name].ne(0).sum() for name in self.teachers]
+        return torch.stack([self.counted(batch).sum(), *by_head])
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor) -> LossReport:
         """Return the losses of a batch.
 
-        Clips that no head counts are not in the forward pass: they were not decoded, and black
-        clips would spoil the batch statistics. Without any clip the loss is 0 with a graph over all
-        parameters.
+        Clips that no head counts are left out of the forward pass: they were not decoded, and black
+        clips would spoil the batch statistics. If no clip counts, the loss is 0 with a graph over
+        all parameters.
         """
         counted = self.counted(batch)
-        # Ranks that share gradients all need a forward pass, if need be of no clips.
+        # Every rank of DistributedDataParallel needs a forward pass, even without clips.
         if not bool(counted.any()) and not isinstance(model, DistributedDataParallel):
-            nothing = sum(
+            zero = sum(
                 (p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(())
             )
-            return LossReport(nothing, {f"loss/{name}": torch.zeros(()) for name in self.teachers})
+            return LossReport(zero, {f"loss/{name}": torch.zeros(()) for name in self.teachers})
         outputs = self.forward(model, batch, counted)
         targets, weight = (
             {name: batch[key][name][counted] for name in self.teachers}
@@ -90,33 +90,35 @@ class Distillation:
             for number, name in enumerate(self.teachers, start=1)
         }
         total = self._weighted(list(parts.values()))
-        if (kept := self._undropped(losses, weight, batch, counted)) is not None:
-            learned = self._weighted(
+        if (masks := self._dropping_masks(losses, weight, batch, counted)) is not None:
+            undropped = self._weighted(
                 [
-                    mean_over_kept(losses[name], weight[name] * kept[name], counts[number])
+                    mean_over_kept(losses[name], weight[name] * masks[name], counts[number])
                     for number, name in enumerate(self.teachers, start=1)
                 ]
             )
-            # The gradient of what is not dropped, and the value of all: losses stay comparable.
-            total = learned + (total - learned).detach()
+            # Dropping affects the gradient alone. The value is that of all losses, so that runs
+            # with and without dropping can be compared.
+            total = undropped + (total - undropped).detach()
         return LossReport(total, parts)
 
     def _weighted(self, losses: Sequence[Tensor]) -> Tensor:
         weights = self.weights.values()
-        return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
+        weighted = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
+        return torch.stack(weighted).sum()
 
-    def _undropped(
+    def _dropping_masks(
         self,
         losses: Mapping[str, Tensor],
         weight: Mapping[str, Tensor],
         batch: Mapping[str, Any],
         counted: Tensor,
     ) -> dict[str, Tensor] | None:
-        """Return teacher → 1 for the clips [B] whose loss is learned from, 0 for those dropped.
+        """Return teacher → [B], 1 for clips whose loss counts and 0 where the teacher is dropped.
 
-        Teacher dropping (UNIC): of a clip, the teacher with the highest weighted loss always
-        counts, each other one unless the clip's own random numbers (`batch["dropped"]`) drop it.
-        None where nothing is dropped.
+        In teacher dropping (UNIC) the teacher with the highest weighted loss of a clip always
+        counts. Any other teacher counts unless the random numbers of the clip
+        (`batch["dropped"]`) drop it. Return None without teacher dropping.
         """
         if "dropped" not in batch or len(self.teachers) == 1:
             return None
@@ -129,13 +131,13 @@ class Distillation:
         }
 
     def counted(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return which clips at least one head counts, bool [B]."""
+        """Return which clips count for at least one head, bool [B]."""
         return torch.stack([batch["weight"][name] for name in self.teachers]).ne(0).any(dim=0)
 
     def forward(
         self, model: nn.Module, batch: dict[str, Any], counted: Tensor
     ) -> dict[str, Tensor]:
-        """Return the student's outputs of each teacher's head for the clips that count."""
+        """Return the outputs of each teacher's head for the clips that count."""
         clip = batch["clip"] if bool(counted.all()) else batch["clip"][counted]
         outputs: dict[str, Tensor] = model(normalize_clip(clip, torch.float32))
         return outputs
@@ -143,30 +145,34 @@ class Distillation:
     def measures(
         self, name: str, outputs: Tensor, targets: Tensor, weight: Tensor
     ) -> dict[str, Tensor]:
-        """Return what is measured of one head, over the clips [B] that the weight counts.
+        """Return the measures of one head, summed over the clips of weight [B] other than 0.
 
-        float64 scalars: "count", and the sums of "loss"; of logits "agreement", clips with the same
-        top class, and "kl", KL(teacher‖student) at the temperature, unless the loss leaves the
-        scale of the logits free; otherwise "cosine", the similarity.
+        All are float64 scalars. "count" is the number of these clips, "loss" the sum of their
+        losses. For logits, "agreement" counts clips with the same top class. "kl" is
+        KL(teacher‖student) at the temperature, for losses that fix the scale of the logits; other
+        losses have "cosine", the similarity.
         """
-        use, head = weight != 0, self.heads[name]
-        outputs, targets, weight = outputs[use].float(), targets[use].float(), weight[use]
+        is_counted, head = weight != 0, self.heads[name]
+        outputs, targets = outputs[is_counted].float(), targets[is_counted].float()
         one = torch.ones((), device=outputs.device)
-        found = {"count": use.sum(), "loss": head(outputs, targets, weight, one)}
+        sums = {
+            "count": is_counted.sum(),
+            "loss": head(outputs, targets, weight[is_counted], one),
+        }
         if head.output == "logits":
-            found["agreement"] = (outputs.argmax(1) == targets.argmax(1)).sum()
+            sums["agreement"] = (outputs.argmax(1) == targets.argmax(1)).sum()
         if head.loss in ("cross-entropy", "squared-error"):
-            found["kl"] = kl_div(
+            sums["kl"] = kl_div(
                 torch.log_softmax(outputs, 1),
                 torch.log_softmax(targets / head.tau, 1),
                 reduction="sum",
                 log_target=True,
             )
         elif head.loss == "cosine":
-            found["cosine"] = (1 - head.by_clip(outputs, targets)).sum()
+            sums["cosine"] = (1 - head.by_clip(outputs, targets)).sum()
         else:
-            found["cosine"] = cosine_similarity(outputs, head.normalized(targets), dim=1).sum()
-        return {key: value.double() for key, value in found.items()}
+            sums["cosine"] = cosine_similarity(outputs, head.normalized(targets), dim=1).sum()
+        return {key: value.double() for key, value in sums.items()}
 
 
 @torch.no_grad()
@@ -182,13 +188,13 @@ def evaluate_distillation(
     precision: str,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Measure a student on the first `n` held-out samples; the model is left in eval mode.
+    """Measure a student on the first `n` held-out samples, and leave it in eval mode.
 
-    Clips that do not count or cannot be read are left out. Ranks share the samples, each taking
-    every W-th batch, and all get the same numbers.
+    Clips that do not count or cannot be read are left out. Each of W ranks takes every W-th batch,
+    and all ranks return the same numbers.
 
     Returns:
-        "loss" (the weighted sum over teachers), and by teacher "loss/NAME" and the means of
+        "loss" (the weighted sum over teachers), and for each teacher "loss/NAME" and the means of
         `Distillation.measures`: "agreement/NAME" and "kl/NAME", or "cosine/NAME".
 
     Raises:
@@ -197,36 +203,36 @@ def evaluate_distillation(
     model.eval()
     share = DistributedBatchSampler(SequentialBatchSampler(n, batch_size), ranks)
     keys = [
-        (what, name)
+        (measure, name)
         for name, head in objective.heads.items()
-        for what in ("count", "loss", *_extra_measures(head))
+        for measure in ("count", "loss", *_extra_measures(head))
     ]
 
-    def measured() -> Tensor:
+    def measure_share() -> Tensor:
         sums = dict.fromkeys(keys, torch.zeros((), dtype=torch.float64))
-        for raw in read_batches(dataset, share, workers=workers, device=device):
-            batch = to_device(raw, device)
-            if not raw or not bool((counted := objective.counted(batch)).any()):
+        for read_batch in read_batches(dataset, share, workers=workers, device=device):
+            batch = to_device(read_batch, device)
+            if not batch or not bool((counted := objective.counted(batch)).any()):
                 continue
             with autocast(device, precision):
                 outputs = objective.forward(model, batch, counted)
             for name in objective.teachers:
                 targets, weight = batch["targets"][name][counted], batch["weight"][name][counted]
-                found = objective.measures(name, outputs[name], targets, weight)
-                for what, value in found.items():
-                    sums[what, name] = sums[what, name] + value.cpu()
+                measures = objective.measures(name, outputs[name], targets, weight)
+                for measure, value in measures.items():
+                    sums[measure, name] = sums[measure, name] + value.cpu()
         return torch.stack(list(sums.values()))
 
-    totals = ranks.sum(ranks.on_all_ranks(measured)).tolist()
+    totals = ranks.sum(ranks.on_all_ranks(measure_share)).tolist()
     sums = dict(zip(keys, totals, strict=True))
     if not any(sums["count", name] for name in objective.teachers):
         raise TrainingError(
             f"none of the {n} held-out clips could be used: unreadable, or all filtered"
         )
     means = {
-        f"{what}/{name}": value / sums["count", name]
-        for (what, name), value in sums.items()
-        if what != "count" and sums["count", name]
+        f"{measure}/{name}": value / sums["count", name]
+        for (measure, name), value in sums.items()
+        if measure != "count" and sums["count", name]
     }
     return {
         "loss": sum(

@@ -24,7 +24,8 @@ class ClipOptions(ClipView):
 
     @model_validator(mode="after")
     def _check(self) -> ClipOptions:
-        self.frame_view()  # ValueError where the crop does not fit into the resize
+        # Raises ValueError if the crop does not fit into the resized frame.
+        self.frame_view()
         return self
 
 
@@ -37,18 +38,20 @@ LOSSES: dict[str, tuple[Loss, ...]] = {
 """The losses of each kind of output, the default first."""
 
 
-def resolve_losses(given: Loss | Mapping[str, Loss], outputs: Mapping[str, str]) -> dict[str, Loss]:
+def resolve_losses(
+    option: Loss | Mapping[str, Loss], outputs: Mapping[str, str]
+) -> dict[str, Loss]:
     """Return the loss of each teacher.
 
     Args:
-        given: One loss, for the teachers whose output has it, while the others take the default of
-            theirs; or by name.
-        outputs: teacher → "logits" or "features".
+        option: Losses by teacher, or one loss. That one applies to all teachers with an output that
+            has it; other teachers take the default of their output.
+        outputs: Teacher → "logits" or "features".
 
     Raises:
-        UsageError: A loss is not one of that teacher's output, or of no teacher's.
+        UsageError: A loss does not exist for the output of its teacher, or of any teacher.
     """
-    named = given if isinstance(given, Mapping) else {}
+    named = option if isinstance(option, Mapping) else {}
     for name, loss in named.items():
         if name in outputs and loss not in LOSSES[outputs[name]]:
             raise UsageError(
@@ -56,22 +59,24 @@ def resolve_losses(given: Loss | Mapping[str, Loss], outputs: Mapping[str, str])
                 f"{', '.join(LOSSES[outputs[name]])}"
             )
     default = {output: losses[0] for output, losses in LOSSES.items()}
-    if not isinstance(given, Mapping):
-        fitting = {output for output in set(outputs.values()) if given in LOSSES[output]}
-        if not fitting and given != TargetOptions.model_fields["loss"].default:
+    if not isinstance(option, Mapping):
+        fitting = {output for output in set(outputs.values()) if option in LOSSES[output]}
+        if not fitting and option != TargetOptions.model_fields["loss"].default:
             kinds = " and ".join(sorted(set(outputs.values())))
-            known = ", ".join(loss for output in set(outputs.values()) for loss in LOSSES[output])
-            raise UsageError(f"--loss {given}: the teachers give {kinds}, whose losses are {known}")
-        default |= dict.fromkeys(fitting, given)
+            allowed = ", ".join(loss for output in set(outputs.values()) for loss in LOSSES[output])
+            raise UsageError(
+                f"--loss {option}: the teachers give {kinds}, whose losses are {allowed}"
+            )
+        default |= dict.fromkeys(fitting, option)
     return {name: named.get(name, default[output]) for name, output in outputs.items()}
 
 
 def parse_losses(texts: tuple[str, ...]) -> str | dict[str, str]:
-    """Read `LOSS`, or `NAME=LOSS` repeated. ValueError for both, or for two of the first."""
-    plain = [text for text in texts if "=" not in text]
-    if len(plain) == 1 and len(texts) == 1:
-        return plain[0]
-    if plain:
+    """Parse one `LOSS`, or `NAME=LOSS`, repeated. Raises ValueError for any other combination."""
+    unnamed = [text for text in texts if "=" not in text]
+    if len(unnamed) == 1 and len(texts) == 1:
+        return unnamed[0]
+    if unnamed:
         raise ValueError(
             f"expected one LOSS for all teachers or NAME=LOSS for each, got {' and '.join(texts)}"
         )
@@ -79,37 +84,38 @@ def parse_losses(texts: tuple[str, ...]) -> str | dict[str, str]:
 
 
 def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
-    """Read `NAME=X`, repeated. Raises ValueError."""
-    found = {}
+    """Parse `NAME=X`, repeated. Raises ValueError."""
+    weights = {}
     for name, text in parse_pairs(texts).items():
         try:
-            found[name] = float(text)
+            weights[name] = float(text)
         except ValueError:
             raise ValueError(f"expected NAME=NUMBER, got {name}={text!r}") from None
-    return found
+    return weights
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class TargetOptions(Options):
-    """How targets are made of what the store holds; none of it touches the store.
+    """How targets are computed from a store, which stays unchanged, and how a student learns them.
 
-    `max_entropy`: nats, one number for all teachers or one by name; or `max_entropy_quantile`: the
-    share of draws that a head keeps, likewise, measured on the sampler itself and saved in nats. At
-    most one of the two.
-    `corpora`: those to draw from, each with its share of the clips, in any unit; all videos alike
-    if not given.
-    `heads`: files that make logits of features when clips are drawn, see `ClassHead.read`.
-    `loss`: of all teachers whose output has it (`LOSSES`), while the others take the first of
-    theirs; or by name.
-    `loss_weights`: factors of the teachers' losses, 1 for those not named.
-    `balance_losses`: each loss is divided by that of the best constant predictor first, so that no
+    `max_entropy`: Threshold in nats, one for all teachers or one by name. `max_entropy_quantile` is
+    an alternative: the share of draws that a head keeps, likewise; its threshold is measured on
+    draws of the sampler, and saved in nats.
+    `corpora`: Corpora to draw from, each with its share of the clips in any unit. By default all
+    videos are drawn equally often.
+    `heads`: Classifier files that compute logits from features when clips are drawn, see
+    `ClassHead.read`.
+    `loss`: Losses by teacher, or one loss for all teachers with an output that has it (`LOSSES`);
+    other teachers take the first loss of their output.
+    `loss_weights`: Factors of the teachers' losses, 1 for teachers that are not named.
+    `balance_losses`: Each loss is divided by that of the best constant predictor, so that no
     teacher dominates by the scale of its loss.
-    `teacher_dropping`: of a clip, the teacher with the highest weighted loss always counts, and
-    each other one is left out with this probability.
+    `teacher_dropping`: The teacher with the highest weighted loss of a clip always counts; each
+    other teacher is left out with this probability.
 
-    With `loss=squared-error` use a tenth of the learning rate (the paper, section 4.2).
+    With `loss=squared-error` use a tenth of the learning rate (section 4.2 of the paper).
     """
 
     teachers: Annotated[
@@ -123,7 +129,8 @@ class TargetOptions(Options):
         dict[str, str], CliOption("--head", "Teacher", "NAME=FILE", parse=parse_pairs)
     ] = Field(
         default={},
-        description="safetensors file that makes logits of a teacher's features; repeatable",
+        description="safetensors file of a classifier that computes logits from a teacher's features; "
+        "repeatable",
     )
     balance_losses: Annotated[bool, CliOption(group="Training")] = Field(
         default=False,
@@ -134,17 +141,17 @@ class TargetOptions(Options):
         default=0.0,
         ge=0,
         le=1,
-        description="of each clip, leave out teachers other than the one with the highest loss, "
-        "with this probability",
+        description="probability of leaving out a teacher for a clip; the teacher with the highest "
+        "loss always counts",
     )
     corpora: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
-        default=None, description="corpus: its share of the clips; default all videos alike"
+        default=None, description="share of the clips by corpus; default: all videos equally often"
     )
     picks: Annotated[
         str, CliOption(group="Sampling", metavar="center|random|random:N|uniform:N")
     ] = Field(
         default="random",
-        description="which cached frames of a clip make its target; logits of several are averaged",
+        description="cached frames of a clip that make its target; logits of several are averaged",
     )
     tau: Annotated[float, CliOption(group="Training", metavar="X")] = Field(
         default=1.0, gt=0, description="temperature of the targets (eq. 1)"
@@ -161,8 +168,8 @@ class TargetOptions(Options):
         ),
     ] = Field(
         default="cross-entropy",
-        description="of logits: cross-entropy, squared-error (use a tenth of the learning rate) or "
-        "cosine; of features: cosine, smooth-l1 or mse; repeatable with the name of a teacher",
+        description="for logits: cross-entropy, squared-error (use a tenth of the learning rate) or "
+        "cosine; for features: cosine, smooth-l1 or mse; repeatable with the name of a teacher",
     )
     mse_reduction: Annotated[Literal["sum", "mean"], CliOption(group="Training")] = Field(
         default="sum", description="how the squared error is reduced over classes"
@@ -172,21 +179,21 @@ class TargetOptions(Options):
         CliOption("--max-entropy", "Sampling", "X", replaces=("max_entropy_quantile",)),
     ] = Field(
         default=None,
-        description="filter clips whose target has a higher entropy, in nats; the paper's is 2.7",
+        description="reject clips whose target has a higher entropy, in nats; the paper uses 2.7",
     )
     max_entropy_quantile: Annotated[
         Share | dict[str, Share] | None,
         CliOption("--max-entropy-quantile", "Sampling", "Q", replaces=("max_entropy",)),
     ] = Field(
         default=None,
-        description="the same as a share of clips to keep: 0.5 keeps the most confident half",
+        description="the same filter as a share of clips to keep: 0.5 keeps the most confident half",
     )
     quantile_draws: int = Field(
-        default=100_000, ge=1, description="draws that the quantile is taken over"
+        default=100_000, ge=1, description="number of draws that the quantile is measured on"
     )
     filter_mode: Annotated[Literal["skip", "zero-weight"], CliOption(group="Sampling")] = Field(
         default="skip",
-        description="draw another clip before anything is decoded, or keep it with weight zero",
+        description="replace a rejected clip before it is decoded, or keep it with weight zero",
     )
 
     ADDED: ClassVar[frozenset[str]] = frozenset({"heads", "balance_losses", "teacher_dropping"})
@@ -247,11 +254,11 @@ class TrainConfig(Options):
     exclude_split: Annotated[
         int | Literal["all"] | None, CliOption("--split", metavar="N|all", shown="1")
     ] = Field(default=None, description="the split whose test videos --exclude names")
-    held_out: Annotated[float | None, CliOption(metavar="Q", shown="by their number")] = Field(
-        default=None, ge=0, lt=1, description="share of videos kept for the held-out loss"
+    held_out: Annotated[float | None, CliOption(metavar="Q", shown="from the number of videos")] = (
+        Field(default=None, ge=0, lt=1, description="share of videos kept for the held-out loss")
     )
     held_out_clips: int = Field(
-        default=1000, ge=1, description="most held-out videos used, a clip each"
+        default=1000, ge=1, description="largest number of held-out videos, one clip per video"
     )
     export: Literal["last", "best"] = Field(
         default="last", description="checkpoint that is exported"

@@ -1,4 +1,4 @@
-"""`train-student --dry-run`: log what would be trained and its size, and render its first batch.
+"""`train-student --dry-run`: log the config and size of a training, and render its first batch.
 
 Memory and computation are estimated from shapes alone: nothing is allocated.
 
@@ -30,7 +30,7 @@ from ..targets.dataset import StudentClips
 from .distillation_options import TrainConfig
 from .loader import EpochBatchSampler, KeyedDataset, read_batches
 from .loop_options import LoopOptions
-from .preview import MOST_CLIPS, render_batch
+from .preview import MAX_CLIPS, render_batch
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,10 @@ PICTURE = "first-batch.png"
 def dry_run(config: TrainConfig, clips: StudentClips, student: Student) -> dict[str, Any]:
     """Log config, parameters, memory and computation of a step, and write RUN/first-batch.png.
 
+    Nothing is trained.
+
     Returns:
-        What --json prints. Nothing is trained; the picture is of the run's first batch.
+        The result that --json prints.
 
     Raises:
         TrainingError: The clips of the batch cannot be read, or the picture cannot be written.
@@ -73,7 +75,7 @@ def dry_run(config: TrainConfig, clips: StudentClips, student: Student) -> dict[
 
 
 def log_config(config: Options) -> None:
-    """Log a config as YAML, as it is written next to a result."""
+    """Log a config as YAML, in the form that is written next to a result."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
     for line in text.splitlines():
         log.info(line)
@@ -89,16 +91,16 @@ def save_first_batch(
     """Write the first clips of a training as a picture, RUN/first-batch.png, and return its path.
 
     Args:
-        clips: What is trained on.
-        options: Of the loop.
+        clips: The training clips.
+        options: Options of the loop.
         render: Makes the picture of a batch.
-        run_dir: RUN.
-        shown: What is next to each clip in the picture.
+        run_dir: The folder of the run.
+        shown: Name of the text next to each clip in the picture, for the log.
 
     Raises:
         TrainingError: The clips cannot be read, or the picture cannot be written.
     """
-    count = min(options.step_clips, MOST_CLIPS)
+    count = min(options.step_clips, MAX_CLIPS)
     keys = EpochBatchSampler(batch_size=count, steps_per_epoch=1, epochs=1)
     batch = next(read_batches(clips, keys, workers=0, device=torch.device("cpu")))
     for unreadable in batch["unreadable"]:
@@ -119,22 +121,22 @@ def log_memory(options: LoopOptions, student: Student) -> dict[str, Any]:
     clips = options.clips_at_once(options.gpus)
     frames, size = student.clip
     shape = (clips, student.options.channels, frames, size, size)
-    found = footprint(student, shape, precision=options.precision, copies=options.weight_copies)
-    if found is None:
+    need = footprint(student, shape, precision=options.precision, copies=options.weight_copies)
+    if need is None:
         log.info("memory: unknown, the student cannot run without data")
         return {}
     device = resolve_device(options.device)
-    has = (
+    available = (
         f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f}"
         if device.type == "cuda"
         else ""
     )
     log.info(
-        f"estimated memory of a micro batch of {clips} clips: {found.total / 1e9:.2f}{has} GB, "
-        f"{found.weights / 1e9:.2f} for weights, gradients and optimizer, {found.activations / 1e9:.2f} for activations"
+        f"estimated memory of a micro batch of {clips} clips: {need.total / 1e9:.2f}{available} GB, "
+        f"{need.weights / 1e9:.2f} for weights, gradients and optimizer, {need.activations / 1e9:.2f} for activations"
     )
-    log.info(f"computation: {found.flops / clips / 1e9:.1f} GFLOP per clip, forward and backward")
-    return {"memory_bytes": found.total, "flops_per_clip": found.flops / clips}
+    log.info(f"computation: {need.flops / clips / 1e9:.1f} GFLOP per clip, forward and backward")
+    return {"memory_bytes": need.total, "flops_per_clip": need.flops / clips}
 
 
 def _count(number: int) -> str:
@@ -147,8 +149,8 @@ class Footprint:
 
     Attributes:
         weights: Bytes of parameters, their gradients, the state of the optimizer, and buffers.
-        activations: Bytes that the forward pass keeps for the backward pass.
-        flops: Forward and backward; a multiplication and an addition are two.
+        activations: Bytes that the forward pass stores for the backward pass.
+        flops: FLOPs of forward and backward pass; a multiply-add counts as two.
     """
 
     weights: int
@@ -157,7 +159,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Bytes of weights and activations, without workspaces of convolutions and slack."""
+        """Bytes of weights and activations, without workspaces of convolutions or fragmentation."""
         return self.weights + self.activations
 
 
@@ -168,13 +170,13 @@ def footprint(
     precision: str = "fp32",
     copies: int = 3,
 ) -> Footprint | None:
-    """Return the footprint of a training step; None where a module cannot run without data.
+    """Return the footprint of a training step, or None if a module cannot run without data.
 
     Args:
         model: The model; its weights are not changed.
-        shape: Of the clips, [B, C, T, H, W].
-        precision: In bf16 the activations are taken to be half as large, the weights are not.
-        copies: Number of tensors of the size of the weights that training holds, see
+        shape: Shape of the clips, [B, C, T, H, W].
+        precision: With bf16 the activations count half; the weights do not.
+        copies: Number of tensors of the size of the weights in a training, see
             `LoopOptions.weight_copies`.
     """
     weights = sum(
@@ -182,26 +184,29 @@ def footprint(
         for p in model.parameters()
     )
     weights += sum(buffer.nbytes for buffer in model.buffers())
-    # The tensors themselves: an address is unique while its tensor lives.
-    kept: dict[int, Tensor] = {}
+    # The values keep the tensors alive, because an address is unique only for so long.
+    saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     try:
         shadow = copy.deepcopy(model).to("meta").train()
-        own = {
+        model_storages = {
             tensor.untyped_storage()._cdata for tensor in (*shadow.parameters(), *shadow.buffers())
         }
         with FlopCounterMode(display=False) as counter:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 outputs: Any = shadow(torch.zeros(shape, device="meta"))
             torch.stack([output.sum() for output in outputs.values()]).sum().backward()
-    except Exception:  # a user's module may look at its data, and a shape has none
+    # A user's module may read values of its input, which a meta tensor does not have.
+    except Exception:
         return None
     activations = sum(
-        tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own
+        tensor.untyped_storage().nbytes()
+        for key, tensor in saved.items()
+        if key not in model_storages
     )
     return Footprint(
         weights, activations // 2 if precision == "bf16" else activations, counter.get_total_flops()

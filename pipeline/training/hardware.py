@@ -19,9 +19,9 @@ from .loop_options import LoopOptions
 
 
 def pick_workers(workers: int | None, device: torch.device) -> int:
-    """Return the number of loader processes: `workers`, or depending on the machine."""
-    # On a CPU the student is the slow part (a core decodes more clips than four train on), on a GPU
-    # decoding is.
+    """Return `workers`, or a number of loader processes that suits the machine."""
+    # On a CPU the student is slower than decoding: one core decodes more clips than four cores
+    # train on. On a GPU decoding is slower.
     if workers is not None:
         return workers
     return max(1, cores() // 4) if device.type == "cpu" else max(1, min(16, cores() - 1))
@@ -31,17 +31,17 @@ def pick_workers(workers: int | None, device: torch.device) -> int:
 def torch_threads(threads: int | None, workers: int, device: torch.device) -> Iterator[None]:
     """Set the number of torch's threads inside the context.
 
-    On a CPU the memory of freed tensors is kept, for the rest of the process.
+    On a CPU the process also keeps the memory of freed tensors, until it ends.
 
     Args:
-        threads: The number; None for cores - workers (at least 1) on a CPU, unless OMP_NUM_THREADS
-            is set, and torch's default on a GPU.
+        threads: Number of threads. None means cores - workers (at least 1) on a CPU, unless
+            OMP_NUM_THREADS is set, and torch's default on a GPU.
         workers: Number of loader processes.
-        device: Where the model computes.
+        device: Device of the model.
     """
-    # Threads that share cores with busy loader processes spin, which makes them several times
+    # Threads that share cores with busy loader processes busy-wait, which makes them several times
     # slower (docs/benchmarks.md).
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     if device.type == "cpu":
         keep_freed_memory()
     if threads is not None:
@@ -51,11 +51,11 @@ def torch_threads(threads: int | None, workers: int, device: torch.device) -> It
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
 
 
 def out_of_memory_hint(clips: int) -> str:
-    """Return what to set when a GPU has no memory for a forward pass of `clips` clips."""
+    """Return an error message with remedies if `clips` clips do not fit into a GPU's memory."""
     return (
         f"{clips} clips at once do not fit into the GPU's memory; set loop.micro_batch_size lower, which accumulates "
         "gradients, or loop.precision=bf16"
@@ -63,9 +63,9 @@ def out_of_memory_hint(clips: int) -> str:
 
 
 def slow_bf16_warning(device: torch.device, precision: str) -> str | None:
-    """Return a warning where the machine only emulates the precision.
+    """Return a warning if the machine only emulates the precision.
 
-    bf16 on an x86 CPU without bf16 instructions was measured 15 times slower than fp32.
+    On an x86 CPU without bf16 instructions bf16 was measured 15 times slower than fp32.
     """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     if precision != "bf16" or device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
@@ -76,18 +76,18 @@ def slow_bf16_warning(device: torch.device, precision: str) -> str | None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Return bf16 autocast on any device, or nothing for fp32."""
-    # bf16 has the range of float32: no loss scaling.
+    """Return a context with bf16 autocast on any device; for fp32 it does nothing."""
+    # bf16 has the range of float32, so that losses need no scaling.
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
 
 def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ranks) -> nn.Module:
-    """Return `model`, changed in place; with several ranks the DistributedDataParallel around it.
+    """Prepare `model` in place and return it, or with several ranks its DistributedDataParallel.
 
-    The model keeps its parameters' names, so checkpoints and exports are those of one process. All
-    ranks have the weights of rank 0 from here on.
+    The model keeps its parameter names, so that checkpoints and exports do not depend on the number
+    of processes. All ranks get the weights of rank 0.
     """
     lay_out(model, options, device)
     if ranks.world > 1 and options.sync_batchnorm and device.type == "cuda":
@@ -102,7 +102,7 @@ def wrap(model: nn.Module, options: LoopOptions, device: torch.device, ranks: Ra
 
 
 def lay_out(model: nn.Module, options: LoopOptions, device: torch.device) -> None:
-    """Move `model` to its device, in the memory format in which it is trained."""
+    """Move `model` to its device, in the memory format of the training."""
     model.to(device)
     if options.channels_last:
         _to_channels_last(model)
@@ -112,7 +112,7 @@ def lay_out(model: nn.Module, options: LoopOptions, device: torch.device) -> Non
 
 def _to_channels_last(model: nn.Module) -> None:
     """Store the weights of 3D convolutions channels-last."""
-    # Measured a fifth faster on a CPU in fp32.
+    # On a CPU in fp32 this was measured a fifth faster.
     for parameter in model.parameters():
         if parameter.dim() == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
@@ -121,10 +121,10 @@ def _to_channels_last(model: nn.Module) -> None:
 @torch.no_grad()
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Copy the buffers of rank 0, which writes the checkpoints, to every rank."""
-    # DistributedDataParallel copies them before a step, not after: without synchronised BatchNorm
-    # each rank has the running statistics of its share of the last batch.
+    # DistributedDataParallel copies buffers before a step, not after it. So without synchronised
+    # BatchNorm each rank has running statistics of its own share of the last batch.
     if ranks.world == 1:
         return
-    of_main = ranks.on_main(lambda: [buffer.cpu() for buffer in model.buffers()])
-    for buffer, value in zip(model.buffers(), of_main, strict=True):
+    main_buffers = ranks.on_main(lambda: [buffer.cpu() for buffer in model.buffers()])
+    for buffer, value in zip(model.buffers(), main_buffers, strict=True):
         buffer.copy_(value)

@@ -1,4 +1,4 @@
-"""What ends a training early: SIGTERM, and videos on which loader processes die or hang."""
+"""Handle early ends of a training: SIGTERM, and videos on which loader processes die or hang."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from ..common.files import write_whole
 from ..common.run_dir import LOADER_CRASHES
 from ..common.worker_status import refusing
 
-# The first may come from outside: an operator's signal, a stopped machine, a network.
+# A single crash may have another cause: an operator's signal, a stopped machine, a network.
 CRASHES_TO_REFUSE = 2
 
 
 @contextmanager
 def on_sigterm(handle: Callable[[], object]) -> Iterator[None]:
     """Call `handle` at SIGTERM inside the block, instead of ending the process."""
-    # Python delivers signals to the main thread alone and lets no other install handlers.
+    # Python delivers signals to the main thread alone, and no other thread may install handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: handle())
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: handle())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 @contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM inside the block; yields a function that returns whether it has come."""
-    came: list[None] = []
-    with on_sigterm(lambda: came.append(None)):
-        yield lambda: bool(came)
+    """Record SIGTERM inside the block; yield a function that returns whether it has arrived."""
+    arrivals: list[None] = []
+    with on_sigterm(lambda: arrivals.append(None)):
+        yield lambda: bool(arrivals)
 
 
 class _CrashRecord(Form):
-    """By path of a video, the reason of each end of a loader process that was reading it."""
+    """The reasons why loader processes ended while they read a video, by the video's path."""
 
     noun: ClassVar[str] = "a record of crashes"
     videos: dict[str, list[str]] = {}
@@ -51,17 +51,16 @@ class _CrashRecord(Form):
 
 @contextmanager
 def crashes_recorded(run_dir: Path, *, is_main: bool) -> Iterator[None]:
-    """Refuse the videos on which two loader processes of this run died or hung, and record others.
+    """Refuse videos on which two loader processes of this run died or hung; record new crashes.
 
-    Such a video counts as unreadable, so that a resume continues where the run would end at the
-    same video again and again.
+    A refused video counts as unreadable. Otherwise every resume would end at the same video.
 
     Args:
         run_dir: The folder of the run, which holds the record.
-        is_main: Whether this process records what all processes of the run raise alike.
+        is_main: Whether this process records the errors that all processes of the run raise.
 
     Raises:
-        WorkerDied: As in the block, with what a resume will do.
+        WorkerDied: The error of the block, and what a resume does about the video.
     """
     path = run_dir / LOADER_CRASHES
     crashes: dict[str, list[str]] = read_json(path, _CrashRecord, run_dir).get("videos", {})
@@ -73,14 +72,14 @@ def crashes_recorded(run_dir: Path, *, is_main: bool) -> Iterator[None]:
     try:
         with refusing(refused):
             yield
-    except WorkerDied as died:
+    except WorkerDied as error:
         hint = "--resume continues from the last checkpoint"
-        if died.reason:
-            crashes[died.path] = [*crashes.get(died.path, []), died.reason]
-            if is_main or not died.shared:
+        if error.reason:
+            crashes[error.path] = [*crashes.get(error.path, []), error.reason]
+            if is_main or not error.shared:
                 write_whole(path, json.dumps({"videos": crashes}, indent=1).encode())
-            count = len(crashes[died.path])
-            hint += " without this video" if count >= CRASHES_TO_REFUSE else ""
-        error = WorkerDied(f"{died}; {hint}")
-        error.__dict__.update(died.__dict__)
-        raise error from died
+            num_crashes = len(crashes[error.path])
+            hint += " without this video" if num_crashes >= CRASHES_TO_REFUSE else ""
+        with_hint = WorkerDied(f"{error}; {hint}")
+        with_hint.__dict__.update(error.__dict__)
+        raise with_hint from error

@@ -1,9 +1,9 @@
 """Run a stage in one process, in those of torchrun, or in several started here (`--gpus N`).
 
-`--gpus N` uses the launcher of torchrun as a function (`elastic_launch`). What is added to it here
-keeps promises that it does not make: one line that names the error instead of a table of processes,
-no process that outlives this one, and any time that a step and a checkpoint need after SIGTERM
-(torchrun kills after 30 seconds). It runs in a thread, where it leaves signals alone.
+`--gpus N` calls the launcher of torchrun as a function (`elastic_launch`). This module adds what
+the launcher does not guarantee: one line names the error instead of a table of processes, no
+process outlives this one, and after SIGTERM a step and its checkpoint have unlimited time (torchrun
+kills after 30 seconds). The launcher runs in a thread, where it cannot install signal handlers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .loop_options import LoopOptions
 C = TypeVar("C", bound=Options)
 Stage = Callable[[C, Console, Ranks], dict[str, Any]]
 
-# For a process that has lost another one, so that the end of the other is seen first.
+# A process that has lost another one waits this long, so that the other's end is reported first.
 GRACE_PERIOD_S = 15.0
 
 
@@ -52,14 +52,15 @@ def run_distributed(
 ) -> dict[str, Any]:
     """Return what `stage` returns on rank 0.
 
-    Under torchrun this process is one rank. Otherwise `loop.gpus` above 1 starts as many processes
-    here and waits for them; SIGTERM is forwarded to them, and the first error ends all.
+    Under torchrun this process is one rank. Otherwise, with `loop.gpus` above 1, that many
+    processes are started on this machine. SIGTERM is forwarded to them, and the first error ends
+    all.
 
     Args:
-        stage: A function of a module, which the processes import by name.
+        stage: A module-level function, which the processes import by name.
         config: The options of the stage.
         console: The console of rank 0; other ranks are quiet.
-        loop: Number of processes and their device.
+        loop: Options with the number of processes and their device.
 
     Raises:
         DistInitError: The error of the first process that failed.
@@ -83,7 +84,7 @@ def run_distributed(
 
 
 def _enough_gpus(loop: LoopOptions) -> bool:
-    """Return whether the processes run on the device that was asked for.
+    """Return whether the processes run on the requested device.
 
     Raises:
         UsageError: The machine has fewer GPUs than processes.
@@ -97,7 +98,7 @@ def _enough_gpus(loop: LoopOptions) -> bool:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How one process ended, if it could still report it."""
+    """The result or error of one process, if it could still report it."""
 
     result: dict[str, Any] | None = None
     error: DistInitError | None = None
@@ -108,7 +109,7 @@ def _launch(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> 
     exit_codes: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="distinit-ranks-") as name:
         folder = Path(name).resolve()
-        # A file and no port: nobody on the network can join.
+        # The processes meet in a file instead of at a port, so that nobody on the network can join.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         launcher = elastic_launch(
             LaunchConfig(
@@ -127,28 +128,28 @@ def _launch(stage: Stage[C], config: C, console: Console, loop: LoopOptions) -> 
             _run_rank,
         )
         owner = Owner(os.getpid(), in_main_thread=False)
-        shown = (console.json, console.quiet)
-        others = set(multiprocessing.active_children())
-        forward = partial(_forward_sigterm, loop.gpus, others)
+        output_modes = (console.json, console.quiet)
+        earlier_children = set(multiprocessing.active_children())
+        forward = partial(_forward_sigterm, loop.gpus, earlier_children)
         with ThreadPoolExecutor(1) as thread, on_sigterm(forward):
-            run = thread.submit(launcher, owner, folder, stage, config, shown, loop.device)
+            run = thread.submit(launcher, owner, folder, stage, config, output_modes, loop.device)
             try:
                 _wait(run)
             except ChildFailedError as error:
-                exit_codes = {rank: each.exitcode for rank, each in error.failures.items()}
+                exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             finally:
                 if not run.done():
-                    for process in _children(others):
+                    for process in _started_children(earlier_children):
                         process.kill()
         outcomes = {rank: _read_outcome(folder, rank) for rank in range(loop.gpus)}
-    results = [end.result for end in outcomes.values() if end is not None and end.error is None]
+    results = [each.result for each in outcomes.values() if each is not None and each.error is None]
     if len(results) == loop.gpus and results[0] is not None:
         return results[0]
     raise _first_cause(outcomes, exit_codes)
 
 
 def _wait(run: Future[Any]) -> None:
-    """Wait in steps: between them Python runs the handlers of signals."""
+    """Wait for the run in short steps, between which Python runs signal handlers."""
     while not run.done():
         time.sleep(0.05)
     run.result()
@@ -162,8 +163,8 @@ def _silence_agent() -> None:
         agent.propagate = False
 
 
-def _children(others: set[BaseProcess]) -> set[BaseProcess]:
-    return set(multiprocessing.active_children()) - others
+def _started_children(earlier_children: set[BaseProcess]) -> set[BaseProcess]:
+    return set(multiprocessing.active_children()) - earlier_children
 
 
 def _read_outcome(folder: Path, rank: int) -> _Outcome | None:
@@ -172,24 +173,27 @@ def _read_outcome(folder: Path, rank: int) -> _Outcome | None:
 
 
 def _first_cause(outcomes: dict[int, _Outcome | None], exit_codes: dict[int, int]) -> DistInitError:
-    """Return the error to report: that of one process, before those that follow from its end."""
-    errors = [end.error for end in outcomes.values() if end is not None and end.error is not None]
+    """Return the error to report: the cause, rather than errors of ranks that lost another one."""
+    errors = [
+        each.error for each in outcomes.values() if each is not None and each.error is not None
+    ]
     for error in errors:
         if not isinstance(error, RankLostError):
             return error
     for rank, code in exit_codes.items():
         if code and outcomes[rank] is None:
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else ""
-            how = how or f"ended with exit code {code}"
+            ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else ""
+            ending = ending or f"ended with exit code {code}"
             hint = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
-            return TrainingError(f"rank {rank} of {len(outcomes)} {how}{hint}")
+            return TrainingError(f"rank {rank} of {len(outcomes)} {ending}{hint}")
     return errors[0] if errors else TrainingError("a process ended and left no error")
 
 
-def _forward_sigterm(world: int, others: set[BaseProcess]) -> None:
-    """Send SIGTERM of this process to the ranks, which write their checkpoint and end."""
-    ranks = _children(others)
-    if len(ranks) < world:  # some are still being started: those end with this process
+def _forward_sigterm(world: int, earlier_children: set[BaseProcess]) -> None:
+    """Forward SIGTERM to the ranks, which write their checkpoint and end."""
+    ranks = _started_children(earlier_children)
+    # Ranks that are still being started end with this process.
+    if len(ranks) < world:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     for process in ranks:
@@ -201,16 +205,17 @@ def _run_rank(
     folder: Path,
     stage: Stage[C],
     config: C,
-    shown: tuple[bool, bool],
+    output_modes: tuple[bool, bool],
     device: str,
 ) -> None:
-    """Run one process; its outcome goes into a file of `folder` and not to the terminal."""
+    """Run one rank, and write its outcome to a file in `folder` instead of the terminal."""
     end_with(owner)
+    json_output, quiet = output_modes
     rank = int(os.environ["RANK"])
     try:
         with (
             join_ranks(device, f"file://{folder}/ranks") as ranks,
-            Console(json=shown[0], quiet=shown[1] or rank > 0) as console,
+            Console(json=json_output, quiet=quiet or rank > 0) as console,
         ):
             outcome = _Outcome(result=stage(config, console, ranks))
     except DistInitError as error:
@@ -222,7 +227,8 @@ def _run_rank(
     write_whole(folder / f"{rank}.outcome", pickle.dumps(outcome))
     if isinstance(outcome.error, RankLostError):
         time.sleep(GRACE_PERIOD_S)
-    # An exit code ends the other processes. Those that raise the same error end by themselves.
+    # A nonzero exit code makes the launcher end the other processes. If all processes raise the
+    # same error, each ends by itself.
     if outcome.error is not None and not outcome.error.shared:
         sys.exit(1)
 
@@ -230,7 +236,7 @@ def _run_rank(
 def _annotate(
     error: DistInitError, rank: int, source: BaseException | None = None
 ) -> DistInitError:
-    """Return the error with its rank, if others do not raise it, and its traceback as a note."""
+    """Return the error with its traceback as a note, and its rank if only that one raised it."""
     named = error
     if not error.shared and not isinstance(error, RankLostError):
         named = type(error)(f"rank {rank}: {error}")

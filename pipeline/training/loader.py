@@ -1,8 +1,8 @@
 """Batches by key: from a map-style data set of (epoch, sample) to collated batches on a device.
 
-A batch is a pure function of its keys, so 0, 1 or 4 workers give the same batches, and a run can
-start at any step. A data set is any object with `__getitem__((epoch, sample)) -> dict`, and
-`__getitems__` of several keys if that is faster; an item that is None is left out of its batch.
+A batch is a pure function of its keys, so any number of workers gives the same batches, and a run
+can start at any step. A data set is any object with `__getitem__((epoch, sample)) -> dict`; it may
+also have `__getitems__` for several keys. An item that is None is left out of its batch.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from ..clips.seeding import Key
 from ..common.distributed import Ranks
 from .loader_workers import read_in_workers
 
-TIMEOUT_S = 120.0  # for a worker to read one video
+# How long a worker may take to read one video.
+TIMEOUT_S = 120.0
 
 
 class KeyedDataset(Protocol):
-    """What the loop reads: one example for each (epoch, sample), a pure function of it."""
+    """The data set of a loop: each example is a pure function of its key (epoch, sample)."""
 
     def __getitem__(self, key: Key, /) -> dict[str, Any] | None: ...
 
 
 class EpochBatchSampler(Sampler[list[Key]]):
-    """The keys of all batches from step `start` to the end, over all epochs.
+    """The keys of all batches from step `start` to the end of the last epoch.
 
-    One sampler for all epochs lets workers read ahead across the border of two epochs.
+    Since one sampler serves all epochs, workers read ahead into the next epoch.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
 
 
 class SequentialBatchSampler(Sampler[list[Key]]):
-    """The keys (0, 0) … (0, n - 1) once, in order, for evaluation; the last batch may be short."""
+    """The keys (0, 0) … (0, n - 1) in order, for evaluation; the last batch may be smaller."""
 
     def __init__(self, n: int, batch_size: int) -> None:
         self.n = n
@@ -78,43 +79,45 @@ def read_batches(
     """Yield the collated batches of a data set, in order; see `collate`.
 
     Args:
-        dataset: Gives an example for each key.
+        dataset: Returns an example for each key.
         batches: The keys of each batch.
         workers: Number of loader processes, which end with the iterator; 0 reads in this process.
-        device: Where the batches will be used: for CUDA, tensors are in pinned memory.
-        timeout_s: For how long a worker may read one video.
-        stop: Asked about once per second of a wait for a worker; true ends the batches.
+        device: Device that the batches are for. For CUDA their tensors are in pinned memory.
+        timeout_s: How long a worker may take to read one video.
+        stop: Called about once per second while waiting for a worker; true ends the batches.
 
     Raises:
-        DistInitError: As the data set raised it.
-        WorkerDied: A worker died, or gave no answer for `timeout_s`; its `path` is the video that
+        DistInitError: The data set raised it.
+        WorkerDied: A worker died, or did not respond for `timeout_s`; its `path` is the video that
             the worker was reading.
-        TrainingError: Another error in a worker, or a limit of the system is met.
+        TrainingError: Another error in a worker, or a limit of the system was reached.
     """
     read = partial(_read_batch, dataset)
-    made: Iterator[dict[str, Any]] = map(read, batches)
+    read_ahead: Iterator[dict[str, Any]] = map(read, batches)
     if workers:
-        made = read_in_workers(
+        read_ahead = read_in_workers(
             read, batches, workers=workers, device=device, timeout_s=timeout_s, stop=stop
         )
     try:
-        for batch in made:
+        for batch in read_ahead:
             yield _map_tensors(torch.Tensor.pin_memory, batch) if device.type == "cuda" else batch
     finally:
-        if isinstance(made, Generator):
-            made.close()
+        if isinstance(read_ahead, Generator):
+            read_ahead.close()
 
 
 def _read_batch(dataset: KeyedDataset, keys: list[Key]) -> dict[str, Any]:
-    many = getattr(dataset, "__getitems__", None)
-    return collate(list(many(keys)) if many is not None else [dataset[key] for key in keys])
+    get_items = getattr(dataset, "__getitems__", None)
+    return collate(
+        list(get_items(keys)) if get_items is not None else [dataset[key] for key in keys]
+    )
 
 
 def collate(items: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Collate examples to a batch; None is left out.
+    """Collate examples to a batch, without items that are None.
 
-    Tensors are stacked, numbers become tensors, mappings are collated by key, all else becomes a
-    list.
+    Tensors are stacked, numbers become a tensor, mappings are collated by key, and other values
+    become a list.
     """
     rows = [item for item in items if item is not None]
     return {key: _collate_values([row[key] for row in rows]) for key in rows[0]} if rows else {}
@@ -134,7 +137,7 @@ def _collate_values(values: list[Any]) -> Any:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on `device`.
 
-    Pinned ones are copied while the last step still computes.
+    Tensors in pinned memory are copied while the previous step still computes.
     """
     return _map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
@@ -161,7 +164,7 @@ class SplitBatchSampler(Sampler[list[Key]]):
 
         B = 8, W = 3:   0 1 | 2 3 4 | 5 6 7
 
-    The ranks go through the samples of one process with the same batches, each once.
+    Together the ranks read each sample of every batch once.
     """
 
     def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:
@@ -178,7 +181,7 @@ class SplitBatchSampler(Sampler[list[Key]]):
 
 
 class DistributedBatchSampler(Sampler[list[Key]]):
-    """Every W-th batch, whole: for evaluation, where each sample counts once, without padding."""
+    """Every W-th batch, for evaluation: each sample counts once, without padding."""
 
     def __init__(self, batches: Sampler[list[Key]], ranks: Ranks) -> None:
         self.batches = batches

@@ -1,9 +1,9 @@
-"""The processes of a loader: each makes its share of the batches ahead and hands them over.
+"""Loader processes, each of which reads its share of the batches ahead.
 
-Worker w of W makes the batches w, w + W, w + 2W … and sends them through a socket of its own, in
-anonymous shared memory. A worker that is killed at any moment therefore leaves behind no lock, no
-half message that another one completes, and no file in /dev/shm: its end of the socket closes. The
-workers of a torch DataLoader share one queue, where each of these has to be detected and repaired.
+Worker w of W reads the batches w, w + W, w + 2W … and sends them through its own socket, in
+anonymous shared memory. So a worker that is killed at any moment leaves no lock, no half message
+and no file in /dev/shm; its end of the socket closes. The workers of a torch DataLoader share one
+queue, in which each of these has to be detected and repaired.
 """
 
 from __future__ import annotations
@@ -40,10 +40,14 @@ from ..corpus.sources import escape_path
 Batch = dict[str, Any]
 Read = Callable[[list[Key]], Batch]
 
-READ_AHEAD = 4  # batches that each worker makes before they are asked for
-POLL_S = 1.0  # between two looks at a worker that sends no batch
-PATIENCE = 10  # times the time-out, for a worker that reads no file: it may start, or download
-GRACE_PERIOD_S = 5.0  # between the end of a worker's socket and its exit code
+# Number of batches that each worker reads before they are needed.
+READ_AHEAD = 4
+# Time between two checks of a worker that sends no batch.
+POLL_S = 1.0
+# A worker that reads no file, because it starts or downloads, may take so many time-outs.
+PATIENCE = 10
+# Longest time between the end of a worker's socket and its exit code.
+GRACE_PERIOD_S = 5.0
 HINT = "0 workers (loop.workers, test.workers) read in the main process"
 _ALIGNMENT = 64
 
@@ -57,28 +61,28 @@ def read_in_workers(
     timeout_s: float,
     stop: Callable[[], bool],
 ) -> Generator[Batch]:
-    """Yield `read(keys)` for each of `batches`, in order, made in `workers` processes.
+    """Yield `read(keys)` for each of `batches`, in order, computed by `workers` processes.
 
     Args:
-        read: Makes a batch; goes to the workers, as does `batches`.
-        batches: The keys of each batch, the same whenever it is iterated over.
-        workers: Number of processes; they end with the iterator.
-        device: The device of the training: with CUDA in use, workers are not forked.
-        timeout_s: For how long a worker may read one file.
-        stop: Asked about once per second of a wait; true ends the batches.
+        read: Returns the batch of its keys. It is sent to the workers, like `batches`.
+        batches: The keys of each batch, which must be the same in every iteration.
+        workers: Number of processes, which end with the iterator.
+        device: Device of the training. If CUDA is in use, workers are not forked.
+        timeout_s: How long a worker may take to read one file.
+        stop: Called about once per second while waiting; true ends the batches.
 
     Raises:
-        DistInitError: As `read` raised it.
-        WorkerDied: A worker died or gave no answer, see its `path`.
-        TrainingError: Another error of `read`, or no batch can be sent.
+        DistInitError: `read` raised it.
+        WorkerDied: A worker died or did not respond; its `path` is the video that it was reading.
+        TrainingError: `read` raised another error, or a batch cannot be sent.
     """
-    crew: list[_Worker] = []
-    end = partial(_end, crew)
-    # At exit Python sends children SIGTERM, which workers ignore, and waits for them.
+    started: list[_Worker] = []
+    end = partial(_end_workers, started)
+    # At exit Python sends SIGTERM to child processes, which workers ignore, and waits for them.
     atexit.register(end)
     try:
-        _start(crew, read, batches, workers, device)
-        for worker in itertools.cycle(crew):
+        _start_workers(started, read, batches, workers, device)
+        for worker in itertools.cycle(started):
             if not worker.wait(timeout_s, stop):
                 return
             batch = worker.receive()
@@ -91,11 +95,10 @@ def read_in_workers(
 
 
 def start_context(device: torch.device) -> Any:
-    """Return how workers start.
+    """Return the multiprocessing context that starts workers.
 
-    Fork is 25 times faster than the others by measurement and safe while nothing is open in the
-    parent; with CUDA initialised it is not, and a fork server that has the heavy imports done is
-    the next best.
+    Fork was measured 25 times faster than the other methods. It is safe unless CUDA is initialised;
+    then a fork server that has already imported the large libraries is the next best.
     """
     if "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
         return multiprocessing.get_context("spawn")
@@ -106,78 +109,82 @@ def start_context(device: torch.device) -> Any:
     return context
 
 
-def _start(
-    crew: list[_Worker],
+def _start_workers(
+    started: list[_Worker],
     read: Read,
     batches: Iterable[list[Key]],
     workers: int,
     device: torch.device,
 ) -> None:
-    """Start the workers and add them to `crew`; TrainingError where the system refuses one."""
+    """Start the workers and append them to `started`.
+
+    Raises:
+        TrainingError: The system cannot start another process.
+    """
     try:
         context = start_context(device)
         status = WorkerStatus(context, workers)
         for number in range(workers):
-            ours, theirs = multiprocessing.Pipe()
+            main_end, worker_end = multiprocessing.Pipe()
             process = context.Process(
                 target=_run_worker,
-                args=(theirs, Owner.current(), status, worker_status.refused_files()),
+                args=(worker_end, Owner.current(), status, worker_status.refused_files()),
                 kwargs={"read": read, "batches": batches, "number": number, "workers": workers},
                 daemon=True,
             )
-            with theirs:
+            with worker_end:
                 process.start()
-            crew.append(_Worker(number, process, ours, status))
-            crew[-1].ask(READ_AHEAD)
+            started.append(_Worker(number, process, main_end, status))
+            started[-1].request(READ_AHEAD)
     except (OSError, RuntimeError) as error:
         reason = limit_met(error) or in_one_line(error)
         raise TrainingError(f"loader processes cannot be started: {reason}; {HINT}") from error
 
 
-def _end(crew: list[_Worker]) -> None:
-    """End all workers; what they still make is not needed."""
-    for worker in crew:
+def _end_workers(started: list[_Worker]) -> None:
+    """End all workers, and discard the batches that they are reading."""
+    for worker in started:
         worker.process.kill()
         worker.connection.close()
-    for worker in crew:
+    for worker in started:
         worker.process.join(GRACE_PERIOD_S)
-    crew.clear()
+    started.clear()
 
 
 @dataclass(frozen=True)
 class _Worker:
-    """A worker, as the main process sees it."""
+    """The main process's handle of a worker."""
 
     number: int
     process: Any
     connection: Connection
     status: WorkerStatus
 
-    def ask(self, batches: int) -> None:
-        """Let the worker make so many more batches."""
-        # Its death is seen where the next batch is waited for.
+    def request(self, num_batches: int) -> None:
+        """Allow the worker to read so many more batches."""
+        # The wait for the next batch detects a dead worker.
         with suppress(OSError):
-            for _ in range(batches):
+            for _ in range(num_batches):
                 self.connection.send_bytes(b"1")
 
     def wait(self, timeout_s: float, stop: Callable[[], bool]) -> bool:
-        """Return true once the worker has sent something or died, false if `stop()` is true first.
+        """Return true when the worker has sent a batch or died, false if `stop()` is true first.
 
-        The time is counted in polls: a clock runs on while the job is suspended.
+        The time is counted in polls, because a clock does not stop while the job is suspended.
         """
         poll_s = min(timeout_s, POLL_S)
-        waited, reading = 0.0, None
+        waited_s, reading = 0.0, None
         while not wait([self.connection, self.process.sentinel], timeout=poll_s):
             if stop():
                 return False
-            before, reading = reading, self.status.reading(self.number)
-            waited = waited + poll_s if reading == before else poll_s
-            if reading is not None and waited > timeout_s:
+            previous, reading = reading, self.status.reading(self.number)
+            waited_s = waited_s + poll_s if reading == previous else poll_s
+            if reading is not None and waited_s > timeout_s:
                 reason = f"its decoder hung: no answer for {timeout_s:g} s"
                 raise _worker_died(
                     f"a loader process gave no answer for {timeout_s:g} s", reading[0], reason
                 )
-            if waited > PATIENCE * timeout_s:
+            if waited_s > PATIENCE * timeout_s:
                 raise TrainingError(
                     f"a loader process hangs: no batch for {PATIENCE * timeout_s:g} s, "
                     f"and no video is being read; {HINT}"
@@ -185,19 +192,19 @@ class _Worker:
         return True
 
     def receive(self) -> Batch | None:
-        """Return the next batch, None after the last one; raise the error in its place."""
+        """Return the next batch, or None after the last one; raise the error of the worker."""
         try:
             batch = receive_batch(self.connection)
         except Exception as error:
-            # A batch that was sent before the death has arrived whole: this is the death itself,
-            # or a limit of this process.
-            raise self._cause(error) from error
+            # A batch that was sent before the worker died arrives whole. So either the worker died
+            # before it sent this one, or this process has reached a limit.
+            raise self._receive_error(error) from error
         if isinstance(batch, DistInitError):
             raise batch
-        self.ask(1)
+        self.request(1)
         return batch
 
-    def _cause(self, error: Exception) -> TrainingError:
+    def _receive_error(self, error: Exception) -> TrainingError:
         self.process.join(GRACE_PERIOD_S)
         code = self.process.exitcode
         if code is None:
@@ -205,21 +212,23 @@ class _Worker:
             return TrainingError(
                 f"a batch could not be received from a loader process: {reason}; {HINT}"
             )
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         reading = self.status.reading(self.number)
         path = reading[0] if reading is not None else ""
         if code == -signal.SIGKILL:
-            # Most often the system, where memory runs out: no fault of the file.
+            # Most often the system sends it when memory runs out, so the file is not to blame.
             return _worker_died("a loader process was ended by SIGKILL", path, "")
         return _worker_died(
-            f"a loader process died ({how})", path, f"its decoder crashed ({how})" if path else ""
+            f"a loader process died ({ending})",
+            path,
+            f"its decoder crashed ({ending})" if path else "",
         )
 
 
-def _worker_died(what: str, path: str, reason: str) -> WorkerDied:
-    where = f" while it read {escape_path(path)}" if path else ""
+def _worker_died(event: str, path: str, reason: str) -> WorkerDied:
+    during = f" while it read {escape_path(path)}" if path else ""
     hint = "" if reason else "; fewer workers (loop.workers, test.workers) need less memory"
-    error = WorkerDied(f"{what}{where}{hint}")
+    error = WorkerDied(f"{event}{during}{hint}")
     error.path, error.reason = path, reason
     return error
 
@@ -235,41 +244,42 @@ def _run_worker(
     number: int,
     workers: int,
 ) -> None:
-    """Run worker `number`: make and send batches, each once the main process has asked for it."""
+    """Run worker `number`: read and send each batch that the main process has requested."""
     end_with(owner)
-    # The signals of a job or a terminal go to all its processes. The main one finishes its step and
-    # writes a checkpoint: it would miss a worker that ended meanwhile.
+    # A job scheduler or terminal sends signals to all processes. The main process needs its workers
+    # until it has finished its step and written a checkpoint.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     worker_status.begin(status, number, refused)
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the main process has ended
+    # These errors mean that the main process has ended.
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         for keys in itertools.islice(batches, number, None, workers):
             connection.recv_bytes()
-            _make_and_send(connection, read, keys)
+            _read_and_send(connection, read, keys)
         connection.recv_bytes()
         send_batch(connection, None)
 
 
-def _make_and_send(connection: Connection, read: Read, keys: list[Key]) -> None:
-    """Send a batch, or the error in its place."""
-    doing = "a loader process failed"
+def _read_and_send(connection: Connection, read: Read, keys: list[Key]) -> None:
+    """Read and send a batch, or send the error in its place."""
+    problem = "a loader process failed"
     try:
         batch = read(keys)
-        doing = "a loader process cannot send a batch"
+        problem = "a loader process cannot send a batch"
         send_batch(connection, batch)
     except DistInitError as error:
         send_batch(connection, error)
     except (BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
-        failure = TrainingError(f"{doing}: {limit_met(error) or in_one_line(error)}")
+        failure = TrainingError(f"{problem}: {limit_met(error) or in_one_line(error)}")
         failure.add_note(traceback.format_exc())
         send_batch(connection, failure)
 
 
 class _Pickler(pickle.Pickler):
-    """Takes the memory of tensors as it takes that of NumPy arrays: out of band."""
+    """Pickles the memory of tensors out of band, like that of NumPy arrays."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -282,7 +292,7 @@ def _tensor_of(array: np.ndarray) -> torch.Tensor:
 
 
 def send_batch(connection: Connection, batch: Batch | DistInitError | None) -> None:
-    """Send a batch: tensors as a descriptor of shared memory without a name, all else in bytes."""
+    """Send a batch: tensors in anonymous shared memory, everything else as bytes."""
     buffers: list[pickle.PickleBuffer] = []
     header = io.BytesIO()
     _Pickler(header, protocol=5, buffer_callback=buffers.append).dump(batch)
@@ -299,12 +309,12 @@ def send_batch(connection: Connection, batch: Batch | DistInitError | None) -> N
         file.flush()
         sizes = [part.nbytes for part in parts]
         connection.send_bytes(pickle.dumps((header.getvalue(), sizes)))
-        # The descriptor is on its way in the system itself, whatever becomes of this process.
+        # The system delivers the descriptor even if this process dies now.
         send_handle(connection, file.fileno(), None)
 
 
 def receive_batch(connection: Connection) -> Batch | DistInitError | None:
-    """Receive what `send_batch` sent. Tensors are in the shared memory, which ends with them."""
+    """Receive a batch of `send_batch`. Its tensors keep the shared memory alive."""
     header, sizes = pickle.loads(connection.recv_bytes())
     ends = list(itertools.accumulate(map(_aligned, sizes)))
     memory = memoryview(bytearray())
@@ -315,7 +325,7 @@ def receive_batch(connection: Connection) -> Batch | DistInitError | None:
         finally:
             os.close(descriptor)
     starts = (end - _aligned(size) for end, size in zip(ends, sizes, strict=True))
-    buffers = [memory[at : at + size] for at, size in zip(starts, sizes, strict=True)]
+    buffers = [memory[start : start + size] for start, size in zip(starts, sizes, strict=True)]
     return pickle.loads(header, buffers=buffers)
 
 
@@ -327,5 +337,5 @@ def _anonymous_file() -> Any:
 
 
 def _aligned(size: int) -> int:
-    """Return `size` rounded up so that the next array starts at an address that its type allows."""
+    """Round `size` up, so that the next array is aligned for any type."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,6 +1,6 @@
 """The training loop of `train-student` and `finetune`.
 
-What is learned is the objective's business, what is read the data set's; the loop does steps,
+The objective defines the loss, and the data set reads the clips. The loop is responsible for steps,
 epochs, the learning rate, checkpoints and the log.
 """
 
@@ -40,42 +40,43 @@ Validate = Callable[[], dict[str, float]]
 
 @dataclass(frozen=True)
 class Stop:
-    """When a training ends before its last epoch; by default it does not.
+    """Conditions to end a training before its last epoch; by default none.
 
-    The learning rate is that of the whole schedule, wherever the training ends.
+    The learning rate follows the whole schedule, wherever the training ends.
 
     Args:
-        epochs: number of epochs to train.
-        patience: number of epochs without a better held-out loss.
+        epochs: Number of epochs to train.
+        patience: Number of epochs without a better held-out loss.
     """
 
     epochs: int | None = None
     patience: int | None = None
 
     def reached(self, state: TrainState) -> bool:
-        """Return whether the epochs that are finished are enough."""
-        done = self.epochs is not None and state.epochs >= self.epochs
-        waited = state.epochs - state.best_epoch
-        return done or (self.patience is not None and waited >= self.patience)
+        """Return whether the training ends after the epochs that are finished."""
+        enough_epochs = self.epochs is not None and state.epochs >= self.epochs
+        epochs_since_best = state.epochs - state.best_epoch
+        out_of_patience = self.patience is not None and epochs_since_best >= self.patience
+        return enough_epochs or out_of_patience
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a training ended.
+    """The result of a training.
 
     Args:
-        steps: done in all, those before a resume included.
-        epochs: finished.
-        train_loss: mean over the clips of the last epoch.
-        best: the lowest held-out loss, or training loss where nothing is held out.
-        best_epoch: its epoch, counted from 1.
-        validation: what `validate` measured after the last epoch.
-        best_validation: what it measured after the best one.
-        unreadable: name → reason of the videos that could not be read.
-        resumed_from: the step that this process began with.
-        already_finished: whether there was nothing to do.
-        seconds: of training in this process.
-        clips_per_second: over these seconds.
+        steps: Number of all steps, including those before a resume.
+        epochs: Number of finished epochs.
+        train_loss: Mean over the clips of the last epoch.
+        best: Lowest held-out loss of an epoch, or training loss if nothing is held out.
+        best_epoch: Number of that epoch, counted from 1.
+        validation: Measures of `validate` after the last epoch.
+        best_validation: Measures of `validate` after the best epoch.
+        unreadable: Name → reason of each unreadable video.
+        resumed_from: First step of this process.
+        already_finished: Whether no step was left to do.
+        seconds: Duration of the training in this process.
+        clips_per_second: Number of clips per second of that duration.
     """
 
     steps: int
@@ -92,11 +93,12 @@ class FitResult:
     clips_per_second: float
 
     def describe_unreadable(self) -> str:
-        """Return a sentence about the unreadable videos: how many, and why the first three."""
-        some = list(self.unreadable.items())[:3]
-        named = "; ".join(f"{name}: {reason}" for name, reason in some)
-        more = "; …" if len(self.unreadable) > len(some) else ""
-        return f"{counted(len(self.unreadable), 'unreadable video')}, replaced by other draws: {named}{more}"
+        """Return the number of unreadable videos and the reasons of the first three."""
+        first = list(self.unreadable.items())[:3]
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in first)
+        ellipsis = "; …" if len(self.unreadable) > len(first) else ""
+        count = counted(len(self.unreadable), "unreadable video")
+        return f"{count}, replaced by other draws: {reasons}{ellipsis}"
 
 
 def fit(
@@ -112,34 +114,35 @@ def fit(
     stop: Stop = Stop(),
     ranks: Ranks = SINGLE_PROCESS,
 ) -> FitResult:
-    """Train `model` in place and leave it with its last weights, on the device and in train mode.
+    """Train `model` in place, and leave it on the device in train mode with its last weights.
 
     With `options.weights` "ema" it is left with their moving average.
 
     Args:
-        model: what is trained.
-        dataset: dataset[(epoch, sample)], sample < options.clips_per_epoch, is one example, a dict
-            of tensors, numbers and dicts of them. Three keys mean something to the loop, all
-            optional: "name" (str) is named in the error of a loss that is not finite; "rejected"
-            (int) counts the draws that a filter turned down for this sample; "unreadable" (list of
-            (name, reason)) the videos that could not be read.
-        objective: what is learned.
-        options: see `LoopOptions`; `epoch_clips` is set.
-        run_dir: the folder of checkpoints and metrics. Rank 0 alone writes, all read on a resume.
-        identity: JSON-able; a resume with another one is refused by the name of the key that
-            differs.
-        resume: see `Resume`.
-        validate: called at the end of each epoch, on all ranks; its "loss", the lower the better,
-            chooses the best checkpoint.
-        stop: when to end before the last epoch.
-        ranks: the processes that train together. All call `fit` with the same arguments.
+        model: The model to train.
+        dataset: dataset[(epoch, sample)], sample < options.clips_per_epoch, is one example: a dict
+            of tensors, numbers and dicts of them. The loop reads three optional keys: "name" (str)
+            is named in the error of a loss that is not finite; "rejected" (int) counts the draws
+            that a filter rejected for this sample; "unreadable" lists (name, reason) of each
+            unreadable video.
+        objective: Computes the loss.
+        options: See `LoopOptions`; `epoch_clips` is set.
+        run_dir: The folder of checkpoints and metrics. Only rank 0 writes; a resume reads on all
+            ranks.
+        identity: JSON-able. A resume with a different identity is refused, with an error that names
+            the key that differs.
+        resume: See `Resume`.
+        validate: Called at the end of each epoch, on all ranks. The lowest "loss" decides on the
+            best checkpoint.
+        stop: When to end before the last epoch.
+        ranks: The processes that train together. All call `fit` with the same arguments.
 
     Raises:
-        UsageError: the folder holds a run and resume is off.
-        CheckpointError: resume of another run (StoreMismatchError: of another store).
-        TrainingError: a loss that is not finite, or too many unreadable videos.
-        WorkerDied: a loader process died or hung; the checkpoint is written.
-        TrainingInterrupted: SIGTERM; the checkpoint is written.
+        UsageError: The folder holds a run and resume is off.
+        CheckpointError: The folder holds another run (StoreMismatchError: of another store).
+        TrainingError: The loss is not finite, or too many videos are unreadable.
+        WorkerDied: A loader process died or hung; the checkpoint is written.
+        TrainingInterrupted: SIGTERM arrived; the checkpoint is written.
     """
     with ranks.same_error():
         run = _begin(
@@ -178,7 +181,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Run:
-    """What a training consists of once it has begun; `trained` is `model` as `wrap` made it."""
+    """The parts of a training. `trained` is `model` as `wrap` returned it."""
 
     model: nn.Module
     trained: nn.Module
@@ -207,15 +210,15 @@ class _Run:
         )
 
     def validate(self, measure: Validate | None) -> dict[str, float]:
-        """Measure the weights that `options.weights` names, with the same buffers on all ranks."""
+        """Validate the weights that `options.weights` names, with the same buffers on all ranks."""
         share_buffers(self.model, self.ranks)
         use_average = self.average is not None and self.options.weights == "ema"
         with self.average.applied(self.model) if use_average else nullcontext():  # type: ignore[union-attr]
             if use_average:
                 share_buffers(self.model, self.ranks)
-            measured = measure() if measure is not None else {}
+            measures = measure() if measure is not None else {}
         self.trained.train()
-        return measured
+        return measures
 
 
 def _begin(
@@ -226,11 +229,11 @@ def _begin(
     ranks: Ranks,
     stop: Stop,
 ) -> _Run:
-    """Place the model on its device, make the optimizer, and load the last checkpoint if asked."""
+    """Move the model to its device, make the optimizer, and load the checkpoint of a resume."""
     device = resolve_device(options.device)
     if options.step_clips < ranks.world:
         raise UsageError(
-            f"loop.batch_size={options.step_clips} is less than a clip for each of {ranks.world} GPUs"
+            f"loop.batch_size={options.step_clips} is less than one clip for each of {ranks.world} GPUs"
         )
     trained = wrap(model, options, device, ranks).train()
     torch.manual_seed(options.seed + ranks.rank)
@@ -258,7 +261,11 @@ def _train(
     objective: Objective,
     validate: Validate | None,
 ) -> None:
-    """Do the steps that are left. Raises TrainingInterrupted on SIGTERM, with a checkpoint."""
+    """Train for the remaining steps.
+
+    Raises:
+        TrainingInterrupted: SIGTERM arrived; the checkpoint is written.
+    """
     options, state, meter, ranks = run.options, run.state, run.meter, run.ranks
     workers = pick_workers(options.workers, run.device)
     if warning := slow_bf16_warning(run.device, options.precision):
@@ -297,12 +304,12 @@ def _train(
                     log.info(line)
                 if metrics is not None:
                     metrics.write("train", state.step, record)
-            epoch_over = state.step % options.steps_per_epoch == 0
-            if epoch_over:
+            epoch_ended = state.step % options.steps_per_epoch == 0
+            if epoch_ended:
                 _end_epoch(run, validate, metrics)
-            if epoch_over or state.step % options.checkpoint_every == 0:
+            if epoch_ended or state.step % options.checkpoint_every == 0:
                 run.save("last")
-            if epoch_over and run.finished:
+            if epoch_ended and run.finished:
                 break
 
         if not run.finished:
@@ -329,29 +336,27 @@ def _end_epoch(
 ) -> None:
     """Validate, log the epoch, and write the best checkpoint if it is the best so far."""
     state = run.state
-    best = state.end_epoch(run.validate(validate))
+    is_best = state.end_epoch(run.validate(validate))
     if state.validation:
         for line in _held_out_lines(state.epochs, run.options.epochs, state.validation):
             log.info(line)
     if metrics is not None:
         metrics.write("epoch", state.step, state.epoch_record())
-    # Before the last checkpoint: killed between the two, the resume repeats the steps and writes
-    # both.
-    if best:
+    # The best checkpoint precedes the last one. If the run is killed between the two, the resume
+    # repeats the steps and writes both.
+    if is_best:
         run.save("best")
 
 
 def _held_out_lines(epoch: int, epochs: int, measures: Mapping[str, float]) -> list[str]:
-    """Return what `validate` measured after an epoch, the loss first, with a line for each head."""
-    own = {name: value for name, value in measures.items() if "/" not in name and name != "loss"}
-    heads: dict[str, list[str]] = {}
+    """Return the measures after an epoch as log lines: the loss first, then a line per head."""
+    overall = [f"loss {measures['loss']:.4f}"]
+    by_head: dict[str, list[str]] = {}
     for name, value in measures.items():
-        if "/" in name:
-            measure, head = name.split("/", 1)
-            heads.setdefault(head, []).append(f"{measure} {value:.4g}")
-    first = [
-        f"loss {measures['loss']:.4f}",
-        *(f"{name} {value:.4g}" for name, value in own.items()),
-    ]
-    lines = [f"    {head}: {', '.join(words)}" for head, words in heads.items()]
-    return [f"epoch {epoch}/{epochs}  held out: {', '.join(first)}", *lines]
+        measure, _, head = name.partition("/")
+        if head:
+            by_head.setdefault(head, []).append(f"{measure} {value:.4g}")
+        elif name != "loss":
+            overall.append(f"{name} {value:.4g}")
+    lines = [f"    {head}: {', '.join(words)}" for head, words in by_head.items()]
+    return [f"epoch {epoch}/{epochs}  held out: {', '.join(overall)}", *lines]

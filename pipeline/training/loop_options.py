@@ -1,6 +1,6 @@
-"""Options of a training run: sizes, optimizer, schedule, device, bookkeeping.
+"""Options of the training loop, shared by `train-student` and `finetune`.
 
-Shared by `train-student` and `finetune`.
+They set sizes, optimizer, schedule, device, logs and checkpoints.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from ..common.settings import (
 )
 from ..common.streams import counted
 
-# Options that may differ between the start of a run and its resume: none of them changes what is
-# learned from a given step on, but for the clips that share batch statistics and for rounding.
-# (`epochs` may, except with the cosine schedule, which ends with the last epoch: a run with the
-# step schedule can be made longer.)
+# Options that a resume may change. From a given step on none of them changes the training, except
+# for rounding and for the clips that share batch statistics. `epochs` may make a run with the step
+# schedule longer, but not one with the cosine schedule, which ends with the last epoch.
 FREE_ON_RESUME = frozenset(
     {"epochs", "device", "gpus", "micro_batch_size", "compile", "channels_last", "workers"}
     | {"threads", "weights", "log_every", "checkpoint_every", "max_unreadable", "budget"}
@@ -34,54 +33,52 @@ FREE_ON_RESUME = frozenset(
 
 DEFAULT_BATCH_SIZE = 32
 
-# The options that decide how long a training is.
+# The options that a budget or a number of minutes replaces.
 SCHEDULE = ("epochs", "epoch_clips", "warmup_epochs", "step_epochs")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many clips a training of `videos` videos has, and what its schedule looks like.
+    """The rule for the number of clips and the schedule of a training.
 
     Args:
-        clips_per_video: how often a video is drawn in all.
-        least: clips of the shortest training.
-        most: clips of the longest.
-        epochs: parts that the clips are divided into.
-        warmup_epochs: epochs of warm-up.
-        step_epochs: epochs between drops of the rate.
+        clips_per_video: How often a video is drawn in all epochs together.
+        min_clips: Number of clips of the shortest training.
+        max_clips: Number of clips of the longest training.
+        epochs: Number of epochs.
+        warmup_epochs: Number of epochs of warm-up.
+        step_epochs: Number of epochs between drops of the rate.
     """
 
     clips_per_video: int
-    least: int
-    most: int
+    min_clips: int
+    max_clips: int
     epochs: int
     warmup_epochs: int
     step_epochs: int
 
     def clips(self, videos: int) -> int:
-        """Return the clips of a training."""
-        return min(max(self.clips_per_video * videos, self.least), self.most)
+        """Return the number of clips of a training on so many videos."""
+        return min(max(self.clips_per_video * videos, self.min_clips), self.max_clips)
 
 
-# False: a folder that holds a run is refused. True: one that holds none. auto: a run is resumed, or
-# begins where there is none.
+# False refuses a folder that holds a run, True a folder without one. auto resumes a run, or starts
+# one if there is none.
 Resume = Literal["auto"] | bool
-# Which weights are validated, exported and tested: as trained, or their moving average.
+# The weights that are validated, exported and tested: as trained, or their moving average.
 Weights = Literal["trained", "ema"]
-# What takes the numbers of a run besides its metrics.jsonl.
+# Packages that log the metrics of a run, in addition to its metrics.jsonl.
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 RESUME = CliOption(group="Output", metavar="[auto]", bare="true")
-RESUME_HELP = (
-    "resume from the last checkpoint of --out; with `auto` also start where there is no run yet"
-)
+RESUME_HELP = "resume from the last checkpoint of --out; `auto` starts a new run if --out has none"
 
 
 def parse_loggers(texts: tuple[str, ...]) -> list[str]:
-    """Read `tensorboard,wandb`, repeated, or `none`. Raises ValueError."""
+    """Parse `tensorboard,wandb`, repeated, or `none`. Raises ValueError."""
     names = [name for text in texts for name in text.split(",")]
     if "none" in names and len(names) > 1:
-        raise ValueError(f"none with others has no meaning, got {','.join(names)}")
+        raise ValueError(f"none cannot be combined with other loggers, got {','.join(names)}")
     for name in names:
         if name != "none" and name not in get_args(TrackerName):
             raise ValueError(f"expected {', '.join(get_args(TrackerName))} or none, got {name!r}")
@@ -94,21 +91,21 @@ class LoopOptions(Options):
     An epoch is counted in clips, not in videos: `epoch_clips` clips, rounded up to whole batches
     (`clips_per_epoch`); None means one clip per video, which `for_videos` fills in.
 
-    A step has `batch_size` clips whatever the hardware: each of the processes takes its share, in
-    pieces of at most `micro_batch_size` clips whose gradients add up. So the number of GPUs changes
-    neither clips nor schedule, and a run may be resumed on another.
+    A step has `batch_size` clips on any hardware. Each process takes its share, in pieces of at
+    most `micro_batch_size` clips whose gradients are accumulated. So the number of GPUs changes
+    neither clips nor schedule, and a run may be resumed on a different number of GPUs.
 
-    The learning rate is described in `schedule`, its peak is `peak_lr`. A squared-error run needs a
-    tenth of the rate of a cross-entropy run (the paper, section 4.2), which a preset or the user
-    sets. With AdamW the defaults of `lr` and `weight_decay` are those of `ADAMW_DEFAULTS`.
+    The learning rate follows `schedule`, with the peak `peak_lr`. A squared-error run needs a tenth
+    of the rate of a cross-entropy run (section 4.2 of the paper), which a preset or the user sets.
+    With AdamW the defaults of `lr` and `weight_decay` are those of `ADAMW_DEFAULTS`.
     """
 
     ADDED: ClassVar[frozenset[str]] = frozenset(
         {"optimizer", "betas", "schedule", "ema", "budget", "minutes", "max_hours", "loggers"}
     )
-    # The paper draws a video of Kinetics 190 times; half of that loses little. With fewer than
-    # 24 000 clips a student from scratch has hardly begun to learn (docs/train-student.md). The
-    # shape is that of the paper's 45 epochs, divided by five.
+    # The paper draws a video of Kinetics 190 times; half as many draws lose little accuracy. With
+    # fewer than 24 000 clips a student from scratch has hardly begun to learn
+    # (docs/train-student.md). The schedule is that of the paper's 45 epochs, divided by five.
     BUDGET: ClassVar[Budget] = Budget(100, 24_000, 45_000_000, 9, 2, 2)
     ADAMW_DEFAULTS: ClassVar[dict[str, float]] = {"lr": 0.001, "weight_decay": 0.05}
 
@@ -128,14 +125,14 @@ class LoopOptions(Options):
         ),
     ] = Field(
         default=None,
-        description="clips to train on in all, which the schedule is fitted to; auto: by the number of videos",
+        description="total number of clips, which the schedule is fitted to; auto: from the number of videos",
     )
     minutes: Annotated[
         float | None, CliOption(group="Training", metavar="M", shown="none", replaces=SCHEDULE)
     ] = Field(
         default=None,
         gt=0,
-        description="fit the schedule to the time there is, test included, by measuring a few steps",
+        description="fit the schedule to M minutes, test included, by measuring a few steps",
     )
     max_hours: Annotated[float | None, MAX_HOURS] = Field(
         default=None, gt=0, description=MAX_HOURS_HELP
@@ -145,12 +142,12 @@ class LoopOptions(Options):
         CliOption(group="Training", metavar="B|auto"),
     ] = Field(
         default=DEFAULT_BATCH_SIZE,
-        description="clips per step, over all GPUs; auto: what fits a GPU, on a CPU 32",
+        description="clips per step, over all GPUs; auto: as many as fit on a GPU, 32 on a CPU",
     )
     micro_batch_size: Annotated[int | None, CliOption(group="Hardware", metavar="B")] = Field(
         default=None,
         ge=1,
-        description="most clips per GPU and forward pass; the gradients of more are accumulated",
+        description="largest number of clips per GPU and forward pass; gradients of more are accumulated",
     )
     gpus: Annotated[int, CliOption(group="Hardware", metavar="N")] = Field(
         default=1,
@@ -187,13 +184,13 @@ class LoopOptions(Options):
     )
     weights: Annotated[Weights, CliOption(group="Training")] = Field(
         default="trained",
-        description="what is validated, exported and tested: the weights as trained, or their "
-        "average of --ema",
+        description="weights that are validated, exported and tested: as trained, or their average "
+        "of --ema",
     )
     schedule: Annotated[Literal["step", "cosine"], CliOption(group="Training")] = Field(
         default="step",
-        description="the rate after the warm-up: drops by --gamma every --step-epochs, or half a "
-        "cosine down to 0",
+        description="learning rate after the warm-up: drops by --gamma every --step-epochs, or half "
+        "a cosine down to 0",
     )
     warmup_epochs: Annotated[int, CliOption(group="Training", metavar="N")] = Field(
         default=0, ge=0, description="epochs of linear warm-up"
@@ -211,7 +208,7 @@ class LoopOptions(Options):
         Field(default=None, gt=0, description="largest norm of the gradient")
     )
     precision: Annotated[Literal["fp32", "bf16"], CliOption(group="Hardware")] = Field(
-        default="fp32", description="what the student computes in"
+        default="fp32", description="floating-point format of the computation"
     )
     sync_batchnorm: bool = Field(
         default=True, description="batch statistics over all GPUs; not on a CPU"
@@ -244,12 +241,12 @@ class LoopOptions(Options):
         ),
     ] = Field(
         default=("tensorboard",),
-        description="where numbers of the run go besides metrics.jsonl; repeatable, or separated by commas",
+        description="where metrics are logged besides metrics.jsonl; repeatable, or separated by commas",
     )
     checkpoint_every: Annotated[int, CliOption(group="Output", metavar="N")] = Field(
         default=500,
         ge=1,
-        description="steps between checkpoints; the end of an epoch always is one",
+        description="steps between checkpoints; every epoch also ends with one",
     )
     max_unreadable: int = Field(
         default=100, ge=0, description="unreadable videos before the run stops"
@@ -265,20 +262,20 @@ class LoopOptions(Options):
     @model_validator(mode="after")
     def _check_combinations(self) -> LoopOptions:
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum > 0, found momentum = 0; set nesterov=false")
+            raise ValueError("nesterov requires momentum > 0, got momentum=0; set nesterov=false")
         if isinstance(self.budget, int) and self.budget < 1:
-            raise ValueError(f"budget is {self.budget}, expected 1 clip or more, or auto")
+            raise ValueError(f"budget is {self.budget}, expected 1 or more clips, or auto")
         if self.budget is not None and self.minutes is not None:
             raise ValueError("give --budget (clips) or --minutes (time), not both")
         if self.weights == "ema" and self.ema is None:
-            raise ValueError("weights is ema, which needs a decay: --ema 0.999")
+            raise ValueError("weights is ema, which requires a decay: --ema 0.999")
         return self
 
     def for_videos(self, videos: int) -> LoopOptions:
         """Return the options with the schedule of the budget, and with `epoch_clips` filled in.
 
-        Options that were given stay. Without a budget, an epoch has one clip per video if
-        `epoch_clips` is not given.
+        Options that the user set stay. Without a budget, `epoch_clips` is one clip per video unless
+        it is set.
         """
         planned = self._planned(videos) if self.budget is not None else self
         if planned.epoch_clips is not None:
@@ -286,28 +283,32 @@ class LoopOptions(Options):
         return planned.model_copy(update={"epoch_clips": max(1, videos)})
 
     def with_derived_schedule(self) -> Self:
-        """Return the options with a budget by the number of videos, unless a schedule is given.
+        """Return the options with a budget from the number of videos, unless a schedule is set.
 
-        In finetuning the clips of an epoch are derived whenever they are not given: their default
-        is the paper's number, which a small data set would need days for.
+        Options of `finetune` have a default for `epoch_clips`, the paper's number, with which a
+        small data set would take days. There the budget applies unless `epoch_clips` is set.
         """
-        given, derived = self.model_fields_set, type(self).model_fields["epoch_clips"].default
-        is_open = not given & set(SCHEDULE) or (derived is not None and "epoch_clips" not in given)
+        set_options = self.model_fields_set
+        has_default = type(self).model_fields["epoch_clips"].default is not None
+        is_open = not set_options & set(SCHEDULE) or (
+            has_default and "epoch_clips" not in set_options
+        )
         if self.budget is None and self.minutes is None and is_open:
             return self.model_copy(update={"budget": "auto"})
         return self
 
     def _planned(self, videos: int) -> LoopOptions:
-        """Return the options with what the budget decides of the schedule."""
-        rule, given = self.BUDGET, self.model_fields_set
+        """Return the options with the schedule of the budget, except for options that are set."""
+        rule, set_options = self.BUDGET, self.model_fields_set
         clips = rule.clips(videos) if self.budget == "auto" else int(self.budget or 0)
-        epochs = self.epochs if "epochs" in given else rule.epochs
+        epochs = self.epochs if "epochs" in set_options else rule.epochs
         if self.budget == "auto":
-            # More epochs are a longer training: an epoch has the clips that it has by default.
+            # More epochs make a longer training: the clips per epoch stay those of the default.
             clips = math.ceil(clips * epochs / rule.epochs)
-        if "epoch_clips" in given and "epochs" not in given and self.epoch_clips is not None:
+        sets_clips = "epoch_clips" in set_options and "epochs" not in set_options
+        if sets_clips and self.epoch_clips is not None:
             epochs = max(1, round(clips / self.epoch_clips))
-        # Of another number of epochs the warm-up and the drops take the same shares.
+        # Warm-up and drops take the same shares of any number of epochs.
         share = epochs / rule.epochs
         derived = {
             "epochs": epochs,
@@ -315,7 +316,7 @@ class LoopOptions(Options):
             "warmup_epochs": min(round(rule.warmup_epochs * share), epochs - 1),
             "step_epochs": max(1, round(rule.step_epochs * share)),
         }
-        return self.model_copy(update={k: v for k, v in derived.items() if k not in given})
+        return self.model_copy(update={k: v for k, v in derived.items() if k not in set_options})
 
     @property
     def step_clips(self) -> int:
@@ -332,19 +333,19 @@ class LoopOptions(Options):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch, at least enough for `epoch_clips`."""
+        """Number of steps of an epoch, enough for `epoch_clips`."""
         if self.epoch_clips is None:
             raise ValueError("epoch_clips is not set; call LoopOptions.for_videos(n) first")
         return math.ceil(self.epoch_clips / self.step_clips)
 
     @property
     def clips_per_epoch(self) -> int:
-        """Clips of an epoch: whole batches only, so that no step has a short batch."""
+        """Number of clips of an epoch. All batches are complete, so it may exceed `epoch_clips`."""
         return self.steps_per_epoch * self.step_clips
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after the warm-up, scaled where that was asked for."""
+        """The learning rate after the warm-up, scaled if `lr_base_batch_size` is set."""
         return (
             self.lr
             if self.lr_base_batch_size is None
@@ -352,19 +353,19 @@ class LoopOptions(Options):
         )
 
     def describe_rate(self) -> str:
-        """Return, for the log, the peak learning rate and what scaled it."""
-        scaled = (
+        """Format the peak learning rate and its scaling for the log."""
+        scaling = (
             "not scaled by the batch size"
             if self.lr_base_batch_size is None
             else f"{self.lr:g} × {self.step_clips} / {self.lr_base_batch_size}"
         )
-        rate = f"peak learning rate {self.peak_lr:g} ({scaled})"
+        rate = f"peak learning rate {self.peak_lr:g} ({scaling})"
         if self.optimizer == "adamw":
             rate = f"AdamW, {rate}, weight decay {self.weight_decay:g}"
         return rate if self.ema is None else f"{rate}; moving average of the weights {self.ema:g}"
 
     def describe_epochs(self) -> str:
-        """Return, for the log, `9 epochs of 400 clips`."""
+        """Format `9 epochs of 400 clips` for the log."""
         return f"{counted(self.epochs, 'epoch')} of {counted(self.clips_per_epoch, 'clip')}"
 
     def describe_steps(self, world: int) -> str:
@@ -373,22 +374,26 @@ class LoopOptions(Options):
         pieces = self.accumulation_steps(world)
         if world == pieces == 1:
             return words
-        most = counted(self.clips_at_once(world), "clip")
-        parts = (counted(world, "process", "es"), counted(pieces, "piece"), f"at most {most}")
-        return f"{words}: {' × '.join(parts)}"
+        piece_size = counted(self.clips_at_once(world), "clip")
+        factors = (
+            counted(world, "process", "es"),
+            counted(pieces, "piece"),
+            f"at most {piece_size}",
+        )
+        return f"{words}: {' × '.join(factors)}"
 
     def accumulation_steps(self, world: int) -> int:
-        """Return how many pieces each of `world` processes splits its share of a batch into."""
+        """Return the number of pieces that each of `world` processes splits its share into."""
         share = math.ceil(self.step_clips / world)
         return math.ceil(share / self.micro_batch_size) if self.micro_batch_size is not None else 1
 
     def clips_at_once(self, world: int) -> int:
-        """Return the most clips that one of `world` devices has in a forward pass of training."""
+        """Return the largest number of clips in one forward pass on each of `world` devices."""
         return math.ceil(math.ceil(self.step_clips / world) / self.accumulation_steps(world))
 
     @property
     def weight_copies(self) -> int:
-        """Tensors as large as the weights: these, gradients, one or two moments, the average."""
+        """Number of tensors of the size of the weights: weights, gradients, moments, average."""
         return 3 + (self.optimizer == "adamw") + (self.ema is not None)
 
     @property
@@ -397,6 +402,6 @@ class LoopOptions(Options):
         return self.epochs * self.steps_per_epoch
 
     def identity(self) -> dict[str, Any]:
-        """Return what a resumed run must share with its checkpoint, under one top-level key."""
-        free = FREE_ON_RESUME - ({"epochs"} if self.schedule == "cosine" else set())
-        return {"loop": self.identity_dump(exclude=set(free))}
+        """Return the options that a resume must share with its checkpoint, under one key."""
+        changeable = FREE_ON_RESUME - ({"epochs"} if self.schedule == "cosine" else set())
+        return {"loop": self.identity_dump(exclude=set(changeable))}

@@ -1,8 +1,9 @@
-"""Losses of distillation: student outputs, targets and weights of clips in, one scalar out.
+"""Losses of distillation: from student outputs, targets and weights of clips to one scalar.
 
-Of logits: cross-entropy against a teacher's distribution (eq. 2 of the paper), squared error
-between the student's logits and the teacher's averaged logits (section 4.2), and the cosine of
-centred logits. Of features: cosine, and smooth L1 or squared error at one scale per teacher.
+Losses of logits are cross-entropy with a teacher's distribution (eq. 2 of the paper), squared error
+between the student's logits and the teacher's averaged logits (section 4.2), and the cosine
+distance of centred logits. Losses of features are cosine distance, and smooth L1 or squared error
+after division by one scale per teacher.
 
 Shapes: B clips, K classes or features.
 """
@@ -23,14 +24,14 @@ class HeadLoss:
     """The loss of one teacher's head.
 
     Args:
-        output: "logits" or "features", what the teacher's targets are.
+        output: Kind of the teacher's targets, "logits" or "features".
         loss: One of `LOSSES[output]`.
         tau: Temperature of the targets of cross-entropy.
-        mse_reduction: Over classes, of "squared-error". The paper trains it at a tenth of the
-            cross-entropy's rate, as its losses begin far higher there, which suggests the sum; the
-            mean is K times smaller.
+        mse_reduction: Reduction of "squared-error" over classes. The paper trains this loss at a
+            tenth of the rate of cross-entropy, and its losses start far higher. That suggests the
+            sum; the mean is K times smaller.
         mean: [K], subtracted from features before "smooth-l1" and "mse".
-        scale: The features' one scale for all dimensions, for the same two.
+        scale: Divisor of all dimensions of the features, for the same two losses.
 
     Example:
         `HeadLoss("features", "cosine").by_clip(student, targets)` → [B]
@@ -44,7 +45,7 @@ class HeadLoss:
     scale: float = 1.0
 
     def by_clip(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each clip [B] of outputs [B, K] against mean teacher outputs."""
+        """Return the loss of each clip [B], from outputs [B, K] and mean teacher outputs [B, K]."""
         outputs, targets = outputs.float(), targets.float()
         if self.loss == "cross-entropy":
             return _cross_entropy(outputs, torch.softmax(targets / self.tau, dim=1))
@@ -58,7 +59,7 @@ class HeadLoss:
         return smooth_l1_loss(outputs, targets, reduction="none").mean(dim=1)
 
     def normalized(self, targets: Tensor) -> Tensor:
-        """Subtract the mean of features and divide them by their one scale."""
+        """Subtract the mean from features, and divide them by the scale."""
         if self.mean is not None:
             targets = targets - self.mean.to(targets.device)
         return targets / self.scale
@@ -80,7 +81,7 @@ def _squares(outputs: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _cosine(outputs: Tensor, targets: Tensor, *, centred: bool) -> Tensor:
-    """Return 1 − cos of each row; `centred`: after the mean of the row is subtracted."""
+    """Return 1 − cos of each row; `centred` first subtracts the mean of the row."""
     if centred:
         outputs = outputs - outputs.mean(dim=1, keepdim=True)
         targets = targets - targets.mean(dim=1, keepdim=True)
@@ -88,13 +89,12 @@ def _cosine(outputs: Tensor, targets: Tensor, *, centred: bool) -> Tensor:
 
 
 def mean_over_kept(losses: Tensor, weight: Tensor, count: Tensor | None = None) -> Tensor:
-    """Return Σ weight · losses / number of weights that are not zero, of losses [B] and weight [B].
+    """Return Σ weight · losses / number of nonzero weights, for losses [B] and weight [B].
 
-    `count` stands for that number where these clips are only some of those that the mean is over:
-    the results for all of them then add up to it.
+    `count` replaces that number if these clips are only a part of the clips of the mean. The
+    results of all parts then add up to the mean.
 
-    Without a clip that counts it is 0, and still has a graph: backward gives zeros, not an error or
-    NaN.
+    If no clip counts, the result is 0 with a graph, so that its gradients are zeros instead of NaN.
     """
-    kept = ((weight != 0).sum() if count is None else count).clamp(min=1)
-    return (weight.to(losses.dtype) * losses).sum() / kept
+    divisor = ((weight != 0).sum() if count is None else count).clamp(min=1)
+    return (weight.to(losses.dtype) * losses).sum() / divisor

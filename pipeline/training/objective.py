@@ -1,8 +1,8 @@
-"""The objective of a distillation, from its options and the store, and its reference losses.
+"""The objective of a distillation, made from its options and the store, and its reference losses.
 
-These are those of the best constant predictor, and the lower bound. A loss that falls from its
-first steps to that of the best constant predictor looks like learning and is not. A run that ended
-there was once taken for a result (docs/results.md).
+The reference losses are the loss of the best constant predictor and the lower bound. A loss that
+falls from its first steps to that of the best constant predictor looks like learning, but is not; a
+run that ended there was once mistaken for a result (docs/results.md).
 
 Shapes: M draws, K classes.
 """
@@ -30,24 +30,25 @@ from .losses import HeadLoss
 log = logging.getLogger(__name__)
 
 BISECTIONS = 24
-# The error of the loss of a constant guess is below K / (2 · DRAWS) nats, largest for targets of
-# low entropy.
+# With so many draws the error of the baseline loss is below K / (2 · DRAWS) nats; it is largest for
+# targets of low entropy.
 DRAWS = 2000
-TOO_LITTLE = 0.05  # of the way between the two, below which a student has learned next to nothing
+# A student with a smaller explained fraction has learned next to nothing.
+TOO_LITTLE = 0.05
 
 
 def make_objective(
     options: TargetOptions, targets: Mapping[str, TeacherTargets], baselines: Mapping[str, float]
 ) -> Distillation:
-    """Return what a student learns: the losses of these teachers.
+    """Make the objective of a student: the weighted losses of these teachers.
 
     Args:
         options: Losses, temperature and weights.
-        targets: teacher → what its targets are.
-        baselines: teacher → the loss that its own is divided by, where it is.
+        targets: Teacher → its targets.
+        baselines: Teacher → divisor of its loss; teachers that are not named have none.
 
     Raises:
-        UsageError: A loss is not one of that teacher's output.
+        UsageError: A loss does not exist for the output of its teacher.
     """
     losses = resolve_losses(options.loss, {name: each.output for name, each in targets.items()})
     heads = {name: head_loss(options, targets[name], loss) for name, loss in losses.items()}
@@ -74,9 +75,9 @@ def head_loss(options: TargetOptions, targets: TeacherTargets, loss: Loss) -> He
 def measure_baselines(
     options: TargetOptions, sampler: TargetSampler, saved: dict[str, Any] | None
 ) -> dict[str, float]:
-    """Return teacher → the loss of its best constant predictor, {} without `balance_losses`.
+    """Return teacher → the loss of its best constant predictor; {} without `balance_losses`.
 
-    A resumed run takes those of its checkpoint.
+    A resumed run takes the values of its checkpoint.
     """
     if not options.balance_losses:
         return {}
@@ -92,18 +93,18 @@ def measure_baselines(
 
 def first_draws(sampler: TargetSampler) -> Iterator[ClipSample]:
     """Yield the first draws of a training, at most ten per video."""
-    count = min(DRAWS, 10 * len(sampler.videos))
-    with progress_bar("measuring targets", count, "draws") as bar:
-        for number in range(count):
+    num_draws = min(DRAWS, 10 * len(sampler.videos))
+    with progress_bar("measuring targets", num_draws, "draws") as bar:
+        for number in range(num_draws):
             yield sampler.draw(*divmod(number, sampler.epoch_clips))
             bar.advance(1)
 
 
 @dataclass(frozen=True)
 class LossBounds:
-    """The losses between which a student learns.
+    """The baseline loss and the lower bound of a student's loss.
 
-    Both are the teachers' losses added by their weights, as in training.
+    Both are weighted sums over teachers, as in training.
 
     Args:
         constant: Loss of the best constant predictor.
@@ -114,72 +115,78 @@ class LossBounds:
     perfect: float
 
     def explained_fraction(self, loss: float) -> float:
-        """Return the share of the way from `constant` (0) to `perfect` (1) that a loss has covered.
+        """Return how far a loss has come from `constant` (0) to `perfect` (1).
 
-        Negative where it is worse than a constant, 0 where no clip differs from another.
+        The fraction is negative for a loss above `constant`, and 0 if all clips have the same
+        target.
         """
         room = self.constant - self.perfect
         return (self.constant - loss) / room if room > 1e-6 else 0.0
 
 
 def loss_bounds(samples: Iterable[ClipSample], objective: Distillation) -> LossBounds | None:
-    """Return the bounds of an objective over draws, each teacher's over those that it counts.
+    """Return the bounds of an objective, for each teacher over the draws that count for it.
 
-    None where none counts.
+    Return None if no draw counts.
     """
     by_teacher = head_bounds(samples, objective)
     if not by_teacher:
         return None
-    return LossBounds(*(_weighted(by_teacher, objective.weights, place) for place in (0, 1)))
+    weights = objective.weights
+    return LossBounds(
+        constant=sum(weights[name] * constant for name, (constant, _) in by_teacher.items()),
+        perfect=sum(weights[name] * perfect for name, (_, perfect) in by_teacher.items()),
+    )
 
 
 def head_bounds(
     samples: Iterable[ClipSample], objective: Distillation
 ) -> dict[str, tuple[float, float]]:
-    """Return teacher → (loss of the best constant predictor, lower bound), without weights."""
+    """Return teacher → (loss of the best constant predictor, lower bound), both unweighted."""
     targets: dict[str, list[NDArray[np.float32]]] = {name: [] for name in objective.teachers}
     for sample in samples:
-        for name, each in targets.items():
+        for name, rows in targets.items():
             if sample.weight[name]:
-                each.append(sample.targets[name])
+                rows.append(sample.targets[name])
     return {
-        name: _bounds(np.stack(each), objective.heads[name])
-        for name, each in targets.items()
-        if each
+        name: _bounds(np.stack(rows), objective.heads[name])
+        for name, rows in targets.items()
+        if rows
     }
 
 
 def most_frequent_shares(
     samples: Iterable[ClipSample], teachers: Iterable[str]
 ) -> dict[str, float]:
-    """Return teacher → the share of its most frequent best class, among the clips that it counts.
+    """Return teacher → the share of clips with its most frequent top class.
 
-    It is the agreement of the best constant predictor. Teachers of features have none.
+    This share is the agreement of a constant predictor. Only clips that count for the teacher are
+    included. Teachers of features have no share.
     """
-    best: dict[str, list[int]] = {name: [] for name in teachers}
+    top_classes: dict[str, list[int]] = {name: [] for name in teachers}
     for sample in samples:
-        for name, classes in best.items():
+        for name, classes in top_classes.items():
             if sample.weight[name]:
                 classes.append(int(np.argmax(sample.targets[name])))
     return {
         name: float(np.max(np.bincount(classes)) / len(classes))
-        for name, classes in best.items()
+        for name, classes in top_classes.items()
         if classes
     }
 
 
 def _bounds(targets: NDArray[np.float32], head: HeadLoss) -> tuple[float, float]:
-    """Return (best constant, lower bound) of one teacher's mean outputs [M, K].
+    """Return (loss of the best constant, lower bound) for one teacher's mean outputs [M, K].
 
     Cross-entropy (eq. 2): the entropy of the mean target, and the mean entropy of the targets, at
     the head's τ. Squared errors: the variance of the targets, and 0. Cosine: 1 minus the length of
-    the mean of the unit vectors, whose direction is the best constant, and 0. Smooth L1: at the
-    constant where its derivative is zero in every dimension, and 0.
+    the mean of the unit vectors, whose direction is the best constant, and 0. Smooth L1: the loss
+    of the constant where the derivative is zero in every dimension, and 0.
     """
     if head.loss == "cross-entropy":
         soft = np.stack([soft_targets(each, head.tau) for each in targets]).astype(np.float64)
-        mean = distribution_entropy(soft.mean(axis=0))
-        return float(mean), float(distribution_entropy(soft).mean())
+        entropy_of_mean = distribution_entropy(soft.mean(axis=0))
+        return float(entropy_of_mean), float(distribution_entropy(soft).mean())
     exact = targets.astype(np.float64)
     if head.loss == "squared-error":
         variance = exact.var(axis=0)
@@ -199,16 +206,10 @@ def _bounds(targets: NDArray[np.float32], head: HeadLoss) -> tuple[float, float]
 
 
 def _huber_location(targets: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the constant [K] of the least smooth L1 to targets [M, K], by bisection."""
+    """Return the constant [K] with the smallest smooth L1 loss to targets [M, K], by bisection."""
     low, high = targets.min(axis=0), targets.max(axis=0)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         above = np.clip(targets - middle, -1, 1).sum(axis=0) > 0
         low, high = np.where(above, middle, low), np.where(above, high, middle)
     return np.asarray((low + high) / 2)
-
-
-def _weighted(
-    by_teacher: Mapping[str, tuple[float, float]], weights: Mapping[str, float], place: int
-) -> float:
-    return sum(weights[name] * bounds[place] for name, bounds in by_teacher.items())

@@ -16,8 +16,8 @@ from .loop_options import LoopOptions
 def make_optimizer(model: nn.Module, options: LoopOptions) -> torch.optim.Optimizer:
     """Make the optimizer of the parameters that are trained.
 
-    SGD decays all of them, as the paper does. AdamW decays no norms and no biases: those are the
-    parameters of at most one dimension.
+    SGD decays all of them, as in the paper. AdamW does not decay norms and biases, which are the
+    parameters with at most one dimension.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if options.optimizer == "sgd":
@@ -29,10 +29,10 @@ def make_optimizer(model: nn.Module, options: LoopOptions) -> torch.optim.Optimi
             weight_decay=options.weight_decay,
         )
     decayed = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    undecayed = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": undecayed, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=options.peak_lr, betas=options.betas
@@ -42,9 +42,9 @@ def make_optimizer(model: nn.Module, options: LoopOptions) -> torch.optim.Optimi
 class WeightAverage:
     """An exponential moving average of a model's weights and floating-point buffers.
 
-    After step t (from 1) the average is d·average + (1 - d)·weights with
-    d = min(decay, (1 + t) / (10 + t)): the first steps count little, so that a short run's average
-    is not that of its random start. Buffers of integers are those of the model.
+    After step t (from 1) the average is d·average + (1 - d)·weights with d = min(decay, (1 + t) /
+    (10 + t)). The first steps have a small weight, so that the average of a short run does not keep
+    its random start. Integer buffers are copied from the model.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -69,30 +69,30 @@ class WeightAverage:
         """Replace the average by a saved one.
 
         Raises:
-            KeyError: a tensor is missing.
-            RuntimeError: a tensor has another shape.
+            KeyError: A tensor is missing.
+            RuntimeError: A tensor has a different shape.
         """
         for name, value in self.tensors.items():
             value.copy_(state[name])
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Give the model the averaged weights, and its own again at the end."""
-        own = {name: value.clone() for name, value in model.state_dict().items()}
+        """Give the model the averaged weights inside the block, and then restore its weights."""
+        original = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(self.tensors)
         try:
             yield
         finally:
-            model.load_state_dict(own)
+            model.load_state_dict(original)
 
 
 def learning_rate(step: int, options: LoopOptions) -> float:
     """Return the rate of step `step`, counted from 0.
 
-    The warm-up grows per step and reaches `peak_lr` in its last step. What follows is counted from
-    its end. `step`: with warmup_epochs = 10, step_epochs = 10 and lr = 0.01, epochs 0-9 warm up,
-    10-19 run at 0.01, and the rate drops at 20, 30, 40. `cosine`: peak_lr · (1 + cos(π·p)) / 2, p
-    being the share of the steps after the warm-up that are done.
+    The warm-up grows with each step and reaches `peak_lr` in its last step. The schedule after it
+    is counted from its end. `step`: with warmup_epochs = 10, step_epochs = 10 and lr = 0.01, epochs
+    0-9 warm up, 10-19 run at 0.01, and the rate drops at 20, 30, 40. `cosine`: peak_lr · (1 +
+    cos(π·p)) / 2, where p is the finished share of the steps after the warm-up.
     """
     warmup_steps = options.warmup_epochs * options.steps_per_epoch
     if step < warmup_steps:

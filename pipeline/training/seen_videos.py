@@ -1,8 +1,8 @@
-"""RUN/seen_videos.npz: the videos that a run's weights come from, identified by content.
+"""RUN/seen_videos.npz: the videos that a run's weights were trained on, identified by content.
 
-Arrays, a row per video: `digest` uint8 [N, 16] (`video.container.digest`, zeros where it could not
-be read), `stage` uint8 [N] (0: seen by the initialisation, 1: by this run), and `path`, the bytes
-of all paths, NUL between them.
+The arrays have one row per video: `digest` uint8 [N, 16] (`video.container.digest`, zeros for an
+unreadable video) and `stage` uint8 [N] (0: seen by the initialisation, 1: by this run). `path`
+holds the bytes of all paths, separated by NUL.
 """
 
 from __future__ import annotations
@@ -23,36 +23,42 @@ from ..common.run_dir import SEEN_VIDEOS
 from ..video.container import digest, same_content
 
 DIGEST_BYTES = 16
-INIT, OWN = 0, 1
+SEEN_BY_INIT, SEEN_BY_RUN = 0, 1
 
 
 @dataclass(frozen=True)
 class SeenVideos:
-    """Videos: digest [N, 16], path, and by whom each was seen, stage [N] of INIT or OWN."""
+    """Videos that the weights of a run were trained on.
+
+    Attributes:
+        digest: [N, 16].
+        paths: N paths.
+        stage: [N], `SEEN_BY_INIT` or `SEEN_BY_RUN`.
+    """
 
     digest: NDArray[np.uint8]
     paths: list[str]
     stage: NDArray[np.uint8]
 
     @classmethod
-    def of(cls, digests: Sequence[str], paths: Sequence[str]) -> SeenVideos:
+    def from_digests(cls, digests: Sequence[str], paths: Sequence[str]) -> SeenVideos:
         """Return the videos that a run itself trains on.
 
         Args:
-            digests: In hex, "" for an unreadable video.
+            digests: Digests in hex, "" for an unreadable video.
             paths: Where the videos are located.
         """
-        rows = b"".join(bytes.fromhex(each) or bytes(DIGEST_BYTES) for each in digests)
+        rows = b"".join(bytes.fromhex(text) or bytes(DIGEST_BYTES) for text in digests)
         table = np.frombuffer(rows, np.uint8).reshape(-1, DIGEST_BYTES)
-        return cls(table, list(paths), np.full(len(table), OWN, np.uint8))
+        return cls(table, list(paths), np.full(len(table), SEEN_BY_RUN, np.uint8))
 
     @classmethod
     def read(cls, run: Path) -> SeenVideos | None:
-        """Return the record of a run folder; None for a folder without one, as of distinit 0.1.
+        """Return the record of a run folder, or None if it has none, as with distinit 0.1.
 
         Raises:
             CheckpointError: The record cannot be read.
-            SourceError: It is a link that leads out of the folder.
+            SourceError: The record is a link that leads out of the folder.
         """
         path = run / SEEN_VIDEOS
         if not is_regular_file(path, run):
@@ -60,14 +66,12 @@ class SeenVideos:
         try:
             with np.load(path, allow_pickle=False) as file:
                 names = bytes(file["path"]).split(b"\0")
-                found = cls(file["digest"], [os.fsdecode(name) for name in names], file["stage"])
-        except (
-            Exception
-        ) as error:  # whatever damage makes of it, zlib's errors and EOFError among them
+                digests, stage = file["digest"], file["stage"]
+        # A damaged file raises errors of many types, among them zlib's and EOFError.
+        except Exception as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if len(found.paths) != len(found.digest):  # without videos the split gives one empty name
-            found = cls(found.digest, found.paths[: len(found.digest)], found.stage)
-        return found
+        # Without videos the split gives one empty name.
+        return cls(digests, [os.fsdecode(name) for name in names[: len(digests)]], stage)
 
     def write(self, run: Path) -> None:
         """Write RUN/seen_videos.npz."""
@@ -76,44 +80,46 @@ class SeenVideos:
         np.savez_compressed(buffer, digest=self.digest, path=names, stage=self.stage)
         write_whole(run / SEEN_VIDEOS, buffer.getbuffer())
 
-    def after(self, earlier: SeenVideos | None) -> SeenVideos:
-        """Return these videos and those of the initialisation."""
-        if earlier is None:
+    def with_init_videos(self, init_videos: SeenVideos | None) -> SeenVideos:
+        """Return the videos of the initialisation, followed by these."""
+        if init_videos is None:
             return self
-        stage = np.concatenate([np.full(len(earlier.stage), INIT, np.uint8), self.stage])
+        init_stage = np.full(len(init_videos.stage), SEEN_BY_INIT, np.uint8)
         return SeenVideos(
-            np.concatenate([earlier.digest, self.digest]), earlier.paths + self.paths, stage
+            np.concatenate([init_videos.digest, self.digest]),
+            init_videos.paths + self.paths,
+            np.concatenate([init_stage, self.stage]),
         )
 
     def stages(self, digests: Sequence[str], paths: Sequence[str]) -> list[set[int]]:
-        """Return for each video by whom it was seen: a set of INIT and OWN.
+        """Return for each video the stages that saw it: a set of `SEEN_BY_INIT` and `SEEN_BY_RUN`.
 
-        Where digests agree and both files can be read, their whole content decides.
+        If digests agree and both files can be read, their whole content is compared.
 
         Args:
-            digests: In hex, "" for an unreadable video.
+            digests: Digests in hex, "" for an unreadable video.
             paths: Where the videos are located.
         """
         return [{int(self.stage[row]) for row in rows} for rows in self.rows(digests, paths)]
 
     def rows(self, digests: Sequence[str], paths: Sequence[str]) -> list[list[int]]:
-        """Return for each video the rows that hold it; see `stages`."""
-        asked = [bytes.fromhex(each) for each in digests]
-        kind = np.dtype((np.void, DIGEST_BYTES))
-        seen = np.ascontiguousarray(self.digest).view(kind).ravel()
-        known = np.isin(seen, np.frombuffer(b"".join(each for each in asked if each), kind))
-        rows_of: dict[bytes, list[int]] = {}
-        for row in np.flatnonzero(known).tolist():
-            rows_of.setdefault(bytes(self.digest[row]), []).append(row)
+        """Return for each video the rows with its content; see `stages`."""
+        queries = [bytes.fromhex(text) for text in digests]
+        digest_type = np.dtype((np.void, DIGEST_BYTES))
+        stored = np.ascontiguousarray(self.digest).view(digest_type).ravel()
+        matches = np.isin(stored, np.frombuffer(b"".join(filter(None, queries)), digest_type))
+        rows_by_digest: dict[bytes, list[int]] = {}
+        for row in np.flatnonzero(matches).tolist():
+            rows_by_digest.setdefault(bytes(self.digest[row]), []).append(row)
         return [
-            [row for row in rows_of.get(each, ()) if self._same(row, path)]
-            for each, path in zip(asked, paths, strict=True)
+            [row for row in rows_by_digest.get(query, ()) if self._has_same_content(row, path)]
+            for query, path in zip(queries, paths, strict=True)
         ]
 
-    def _same(self, row: int, path: str) -> bool:
+    def _has_same_content(self, row: int, path: str) -> bool:
         if same_content(self.paths[row], path) is not False:
             return True
-        # A file that has changed since is no evidence.
+        # A file that has changed since the run proves nothing about the video that was seen.
         try:
             return digest(self.paths[row]) != bytes(self.digest[row]).hex()
         except VideoError:

@@ -1,8 +1,8 @@
-"""One step of the optimizer: over pieces that fit on a GPU, and over all processes.
+"""One step of the optimizer, over pieces of a batch that fit on a GPU, and over all processes.
 
-A step's loss is the sum over the clips that count divided by their number, both over all pieces of
-all ranks. So the number must be known before the first backward pass, and the ranks' losses are
-added, not averaged.
+The loss of a step is the sum over the clips that count, divided by their number; both are taken
+over all pieces of all ranks. So the number is computed before the first backward pass, and the
+losses of the ranks are added, not averaged.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .loop_options import LoopOptions
 
 @dataclass(frozen=True)
 class LossReport:
-    """An objective's loss on some of a step's clips; the reports of all of them add up.
+    """The loss of a piece of a step's clips. The reports of all pieces add up to the step's loss.
 
     Args:
-        loss: scalar with a graph: the sum over these clips, divided by the step's count (0 with a
-            graph if none of them counts).
-        parts: further scalars for the log, divided in the same way: the loss of each teacher, the
-            accuracy. The names are the same in every report.
+        loss: Scalar with a graph: the sum over these clips, divided by the count of the whole step;
+            0 with a graph if no clip counts.
+        parts: More scalars for the log, divided in the same way, such as the loss of each teacher
+            or the accuracy. All reports have the same names.
     """
 
     loss: Tensor
@@ -41,42 +41,40 @@ class LossReport:
 
 
 class Objective(Protocol):
-    """What is learned. Its batches are those of the data set, on the device already."""
+    """The loss that is minimised. It gets batches of the data set, already on the device."""
 
     def counts(self, batch: Mapping[str, Any], /) -> Tensor:
-        """Return what the losses of a step are divided by, int64 [1 or more], on the CPU.
+        """Return the divisors of a step's losses, int64 [1 or more], on the CPU.
 
-        The first number is that of the clips of this batch that count at all, then whatever else
-        the objective divides by (the clips that each head counts). They are added over the whole
-        step.
+        The first one is the number of clips of this batch that count. The objective may add others,
+        such as the number of clips that count for each head. They are summed over the whole step.
         """
         ...
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], counts: Tensor, /) -> LossReport:
         """Compute the loss of a batch.
 
-        It runs under autocast when the precision is bf16; the loss itself is to be computed in
-        float32.
+        With precision bf16 it runs under autocast; the loss itself must be computed in float32.
 
         Args:
-            model: maps the batch's clips to outputs.
-            batch: on the device.
-            counts: those of the whole step.
+            model: Maps the clips of the batch to outputs.
+            batch: The batch, on the device.
+            counts: Sums of `counts` over the whole step.
         """
         ...
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step as a whole, over all ranks.
+    """The result of a step over all ranks.
 
     Args:
-        loss: mean over the clips that count.
-        kept: the number of clips that count.
-        clips: the number of all clips.
-        rejected: draws that the filter turned down.
-        parts: means over the clips that count, by name.
-        unreadable: (video, reason) of those that could not be read.
+        loss: Mean over the clips that count.
+        kept: Number of clips that count.
+        clips: Number of all clips.
+        rejected: Number of draws that the filter rejected.
+        parts: Means over the clips that count, by name.
+        unreadable: (video, reason) of each unreadable video.
     """
 
     loss: float
@@ -100,18 +98,17 @@ def take_step(
     """Do one step on this rank's share of a batch.
 
     Args:
-        model: the student, or the DistributedDataParallel around it.
-        objective: gives the loss.
-        optimizer: of the model's parameters.
-        batch: this rank's share, on the CPU.
-        rate: the learning rate.
-        options: of the loop.
-        device: where the model is.
-        ranks: the processes that train together.
+        model: The student, or the DistributedDataParallel around it.
+        objective: Computes the loss.
+        optimizer: Optimizer of the model's parameters.
+        batch: This rank's share, on the CPU.
+        rate: The learning rate.
+        options: Options of the loop.
+        device: The device of the model.
+        ranks: The processes that train together.
 
     Raises:
-        TrainingError: on all ranks, when the loss or the gradient is not finite; nothing is
-            updated.
+        TrainingError: The loss or the gradient is not finite, on all ranks; nothing is updated.
     """
     unreadable = [item for items in batch.get("unreadable", ()) for item in items]
     numbers = torch.tensor(
@@ -132,10 +129,10 @@ def take_step(
     pieces = split(batch, options.accumulation_steps(ranks.world))
     reports = []
     for number, piece in enumerate(pieces):
-        last = number == len(pieces) - 1
-        # Gradients are exchanged once per step, with those of the last piece.
-        waiting = isinstance(model, DistributedDataParallel) and not last
-        with model.no_sync() if waiting else nullcontext():  # type: ignore[operator]
+        is_last = number == len(pieces) - 1
+        # Ranks exchange gradients once per step, in the backward pass of the last piece.
+        without_sync = isinstance(model, DistributedDataParallel) and not is_last
+        with model.no_sync() if without_sync else nullcontext():  # type: ignore[operator]
             reports.append(_backward(model, objective, piece, counts, options, device, ranks))
     norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm or math.inf)
 
@@ -164,8 +161,7 @@ def _backward(
     try:
         with autocast(device, options.precision):
             report = objective(model, to_device(piece, device), counts)
-        # DDP divides the sum of gradients by the number of ranks, but each rank's loss is a summand
-        # already.
+        # DDP averages the gradients of the ranks, but the losses of the ranks have to be added.
         (report.loss * ranks.world).backward()
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -176,13 +172,13 @@ def _backward(
     )
 
 
-def split(batch: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
-    """Split a batch into `pieces` parts of nearly equal size.
+def split(batch: Mapping[str, Any], num_pieces: int) -> list[dict[str, Any]]:
+    """Split a batch into pieces of nearly equal size.
 
-    The number of parts is the same on each rank, so some may be empty.
+    Every rank has the same number of pieces, so some may be empty.
     """
-    rows = batch_size_of(batch)
-    bounds = [number * rows // pieces for number in range(pieces + 1)]
+    size = batch_size_of(batch)
+    bounds = [number * size // num_pieces for number in range(num_pieces + 1)]
     return [_rows(batch, first, end) for first, end in pairwise(bounds)]
 
 
@@ -196,21 +192,22 @@ def _rows(batch: Mapping[str, Any], first: int, end: int) -> dict[str, Any]:
 def _not_finite(
     loss: float, rate: float, losses: list[float], pieces: list[dict[str, Any]], ranks: Ranks
 ) -> TrainingError:
-    """Return the error of a step that is not finite.
+    """Return the error of a step whose loss or gradient is not finite.
 
-    It names the videos of the pieces whose own loss is not finite, or all if each loss is finite.
+    It names the videos of the pieces whose loss is not finite, or all videos if each loss is
+    finite.
     """
 
-    def names(which: list[dict[str, Any]]) -> list[str]:
-        return [name for piece in which for name in piece.get("name", ["unknown"])]
+    def names_of(subset: list[dict[str, Any]]) -> list[str]:
+        return [name for piece in subset for name in piece.get("name", ["unknown"])]
 
     bad = [piece for piece, value in zip(pieces, losses, strict=True) if not math.isfinite(value)]
-    gathered = ranks.gather((names(bad), names(pieces)))
-    videos = [name for some, _ in gathered for name in some] or [
-        name for _, every in gathered for name in every
+    gathered = ranks.gather((names_of(bad), names_of(pieces)))
+    videos = [name for bad_names, _ in gathered for name in bad_names] or [
+        name for _, all_names in gathered for name in all_names
     ]
-    what = "gradient" if math.isfinite(loss) else "loss"
+    quantity = "gradient" if math.isfinite(loss) else "loss"
     return TrainingError(
-        f"the {what} is not finite (loss {loss}) at learning rate {rate:g}; "
+        f"the {quantity} is not finite (loss {loss}) at learning rate {rate:g}; "
         f"videos of the batch: {', '.join(videos)}; try a lower loop.lr, loop.clip_norm=5 or loop.precision=fp32"
     )

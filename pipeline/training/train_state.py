@@ -1,6 +1,6 @@
-"""The counters of a training, which a checkpoint holds, and what is measured while it runs.
+"""Counters of a training, which checkpoints store, and the meter that fills its log.
 
-Measured are loss, speed, waiting, memory, the filtered share and the time left.
+The meter measures loss, speed, waiting time, memory, the filtered share and the remaining time.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from .step import StepReport
 
 @dataclass
 class TrainState:
-    """Counters of a training. `step` steps are done; the next batch is that of step `step`.
+    """Counters of a training, under the names that checkpoints have.
 
     Args:
-        step: steps done.
-        loss_sum: of the current epoch, so that its mean survives a resume.
-        kept_sum: clips that counted in the current epoch.
-        since: sums over the steps since the last record of the log, by name.
-        last_loss: of the last step.
-        train_loss: mean of the last finished epoch.
-        epochs: finished.
-        best: the lowest loss of an epoch, held-out if there is one.
-        best_epoch: its number, counted from 1.
-        validation: what was measured after the last epoch.
-        best_validation: what was measured after the best epoch.
-        unreadable: name → reason of the videos that could not be read.
-        max_unreadable: how many of them are allowed.
+        step: Number of finished steps, and so the index of the next batch.
+        loss_sum: Sum of the losses in the current epoch, so that its mean survives a resume.
+        kept_sum: Number of clips that counted in the current epoch.
+        since: Sums over the steps since the last log record, by name.
+        last_loss: Loss of the last step.
+        train_loss: Mean loss of the last finished epoch.
+        epochs: Number of finished epochs.
+        best: Lowest loss of an epoch: the held-out loss, or the training loss without one.
+        best_epoch: Number of that epoch, counted from 1.
+        validation: Measures after the last epoch, by name.
+        best_validation: Measures after the best epoch, by name.
+        unreadable: Name → reason of each unreadable video.
+        max_unreadable: Number of unreadable videos that are allowed.
     """
 
     step: int = 0
@@ -61,7 +61,7 @@ class TrainState:
         """Count one finished step.
 
         Raises:
-            TrainingError: more than `max_unreadable` videos are unreadable.
+            TrainingError: More than `max_unreadable` videos are unreadable.
         """
         self.step += 1
         self.last_loss = report.loss
@@ -79,11 +79,10 @@ class TrainState:
         """Finish an epoch, and return whether it is the best so far.
 
         Args:
-            validation: what was measured; its "loss" decides where there is one, else the training
-                loss.
+            validation: Measures by name. Its "loss" decides, or the training loss if it has none.
 
         Raises:
-            TrainingError: no clip of the epoch counted.
+            TrainingError: No clip of the epoch counted.
         """
         self.epochs += 1
         if self.kept_sum == 0:
@@ -101,26 +100,26 @@ class TrainState:
         return True
 
     def epoch_record(self) -> dict[str, Any]:
-        """Return the record of the log for the epoch that has just ended."""
+        """Return the log record of the epoch that has just ended."""
         held_out = {f"held_out/{name}": value for name, value in self.validation.items()}
         return {"epoch": self.epochs, "loss": self.train_loss, **held_out, "best": self.best}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all counters, for a checkpoint."""
+        """Return all counters for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Restore counters; unknown keys, maybe of a later version, are ignored."""
+        """Restore counters; unknown keys, perhaps of a later version, are ignored."""
         # Version 0.1 wrote `unreadable` under another name.
         values = {"unreadable": values.get("broken", {}), **values}
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 
 class Meter:
-    """Sum over the steps since the last record.
+    """Measure speed, waiting time and mean losses between log records.
 
-    The sums that a resume continues with are kept in the state.
+    Sums that a resume has to continue are stored in the state.
     """
 
     def __init__(self, options: LoopOptions, state: TrainState, device: torch.device) -> None:
@@ -128,25 +127,25 @@ class Meter:
         self._state = state
         self._device = device
         self.first_step = state.step
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._clips_seen = 0
         self._reset()
 
     def _reset(self) -> None:
-        self._since = time.monotonic()
-        self._waited = 0.0
+        self._record_started = time.monotonic()
+        self._waiting_s = 0.0
         self._clips = 0
 
     def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the batches and measure the time spent waiting for them."""
+        """Yield the batches, and measure the time spent waiting for them."""
         iterator = iter(batches)
         while True:
-            before = time.monotonic()
+            wait_started = time.monotonic()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            self._waited += time.monotonic() - before
+            self._waiting_s += time.monotonic() - wait_started
             yield batch
 
     def add(self, report: StepReport) -> None:
@@ -159,42 +158,43 @@ class Meter:
             "kept": report.kept,
             "rejected": report.rejected,
         }
-        since = self._state.since
+        sums = self._state.since
         for name, value in {**counts, "loss": report.loss, **report.parts}.items():
-            since[name] = since.get(name, 0.0) + value
+            sums[name] = sums.get(name, 0.0) + value
 
     def record(self, rate: float) -> dict[str, Any]:
         """Return the means since the last record, and start the next one.
 
-        "filtered" is the share of all draws that the filter rejected, whether drawn again or
-        weighted zero; "data_share" is the share of the wall time spent waiting for clips.
+        "filtered" is the share of all draws that the filter rejected, whether they were replaced or
+        weighted zero. "data_share" is the share of the wall time spent waiting for clips.
         """
-        elapsed = max(time.monotonic() - self._since, 1e-9)
-        since = self._state.since
-        steps = max(since.pop("steps", 0), 1)
-        clips, kept, rejected = (since.pop(name, 0) for name in ("clips", "kept", "rejected"))
+        elapsed_s = max(time.monotonic() - self._record_started, 1e-9)
+        sums = self._state.since
+        steps = max(sums.pop("steps", 0), 1)
+        clips, kept, rejected = (sums.pop(name, 0) for name in ("clips", "kept", "rejected"))
         draws = clips + rejected
-        done = max(self._state.step - self.first_step, 1)
-        left = self._options.total_steps - self._state.step
+        finished_steps = max(self._state.step - self.first_step, 1)
+        remaining_steps = self._options.total_steps - self._state.step
         record = {
             "epoch": (self._state.step - 1) // self._options.steps_per_epoch + 1,
-            **{name: value / steps for name, value in since.items()},
+            **{name: value / steps for name, value in sums.items()},
             "lr": rate,
-            "clips_per_s": self._clips / elapsed,
-            "data_share": min(1.0, self._waited / elapsed),
+            "clips_per_s": self._clips / elapsed_s,
+            "data_share": min(1.0, self._waiting_s / elapsed_s),
             "memory_gb": memory_gb(self._device),
             "filtered": (draws - kept) / draws if draws else 0.0,
             "unreadable": len(self._state.unreadable),
-            "eta_s": left * self.seconds / done,
+            "eta_s": remaining_steps * self.seconds / finished_steps,
         }
-        since.clear()
+        sums.clear()
         self._reset()
         return record
 
     def lines(self, record: Mapping[str, Any]) -> list[str]:
-        """Return the record as a line of the log, and the losses of several heads as a second one.
+        """Return the record as a log line, and the losses of several heads as a second line.
 
-        What is zero and what does not change is left to metrics.jsonl, so that it fits 80 columns.
+        Values that are zero or constant are only in metrics.jsonl, so that the line fits 80
+        columns.
         """
         words = [
             f"epoch {record['epoch']}/{self._options.epochs}",
@@ -221,16 +221,16 @@ class Meter:
     @property
     def seconds(self) -> float:
         """Wall time since the start or resume, in seconds."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self._started
 
     @property
     def clips_per_second(self) -> float:
-        """Clips trained on per second of that time."""
+        """Number of clips trained on per second of `seconds`."""
         return self._clips_seen / max(self.seconds, 1e-9)
 
 
 def memory_gb(device: torch.device) -> float:
-    """Return the peak memory of tensors on a GPU, or the memory of this process, in gigabytes."""
+    """Return the peak memory of tensors on a GPU, or else the memory of this process, in GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     statm = Path("/proc/self/statm")

@@ -185,13 +185,13 @@ def test_equal_ends_are_no_leak_of_another_data_set(
     paths = [str(tmp_path / f"{name}.y4m") for name in "ab"]
     for name, path in zip("ab", paths, strict=True):
         Path(path).write_bytes(ends + name.encode() * 1000 + ends)
-    seen = SeenVideos.of(["ab" * 16], paths[:1])
+    seen = SeenVideos.from_digests(["ab" * 16], paths[:1])
     seen.write(tmp_path)
     again = SeenVideos.read(tmp_path)
     assert again is not None
     digests = [digest(path) for path in paths]
     assert digests[0] == digests[1]
-    own = SeenVideos.of(digests[:1], paths[:1])
+    own = SeenVideos.from_digests(digests[:1], paths[:1])
     assert own.stages(digests, paths) == [{1}, set()]
     os.unlink(paths[0])
     assert own.stages(digests[1:], paths[1:]) == [{1}], "the digest is all that is left of it"
