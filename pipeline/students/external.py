@@ -1,8 +1,8 @@
-"""Backbones that are not built here: torchvision's, timm's, transformers', and anybody's factory.
+"""Third-party backbones: of torchvision, timm and transformers, and of any factory.
 
-What a factory must return is described in docs/students.md. Torchvision's video models come without
-their classifiers and at any clip size; timm's image models are applied to each frame, and their
-features averaged over time. For those of transformers see `transformers_video`.
+docs/students.md describes what a factory must return. Torchvision's video models are built without
+their classifiers and for any clip size. timm's image models are applied to each frame, and their
+features are averaged over time. For models of transformers see `transformers_video`.
 
 Shape letters: B clips, C channels, T frames of a clip, H W pixels, D features.
 """
@@ -24,16 +24,18 @@ from ..common.plugins import call_factory, import_extra
 from .student_options import StudentOptions
 from .transformers_video import transformers_backbone
 
-CLIP = (8, 112)  # T and H = W that a backbone is tried on where nothing else is given
-# Keys of what a wrapper's `forward_features` may return.
+# Default T and H = W of the clip that a backbone is tried on.
+CLIP = (8, 112)
+# Keys of the features, if a wrapper's `forward_features` returns a mapping.
 _FEATURES = ("pooled_features", "features")
-# What torchvision calls its classifiers.
+# Names of the classifiers of torchvision's models.
 _CLASSIFIERS = ("fc", "head", "classifier")
-# The tables of torchvision's `mvit_v1_b` and `mvit_v2_s`, which are fixed to clips of 16 × 224².
+# Settings of torchvision's `mvit_v1_b` and `mvit_v2_s`, whose builders only support clips of
+# 16 × 224².
 _HEADS = [1, 2, 2, *[4] * 11, 8, 8]
 _STRIDES_KV = [8, 4, 4, *[2] * 11, 1, 1]
 _WIDTHS = [96, 192, 192, *[384] * 11, 768, 768]
-# Arguments of timm that read files, fetch weights, or change what the model returns.
+# Arguments of timm that read files, download weights, or change the output of the model.
 _RESERVED = re.compile(
     r"pretrained.*|checkpoint_path|cache_dir|features_only|feature_cfg|out_indices|num_classes|"
     r"in_chans|model_cfg|scriptable|exportable|no_jit"
@@ -41,7 +43,7 @@ _RESERVED = re.compile(
 
 
 class WrappedBackbone(nn.Module):
-    """A module whose features come from its `forward_features`, maybe in a mapping."""
+    """A module that returns its features from `forward_features`, perhaps in a mapping."""
 
     def __init__(self, wrapper: nn.Module) -> None:
         super().__init__()
@@ -49,36 +51,37 @@ class WrappedBackbone(nn.Module):
 
     def forward(self, clip: Tensor) -> Any:
         """Return features [B, D] or [B, D, t, h, w] of clips [B, C, T, H, W]."""
-        found: Any = self.wrapper.forward_features(clip)  # type: ignore[operator]
-        if isinstance(found, Mapping):
-            return next((found[key] for key in _FEATURES if key in found), found)
-        return found
+        output: Any = self.wrapper.forward_features(clip)  # type: ignore[operator]
+        if isinstance(output, Mapping):
+            return next((output[key] for key in _FEATURES if key in output), output)
+        return output
 
 
 def external_backbone(options: StudentOptions, clip: tuple[int, int]) -> tuple[nn.Module, int]:
     """Build a backbone from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w].
 
-    Its parameters are fresh and keep their own names. It is tried on one clip, which gives D.
+    The backbone has fresh weights and its original parameter names. It is run on one clip to
+    measure D.
 
     Args:
-        options: names the model or the factory.
-        clip: (T, H = W) of the clips that it is for.
+        options: Options that name the model or the factory.
+        clip: (T, H = W) of the clips.
 
     Returns:
         The module and D.
 
     Raises:
-        UsageError: the builder or factory fails, or the module does not take such clips or gives no
-            features.
+        UsageError: The builder or factory fails, or the module does not take such clips or does not
+            return features.
     """
     module = _build(options, clip)
-    return module, _features_of(module, options, clip)
+    return module, _feature_size(module, options, clip)
 
 
 def library_shapes(options: StudentOptions, clip: tuple[int, int]) -> dict[str, torch.Size] | None:
-    """Return the shapes of a library's backbone by name, without memory for its values.
+    """Return the shapes of a library's backbone by name, without allocating its tensors.
 
-    None for a factory, and for a model that cannot be built without values.
+    Return None for a factory, and for a model that cannot be built on the meta device.
     """
     if options.is_factory:
         return None
@@ -100,60 +103,63 @@ def _build(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
 
 
 def _from_factory(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
-    who = f"student {options.architecture!r}"
+    label = f"student {options.architecture!r}"
     offered = {"channels": options.channels, "clip_frames": clip[0], "clip_size": clip[1]}
-    # What the user's options set is the user's.
+    # Options of the user take precedence.
     offered = {key: value for key, value in offered.items() if key not in options.options}
-    made = call_factory(options.architecture, who, options.options, offered=offered)
-    if not isinstance(made, nn.Module):
+    module = call_factory(options.architecture, label, options.options, offered=offered)
+    if not isinstance(module, nn.Module):
         raise UsageError(
-            f"{who}: the factory returned a {type(made).__name__}, allowed: torch.nn.Module"
+            f"{label}: the factory returned a {type(module).__name__}, allowed: torch.nn.Module"
         )
-    # Both, since many modules have a `forward_features` that is not their feature for a clip.
-    wrapper = callable(getattr(made, "forward_features", None)) and hasattr(made, "feature_dim")
-    return WrappedBackbone(made) if wrapper else made
+    # Both are required, since the `forward_features` of many modules does not return the features
+    # of a clip.
+    is_wrapper = callable(getattr(module, "forward_features", None)) and hasattr(
+        module, "feature_dim"
+    )
+    return WrappedBackbone(module) if is_wrapper else module
 
 
-def _features_of(module: nn.Module, options: StudentOptions, clip: tuple[int, int]) -> int:
-    """Return D, from a black clip in evaluation mode."""
+def _feature_size(module: nn.Module, options: StudentOptions, clip: tuple[int, int]) -> int:
+    """Return D, measured on a black clip in evaluation mode."""
     length, side = clip
     shape = (1, options.channels, length, side, side)
     training = module.training
-    who = f"student {options.architecture!r} does not take clips [B, C, T, H, W] = {['B', *shape[1:]]}"
+    problem = f"student {options.architecture!r} does not take clips [B, C, T, H, W] = {['B', *shape[1:]]}"
     try:
-        with torch.no_grad(), third_party(who, UsageError):
+        with torch.no_grad(), third_party(problem, UsageError):
             features: Any = module.eval()(torch.zeros(shape))
     finally:
         module.train(training)
     if not isinstance(features, Tensor) or features.ndim not in (2, 5) or len(features) != 1:
-        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        output = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise UsageError(
-            f"student {options.architecture!r} gives {found} for one clip, allowed: features [1, D] or [1, D, t, h, w]"
+            f"student {options.architecture!r} gives {output} for one clip, allowed: features [1, D] or [1, D, t, h, w]"
         )
-    width = int(features.shape[1])
-    stated = getattr(getattr(module, "wrapper", None), "feature_dim", width)
-    if stated != width:
+    size = int(features.shape[1])
+    stated_size = getattr(getattr(module, "wrapper", None), "feature_dim", size)
+    if stated_size != size:
         raise UsageError(
-            f"student {options.architecture!r}: feature_dim is {stated}, its features have {width}"
+            f"student {options.architecture!r}: feature_dim is {stated_size}, its features have {size}"
         )
-    return width
+    return size
 
 
 def torchvision_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
-    """Build a torchvision video model with fresh weights and no classifier.
+    """Build a torchvision video model with fresh weights and without its classifier.
 
     Args:
-        options: names the model; their `options` are the arguments of its builder.
-        clip: (T, side) of the clips, which MViT's positional embeddings are made for.
+        options: Options with the name of the model, and in `options` the arguments of its builder.
+        clip: (T, side) of the clips, for MViT's positional embeddings.
 
     Raises:
-        UsageError: the builder fails, or nothing can take the number of channels.
+        UsageError: The builder fails, or the model cannot take the number of channels.
     """
     name = options.architecture
     if "weights" in options.options:
         raise UsageError(f"student.options.weights: {name} begins with fresh weights")
     build = {"mvit_v1_b": _mvit_v1_b, "mvit_v2_s": _mvit_v2_s}.get(name)
-    # The builders check little themselves.
+    # The builders check few of their arguments.
     with third_party(f"student {name!r}", UsageError):
         if build is not None:
             model: nn.Module = build(clip, options.options)
@@ -162,26 +168,26 @@ def torchvision_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.M
     classifier = next(part for part in _CLASSIFIERS if hasattr(model, part))
     setattr(model, classifier, nn.Identity())
     if isinstance(model, S3D):
-        # Made for 224 pixels; the mean over time and space follows anyway.
+        # Its pooling is fixed to 224 pixels; the student averages over time and space instead.
         model.avgpool = nn.Identity()
     if options.channels != 3:
         _take_channels(model, options)
     return model
 
 
-def _mvit_v1_b(clip: tuple[int, int], given: dict[str, Any]) -> MViT:
+def _mvit_v1_b(clip: tuple[int, int], arguments: dict[str, Any]) -> MViT:
     return _mvit(
         clip,
         inputs=_WIDTHS,
         outputs=[*_WIDTHS[1:], 768],
         kernels_q=[[3, 3, 3] if block in (1, 3, 14) else [] for block in range(16)],
         strides_q=[[1, 2, 2] if block in (1, 3, 14) else [] for block in range(16)],
-        given={"residual_pool": False, "residual_with_cls_embed": False, **given},
+        arguments={"residual_pool": False, "residual_with_cls_embed": False, **arguments},
     )
 
 
-def _mvit_v2_s(clip: tuple[int, int], given: dict[str, Any]) -> MViT:
-    fixed = {
+def _mvit_v2_s(clip: tuple[int, int], arguments: dict[str, Any]) -> MViT:
+    defaults = {
         "residual_pool": True,
         "residual_with_cls_embed": False,
         "rel_pos_embed": True,
@@ -193,7 +199,7 @@ def _mvit_v2_s(clip: tuple[int, int], given: dict[str, Any]) -> MViT:
         outputs=[96, *_WIDTHS[1:]],
         kernels_q=[[3, 3, 3]] * 16,
         strides_q=[[1, 2, 2] if block in (1, 3, 14) else [1, 1, 1] for block in range(16)],
-        given={**fixed, **given},
+        arguments={**defaults, **arguments},
     )
 
 
@@ -204,7 +210,7 @@ def _mvit(
     outputs: list[int],
     kernels_q: list[list[int]],
     strides_q: list[list[int]],
-    given: dict[str, Any],
+    arguments: dict[str, Any],
 ) -> MViT:
     frames, side = clip
     blocks = [
@@ -223,14 +229,19 @@ def _mvit(
         spatial_size=(side, side),
         temporal_size=frames,
         block_setting=blocks,
-        **{"rel_pos_embed": False, "proj_after_attn": False, "stochastic_depth_prob": 0.2, **given},
+        **{
+            "rel_pos_embed": False,
+            "proj_after_attn": False,
+            "stochastic_depth_prob": 0.2,
+            **arguments,
+        },
     )
 
 
 def _take_channels(model: nn.Module, options: StudentOptions) -> None:
-    """Replace the first convolution by one of `options.channels` channels.
+    """Replace the first convolution by one with `options.channels` input channels.
 
-    It has the first slices of the replaced kernels.
+    It keeps the kernels of the first channels.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv3d) and module.in_channels == 3 and module.groups == 1:
@@ -247,8 +258,8 @@ def _take_channels(model: nn.Module, options: StudentOptions) -> None:
                 first.weight.copy_(module.weight[:, : options.channels])
                 if module.bias is not None and first.bias is not None:
                     first.bias.copy_(module.bias)
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, first)
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, first)
             return
     raise UsageError(
         f"student {options.architecture!r} has no first convolution that could take {options.channels} channels"
@@ -270,33 +281,33 @@ class FrameBackbone(nn.Module):
 
 
 def timm_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.Module:
-    """Build a timm image model without its classifier, with fresh weights.
+    """Build a timm image model with fresh weights and without its classifier.
 
     Args:
-        options: `timm:NAME`, and the arguments of timm's builder.
-        clip: (T, side) of the clips; models of a fixed input size are made for that side.
+        options: Options with `timm:NAME`, and in `options` the arguments of timm's builder.
+        clip: (T, side) of the clips; models with a fixed input size are built for that side.
 
     Raises:
-        UsageError: timm is not installed, has no such model, or its builder fails.
+        UsageError: timm is not installed or has no such model, or its builder fails.
     """
-    who = f"student {options.architecture!r}"
-    timm = import_extra("timm", "timm", who)
+    label = f"student {options.architecture!r}"
+    timm = import_extra("timm", "timm", label)
     name = options.architecture.removeprefix("timm:")
-    # Other names of timm lead to files and downloads (`hf-hub:…`, `local-dir:…`).
+    # Other forms of names make timm read files or download them (`hf-hub:…`, `local-dir:…`).
     if ":" in name or "/" in name or not timm.is_model(name):
-        near = timm.list_models(f"*{re.sub('[^a-z0-9]+', '*', name.lower())[:12]}*")[:5]
-        hint = f"near: {', '.join(near)}" if near else "timm.list_models() lists them"
-        raise UsageError(f"{who}: timm has no such model; {hint}")
+        similar = timm.list_models(f"*{re.sub('[^a-z0-9]+', '*', name.lower())[:12]}*")[:5]
+        hint = f"near: {', '.join(similar)}" if similar else "timm.list_models() lists them"
+        raise UsageError(f"{label}: timm has no such model; {hint}")
     reserved = next((key for key in options.options if _RESERVED.fullmatch(key)), None)
     if reserved is not None:
         raise UsageError(
             f"student.options.{reserved}: not allowed, {options.architecture} begins with fresh "
             "weights and gives its pooled features"
         )
-    sized = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
-    given = {"img_size": clip[1], **options.options} if sized else options.options
-    with third_party(who, UsageError):
+    has_fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    arguments = {"img_size": clip[1], **options.options} if has_fixed_size else options.options
+    with third_party(label, UsageError):
         model = timm.create_model(
-            name, pretrained=False, num_classes=0, in_chans=options.channels, **given
+            name, pretrained=False, num_classes=0, in_chans=options.channels, **arguments
         )
     return FrameBackbone(model)

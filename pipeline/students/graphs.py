@@ -1,8 +1,8 @@
-"""Students as graphs that run without distinit: ONNX, torch.export and TorchScript.
+"""Export students as graphs that run without distinit: ONNX, torch.export and TorchScript.
 
-A graph takes clips as they are decoded, uint8 [B, 3, T, H, W] in RGB or float32 [B, 2, T, H, W] of
-optical flow in pixels, and normalises them itself. It returns features [B, D], then the outputs
-[B, K] of each head. B is free; T, H and W are those that the student was trained with.
+A graph takes decoded clips, uint8 [B, 3, T, H, W] in RGB or float32 [B, 2, T, H, W] of optical flow
+in pixels, and normalises them itself. It returns features [B, D], then the outputs [B, K] of each
+head. B may vary; T, H and W are those of the student's training.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from ..common.plugins import import_extra
 from .student import Student
 
 CLIPS, FEATURES = "clips", "features"
-EXAMPLES, PROBES = 2, 3  # clips; different, so that a fixed batch size would be found
+# Numbers of clips to export with and to check with. They differ, so that the check detects a fixed
+# batch size.
+EXAMPLES, PROBES = 2, 3
 
 
 class Graph(nn.Module):
-    """A student with its normalisation, from clips as they are decoded to a tuple of outputs."""
+    """A student with its normalisation: from decoded clips to a tuple of outputs."""
 
     mean: Tensor
     std: Tensor
@@ -50,12 +52,12 @@ class Graph(nn.Module):
 
 
 def output_names(student: Student) -> list[str]:
-    """Return the names of a graph's outputs; a head named `features` gets another one."""
+    """Return the names of a graph's outputs; a head named `features` or `clips` gets a prefix."""
     return [FEATURES, *(f"head.{n}" if n in (CLIPS, FEATURES) else n for n in student.classes)]
 
 
 def probe_clips(student: Student, count: int) -> Tensor:
-    """Return random clips [count, C, T, H, W], always the same."""
+    """Return random clips [count, C, T, H, W] of a fixed seed."""
     shape = (
         count,
         student.options.channels,
@@ -69,11 +71,11 @@ def probe_clips(student: Student, count: int) -> Tensor:
 
 
 def make_graph(student: Student, form: str) -> bytes:
-    """Return the content of the file.
+    """Return the content of the exported file.
 
     Args:
-        student: In evaluation mode, on the CPU.
-        form: onnx, torch-export or torchscript.
+        student: The student, in evaluation mode and on the CPU.
+        form: One of onnx, torch-export and torchscript.
 
     Raises:
         UsageError: A package of the extra `onnx` is missing.
@@ -87,7 +89,11 @@ def make_graph(student: Student, form: str) -> bytes:
 
 
 def require_onnx() -> Any:
-    """Return onnxruntime; UsageError where a package of the extra `onnx` is missing."""
+    """Return the module onnxruntime.
+
+    Raises:
+        UsageError: A package of the extra `onnx` is missing.
+    """
     for module in ("onnx", "onnxscript"):
         import_extra(module, "onnx", "--to onnx")
     return import_extra("onnxruntime", "onnx", "--to onnx")
@@ -122,9 +128,9 @@ _MAKERS: dict[str, Callable[[Graph, Tensor], bytes]] = {
 
 
 def run_graph(content: bytes, form: str, clips: Tensor) -> list[np.ndarray]:
-    """Run a file that `make_graph` made on clips, and return its outputs.
+    """Run the content of a file of `make_graph` on clips, and return its outputs.
 
-    Loading a file of torch.export or TorchScript may run code in it: for one's own files only.
+    Loading a file of torch.export or TorchScript may run code in it, so load only trusted files.
     """
     with third_party(f"--to {form}: the exported file does not run", CheckpointError), _quiet():
         if form == "onnx":
@@ -141,38 +147,42 @@ def run_graph(content: bytes, form: str, clips: Tensor) -> list[np.ndarray]:
 
 @torch.inference_mode()
 def student_outputs(student: Student, clips: Tensor) -> list[np.ndarray]:
-    """Return the outputs that a graph must have for clips, from the student itself."""
+    """Return the outputs of the student itself, which a graph must reproduce."""
     features = student.features(normalize_clip(clips, torch.float32))
     heads = [student.head(name)(features) for name in student.classes]
     return [output.numpy() for output in (features, *heads)]
 
 
 def largest_difference(
-    found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float
+    outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float
 ) -> float:
-    """Return the largest absolute difference of the outputs.
+    """Return the largest absolute difference between outputs of a graph and of the student.
 
     Raises:
-        CheckpointError: Other shapes, or a difference above tolerance times the largest output.
+        CheckpointError: The shapes differ, or the difference exceeds tolerance times the largest
+            output.
     """
-    shapes = [list(each.shape) for each in found], [list(each.shape) for each in expected]
-    if shapes[0] != shapes[1]:
+    shapes, expected_shapes = (
+        [list(each.shape) for each in arrays] for arrays in (outputs, expected)
+    )
+    if shapes != expected_shapes:
         raise CheckpointError(
-            f"the exported file has outputs {shapes[0]}, the student has {shapes[1]}"
+            f"the exported file has outputs {shapes}, the student has {expected_shapes}"
         )
-    worst = max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
-    size = max(float(np.abs(each).max()) for each in expected)
-    if not worst <= tolerance * size:  # also where it is not a number
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(outputs, expected, strict=True))
+    largest = max(float(np.abs(each).max()) for each in expected)
+    # The negated comparison is also true for NaN.
+    if not difference <= tolerance * largest:
         raise CheckpointError(
-            f"the outputs of the exported file differ by up to {worst:.2g} from the student's, which are up to "
-            f"{size:.2g}; accepted: tolerance={tolerance:g} of that"
+            f"the outputs of the exported file differ by up to {difference:.2g} from the student's, which are up to "
+            f"{largest:.2g}; accepted: tolerance={tolerance:g} of that"
         )
-    return worst
+    return difference
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide that TorchScript is deprecated, and what exporters note about traced modules."""
+    """Hide the deprecation warning of TorchScript and warnings about traced modules."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,13 +1,12 @@
-"""A video student from a 2D ResNet: every 2D kernel repeated over time.
+"""Initialise a video student from a 2D ResNet, by repeating every 2D kernel over time.
 
-Res3D-18 is ResNet-18 with cubes for squares, so that inflating is a rename of the 100 tensors
-before the classifier (and of BatchNorm's 20 batch counters): conv1 → stem.0, bn1 → stem.1,
-layerX.Y.convN → layerX.Y.convN.0, layerX.Y.bnN → layerX.Y.convN.1, layerX.Y.downsample unchanged. A
-kernel is repeated over the t frames it now spans and, `scaled`, divided by t (as in
-open-mmlab/mmaction2 mmaction/models/backbones/resnet3d.py): on a clip that stands still each
-convolution then answers as it did to the image. `replicated` does not divide: the paper says no
-more than "replicate". For optical flow conv1 is averaged over RGB and repeated for the two
-channels.
+R3D-18 is ResNet-18 with 3D kernels, so that the 100 tensors before the classifier (and BatchNorm's
+20 batch counters) are renamed: conv1 → stem.0, bn1 → stem.1, layerX.Y.convN → layerX.Y.convN.0,
+layerX.Y.bnN → layerX.Y.convN.1; layerX.Y.downsample keeps its name. A kernel is repeated over the t
+frames that it now spans. `scaled` also divides it by t, as open-mmlab/mmaction2 does
+(mmaction/models/backbones/resnet3d.py), so that on a clip without motion each convolution gives the
+same output as on the image. `replicated` does not divide, since the paper only mentions
+"replicate". For optical flow conv1 is averaged over RGB and repeated for the two channels.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ _FITTING = {18: ("r3d_18", "mc3_18"), 34: ("r3d_34",)}
 def inflatable(
     state: Mapping[str, Tensor], wanted: StudentOptions | None, label: str
 ) -> StudentOptions:
-    """Return the student that a 2D ResNet's state can be inflated to.
+    """Return the options of the student that a 2D ResNet can be inflated to.
 
     Args:
-        state: of the 2D ResNet.
-        wanted: what it sets expressly is kept, if it fits.
-        label: where the state is from, for messages.
+        state: State of the 2D ResNet.
+        wanted: Options that it sets explicitly are kept.
+        label: Origin of the state, for messages.
 
     Raises:
-        CheckpointError: no ResNet of basic blocks, or one that the wanted student is not made of:
-            by name, with what would fit.
+        CheckpointError: The state is not of a ResNet with basic blocks, or does not fit `wanted`;
+            the error names the options that fit.
     """
     stem = state.get("conv1.weight")
     if stem is None or stem.ndim != 4 or stem.shape[1] != 3 or "layer4.0.conv2.weight" not in state:
@@ -58,28 +57,31 @@ def inflatable(
         raise CheckpointError(
             f"{label}: a ResNet with {blocks} blocks; ResNet-18 has (2, 2, 2, 2), -34 (3, 4, 6, 3)"
         )
-    given, architecture = fitting_student(depth, wanted, label)
+    set_options, architecture = fitting_student(depth, wanted, label)
     width = stem.shape[0] / 64
-    if given.get("width", width) != width:
+    if set_options.get("width", width) != width:
         raise CheckpointError(
-            f"{label}: its width is {width:g}, {given['width']:g} was asked for; what fits: --width {width:g}"
+            f"{label}: its width is {width:g}, {set_options['width']:g} was asked for; what fits: --width {width:g}"
         )
-    return StudentOptions.model_validate({**given, "architecture": architecture, "width": width})
+    return StudentOptions.model_validate(
+        {**set_options, "architecture": architecture, "width": width}
+    )
 
 
 def fitting_student(
     depth: int, wanted: StudentOptions | None, label: str
 ) -> tuple[dict[str, Any], str]:
-    """Return what `wanted` sets expressly, and what a ResNet of this depth inflates to.
+    """Return the options that `wanted` sets explicitly, and the architecture to inflate to.
 
     Raises:
-        CheckpointError: the wanted one is not made of it; names what would fit.
+        CheckpointError: A ResNet of this depth does not inflate to `wanted`; the error names the
+            architectures that fit.
     """
     fitting = _FITTING[depth]
-    given = wanted.model_dump(include=wanted.model_fields_set) if wanted is not None else {}
-    architecture = given.get("architecture", fitting[0])
-    if architecture not in fitting or given.get("variant", "torchvision") != "torchvision":
-        why = (
+    set_options = wanted.model_dump(include=wanted.model_fields_set) if wanted is not None else {}
+    architecture = set_options.get("architecture", fitting[0])
+    if architecture not in fitting or set_options.get("variant", "torchvision") != "torchvision":
+        reason = (
             "its factorised convolutions have middle widths that a 2D ResNet has no tensors for"
             if architecture.startswith("r2plus1d")
             else "the depth differs"
@@ -87,45 +89,45 @@ def fitting_student(
             else "variant 'vmz' is a rule of R(2+1)D"
         )
         raise CheckpointError(
-            f"{label}: a ResNet-{depth} does not inflate to {architecture}: {why}; what fits: --student "
+            f"{label}: a ResNet-{depth} does not inflate to {architecture}: {reason}; what fits: --student "
             f"{' or '.join(fitting)}"
         )
-    return given, architecture
+    return set_options, architecture
 
 
 def inflate(
     state: Mapping[str, Tensor], backbone: Backbone, inflation: Inflation
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the state in the backbone's names, and name → what each tensor was made of.
+    """Return the state in the backbone's names, and name → origin of each tensor.
 
-    What is not part of a backbone (the classifier) keeps its name. Shapes that do not fit are left
-    for the loader to refuse.
+    Tensors that are not part of a backbone (the classifier) keep their names. Shapes are not
+    checked here; the loader refuses those that do not fit.
     """
-    own = backbone.state_dict()
-    inflated, origin = {}, {}
+    targets = backbone.state_dict()
+    inflated, origins = {}, {}
     for name, tensor in state.items():
-        new = video_name(name)
-        if new not in own:
+        new_name = video_name(name)
+        if new_name not in targets:
             inflated[name] = tensor
             continue
-        what = name
-        if tensor.ndim == 4 and own[new].ndim == 5:
-            channels, frames = own[new].shape[1], own[new].shape[2]
+        origin = name
+        if tensor.ndim == 4 and targets[new_name].ndim == 5:
+            channels, frames = targets[new_name].shape[1:3]
             if name == "conv1.weight" and channels != tensor.shape[1]:
                 tensor = tensor.mean(dim=1, keepdim=True).repeat(1, channels, 1, 1)
-                what += f", averaged over RGB for {channels} channels"
+                origin += f", averaged over RGB for {channels} channels"
             tensor = tensor.unsqueeze(2).repeat(1, 1, frames, 1, 1)
             if frames > 1:
-                what += f", repeated over {frames} frames"
+                origin += f", repeated over {frames} frames"
             if inflation == "scaled" and frames > 1:
                 tensor = tensor / frames
-                what += f" and divided by {frames}"
-        inflated[new], origin[new] = tensor, what
-    return inflated, origin
+                origin += f" and divided by {frames}"
+        inflated[new_name], origins[new_name] = tensor, origin
+    return inflated, origins
 
 
 def video_name(name: str) -> str:
-    """Return the name that a ResNet's tensor has in its video student.
+    """Return the name of a ResNet's tensor in its video student.
 
     Example:
         >>> video_name("layer2.1.bn2.running_mean")

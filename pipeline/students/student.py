@@ -1,4 +1,4 @@
-"""Students: a video backbone with one head per teacher (or one of labels).
+"""Students: a video backbone with one head per teacher, or one head for labels.
 
 Shape letters: B clips, C channels, T frames of a clip, H W pixels, D features, K classes.
 """
@@ -20,20 +20,20 @@ from ..common.errors import UsageError
 from .external import CLIP, external_backbone
 from .student_options import BUILTIN_ARCHITECTURES, HeadKind, StudentMeta, StudentOptions
 
-STEM, STEM_MIDDLE, PLANES = 64, 45, (64, 128, 256, 512)
-# VMZ's BatchNorm eps (its ResNet code). Its Caffe2 momentum of 0.9 weighs the old average:
-# PyTorch's 0.1.
+STEM_PLANES, STEM_MIDDLE_PLANES, PLANES = 64, 45, (64, 128, 256, 512)
+# BatchNorm's eps in VMZ's ResNet code. Its momentum of 0.9 is PyTorch's 0.1, because in Caffe2
+# momentum is the weight of the old average.
 VMZ_EPS = 1e-3
 
 _Conv = type[Conv3DSimple] | type[Conv3DNoTemporal] | type[Conv2Plus1D]
 
 
 class VmzConv2Plus1D(Conv2Plus1D):
-    """A (2+1)D convolution whose middle width fits its own inputs and outputs.
+    """A (2+1)D convolution whose middle width is computed from its inputs and outputs.
 
     VMZ computes ⌊3·in·out·k·k / (in·k·k + 3·out)⌋ for each convolution (facebookresearch/VMZ
-    c2/lib/models/builder/video_model.py); torchvision passes one number to both convolutions of a
-    block, which is ignored here.
+    c2/lib/models/builder/video_model.py). Torchvision passes the same number to both convolutions
+    of a block, which is ignored here.
     """
 
     def __init__(
@@ -73,9 +73,8 @@ class Backbone(nn.Module):
         super().__init__()
         plan = _PLANS[options.architecture]
         planes = [_scaled(count, options.width) for count in PLANES]
-        first = _scaled(STEM, options.width)
-        self.stem = _stem(plan, options, first)
-        before = first
+        in_planes = _scaled(STEM_PLANES, options.width)
+        self.stem = _stem(plan, options, in_planes)
         layers: list[nn.Sequential] = []
         for stage, (convolution, blocks) in enumerate(
             zip(plan.convolutions, plan.blocks, strict=True)
@@ -83,12 +82,12 @@ class Backbone(nn.Module):
             if options.variant == "vmz":
                 convolution = VmzConv2Plus1D
             layers.append(
-                _layer(convolution, before, planes[stage], blocks, stride=1 if stage == 0 else 2)
+                _layer(convolution, in_planes, planes[stage], blocks, stride=1 if stage == 0 else 2)
             )
-            before = planes[stage]
+            in_planes = planes[stage]
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.avgpool = nn.AdaptiveAvgPool3d(1)
-        self.width = before
+        self.width = in_planes
         self._initialise(eps=VMZ_EPS if options.variant == "vmz" else 1e-5)
 
     def _initialise(self, eps: float) -> None:
@@ -112,7 +111,7 @@ def _scaled(count: int, width: float) -> int:
 
 
 def _stem(plan: _Plan, options: StudentOptions, out: int) -> nn.Sequential:
-    """Build torchvision's stem, whose channel counts are fixed there, at any width."""
+    """Build the stem, whose numbers of channels are fixed in torchvision, at any width."""
     if not plan.factorised_stem:
         return nn.Sequential(
             nn.Conv3d(
@@ -121,7 +120,7 @@ def _stem(plan: _Plan, options: StudentOptions, out: int) -> nn.Sequential:
             nn.BatchNorm3d(out),
             nn.ReLU(inplace=True),
         )
-    middle = _scaled(STEM_MIDDLE, options.width)
+    middle = _scaled(STEM_MIDDLE_PLANES, options.width)
     return nn.Sequential(
         nn.Conv3d(
             options.channels, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False
@@ -134,22 +133,24 @@ def _stem(plan: _Plan, options: StudentOptions, out: int) -> nn.Sequential:
     )
 
 
-def _layer(convolution: _Conv, before: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-    """Build a stage of basic blocks; the first may halve the resolution and changes the width."""
+def _layer(
+    convolution: _Conv, in_planes: int, planes: int, num_blocks: int, stride: int
+) -> nn.Sequential:
+    """Build a stage of basic blocks, the first of which may change width and resolution."""
     downsample = None
-    if stride != 1 or before != planes:
-        steps = convolution.get_downsample_stride(stride)
+    if stride != 1 or in_planes != planes:
+        strides = convolution.get_downsample_stride(stride)
         downsample = nn.Sequential(
-            nn.Conv3d(before, planes, kernel_size=1, stride=steps, bias=False),
+            nn.Conv3d(in_planes, planes, kernel_size=1, stride=strides, bias=False),
             nn.BatchNorm3d(planes),
         )
-    chain = [BasicBlock(before, planes, convolution, stride, downsample)]
-    chain += [BasicBlock(planes, planes, convolution) for _ in range(blocks - 1)]
-    return nn.Sequential(*chain)
+    blocks = [BasicBlock(in_planes, planes, convolution, stride, downsample)]
+    blocks += [BasicBlock(planes, planes, convolution) for _ in range(num_blocks - 1)]
+    return nn.Sequential(*blocks)
 
 
 def _key(name: str) -> str:
-    """Return a head's name as a module name, without dots and unlike any method's name."""
+    """Return a module name for a head: without dots, and different from names of methods."""
     return "head_" + name.replace("%", "%25").replace(".", "%2E")
 
 
@@ -182,13 +183,13 @@ class Student(nn.Module):
     """A backbone and its heads; made by `build_student`.
 
     Attributes:
-        options: what its backbone was built from.
-        clip: (T, side) of the clips it was built for; distinit's own take others too.
-        meta: what its file says about it, after `load_student`.
-        classes: number of outputs K of each head, by name.
-        head_kinds: linear or mlp, by name.
-        backbone: from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w].
-        frozen: whether the heads alone are trained, see `freeze_backbone`.
+        options: Options of its backbone.
+        clip: (T, side) of the clips that it was built for; distinit's backbones also take others.
+        meta: Metadata of its file, after `load_student`.
+        classes: Number of outputs K of each head, by name.
+        head_kinds: Kind of each head, linear or mlp, by name.
+        backbone: Module from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w].
+        frozen: Whether only the heads are trained, see `freeze_backbone`.
     """
 
     def __init__(
@@ -206,24 +207,27 @@ class Student(nn.Module):
         self.clip = clip
         self.meta = StudentMeta()
         self.classes: dict[str, int] = dict(heads)
-        given = {} if isinstance(head_kinds, str) else head_kinds
+        named_kinds = {} if isinstance(head_kinds, str) else head_kinds
         default: HeadKind = head_kinds if isinstance(head_kinds, str) else "linear"
-        self.head_kinds: dict[str, HeadKind] = {name: given.get(name, default) for name in heads}
+        self.head_kinds: dict[str, HeadKind] = {
+            name: named_kinds.get(name, default) for name in heads
+        }
         if options.architecture in BUILTIN_ARCHITECTURES:
-            self.backbone: nn.Module = (own := Backbone(options))
-            self._width = own.width
+            self.backbone: nn.Module = (builtin := Backbone(options))
+            self._feature_size = builtin.width
         else:
-            self.backbone, self._width = external_backbone(options, clip)
+            self.backbone, self._feature_size = external_backbone(options, clip)
         self.frozen = False
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleDict()
-        for name, classes in heads.items():
-            if classes < 1:
-                raise UsageError(f"head {name!r} has {classes} classes, allowed: 1 or more")
-            self.heads[_key(name)] = _HEADS[self.head_kinds[name]](self._width, classes)
+        for name, num_classes in heads.items():
+            if num_classes < 1:
+                raise UsageError(f"head {name!r} has {num_classes} classes, allowed: 1 or more")
+            make_head = _HEADS[self.head_kinds[name]]
+            self.heads[_key(name)] = make_head(self._feature_size, num_classes)
 
     def freeze_backbone(self) -> None:
-        """Train the heads alone.
+        """Restrict training to the heads.
 
         The backbone gets no gradients, and its BatchNorm keeps its statistics.
         """
@@ -232,7 +236,7 @@ class Student(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Student:
-        """Set the mode as of any module; a frozen backbone stays in evaluation mode."""
+        """Set the training mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -240,14 +244,14 @@ class Student(nn.Module):
 
     @property
     def feature_size(self) -> int:
-        """D, the length of a clip's feature."""
-        return self._width
+        """D, the number of features of a clip."""
+        return self._feature_size
 
     def head(self, name: str) -> nn.Module:
         """Return the head of a teacher (or of the labels).
 
         Raises:
-            UsageError: there is no head of that name.
+            UsageError: The student has no head of that name.
         """
         if name not in self.classes:
             known = ", ".join(self.classes) or "none"
@@ -262,7 +266,7 @@ class Student(nn.Module):
     def forward(self, clip: Tensor) -> dict[str, Tensor]:
         """Return outputs [B, K] of every head for normalised clips [B, C, T, H, W].
 
-        The paper's equation 3: one head per teacher.
+        There is one head per teacher (equation 3 of the paper).
         """
         features = self.dropout(self.features(clip))
         return {name: self.heads[_key(name)](features) for name in self.classes}
@@ -279,17 +283,17 @@ def build_student(
     """Build a student with fresh weights, drawn from torch's global generator.
 
     Args:
-        options: architecture, variant, width and channels.
-        heads: number of outputs K of each head, by teacher name (or `label` in `finetune`).
-        dropout: probability of dropping a feature before the heads, in training mode.
-        clip: (T, side) of the clips it is for: a backbone that is not distinit's own is tried on
-            one, which gives its number of features.
-        head_kinds: linear or mlp (linear, GELU, linear, with as many hidden units as features), one
-            for all heads or by name; heads that are not named are linear.
+        options: Architecture, variant, width and channels.
+        heads: Number of outputs K of each head, by teacher name (or `label` in `finetune`).
+        dropout: Probability of dropping a feature before the heads, in training mode.
+        clip: (T, side) of the clips. A third-party backbone is run on one such clip to measure its
+            number of features.
+        head_kinds: Kind of all heads, or by name: linear, or mlp (linear, GELU, linear, with as
+            many hidden units as features). Heads that are not named are linear.
 
     Raises:
-        UsageError: a head without outputs, a dropout outside [0, 1), a factory that fails, a
-            backbone that does not take such clips or gives no features.
+        UsageError: A head has no outputs, dropout is outside [0, 1), a factory fails, or a backbone
+            does not take such clips or does not return features.
 
     Example:
         >>> build_student(StudentOptions(width=0.125), {"teacher": 5}).feature_size

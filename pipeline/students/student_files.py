@@ -1,12 +1,12 @@
-"""Students as files: safetensors in torchvision's parameter names, everything else in its metadata.
+"""Student files: safetensors in torchvision's parameter names, with options in the metadata.
 
-One linear head is written as torchvision's `fc.weight` and `fc.bias` (unless the backbone has an
-`fc` of its own), several as `heads.<name>.weight` and `.bias`, so that a student of one head and
-the torchvision variant loads strictly into torchvision's own model. An MLP head is written as
-`heads.<name>.hidden.*` and `.output.*`. A head that learned features at a scale of their own is
-written with that scale and mean in its last layer, so that it gives the teacher's.
+A single linear head is written as `fc.weight` and `fc.bias`, unless the backbone has an `fc`. So a
+student with one head and the torchvision variant loads strictly into torchvision's model. Several
+heads are written as `heads.<name>.weight` and `.bias`, an MLP head as `heads.<name>.hidden.*` and
+`.output.*`. A head that learned scaled features is written with scale and mean in its last layer,
+so that it gives features of the teacher's scale.
 
-The metadata's `distinit` entry is one JSON object, the options and heads next to the `StudentMeta`;
+The metadata's `distinit` entry is one JSON object with options, heads and `StudentMeta`;
 `format_version` is 1. Its `distinit-sha256` entry is a digest of the whole file, see `sealed`;
 files of version 0.1 have none.
 """
@@ -41,13 +41,13 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class InitReport:
-    """Which tensors an initialisation loaded, and which of the file it ignored.
+    """The tensors that an initialisation loaded, and those that it ignored.
 
     Args:
-        path: where they are from.
-        loaded: names in the backbone.
-        left: in the file, but not part of a backbone: its heads.
-        lines: one per tensor: what was loaded from what, what was left.
+        path: Where the tensors are from.
+        loaded: Names of the loaded tensors in the backbone.
+        left: Names of tensors of the file that are not part of a backbone, such as heads.
+        lines: One line for the log per tensor.
     """
 
     path: str
@@ -60,16 +60,16 @@ class _Header(Options):
     format_version: int
     options: StudentOptions
     heads: dict[str, int]
-    # Of the heads that are not linear; left out where all are, as version 0.1 wrote it.
+    # Only the kinds of heads that are not linear, since version 0.1 wrote none.
     head_kinds: dict[str, HeadKind] = {}
     meta: StudentMeta
 
 
 def save_start(path: str | Path, student: Student) -> None:
-    """Write the first convolution as it is now, atomically, under its name.
+    """Write the current weights of the first convolution as one safetensors file, atomically.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: The file cannot be written.
     """
     stem = student.backbone.state_dict()[STEM].detach().cpu().contiguous()
     _write(Path(path), {STEM: stem}, {"format": "pt"})
@@ -84,22 +84,22 @@ def save_student(
     """Write a student as one safetensors file, atomically.
 
     Args:
-        path: the file, which is old or new afterwards, never half.
-        student: its weights, options and heads.
-        meta: what a user must know; keys of a flat mapping that `StudentMeta` does not have are put
+        path: The file to write. It is replaced as a whole.
+        student: The student, with its options and heads.
+        meta: Metadata for users. Keys of a flat mapping that `StudentMeta` does not have are put
             under its `extra`.
-        scales: head → mean [K] and scale of what it learned as (x − mean) / scale; the head of the
-            file gives x.
+        scales: Head → mean [K] and scale, if it learned (x − mean) / scale of features x; the head
+            in the file gives x.
 
     Raises:
-        CheckpointError: class names that do not fit the heads, or a file that cannot be written.
+        CheckpointError: The class names do not fit the heads, or the file cannot be written.
 
     Example:
         >>> save_student("student.safetensors", student, {"clip_length": 8, "clip_size": 112})
     """
     path = Path(path)
     try:
-        meta = meta if isinstance(meta, StudentMeta) else StudentMeta.of(meta)
+        meta = meta if isinstance(meta, StudentMeta) else StudentMeta.from_mapping(meta)
         meta = meta.completed(student.options.channels)
     except ValueError as error:
         raise CheckpointError(
@@ -121,11 +121,11 @@ def save_student(
 
 
 def _as_json(header: _Header) -> str:
-    """Return the header as ASCII, in which lone surrogates (paths not in UTF-8) are escapes."""
-    # What is empty was not written by version 0.1.
-    without: dict[str, Any] = {} if header.head_kinds else {"head_kinds": True}
-    without |= {} if header.meta.heads else {"meta": {"heads"}}
-    return json.dumps(header.model_dump(mode="python", exclude=without))
+    """Return the header as ASCII; lone surrogates (from paths that are not UTF-8) are escaped."""
+    # Empty fields are left out, as in files of version 0.1.
+    excluded: dict[str, Any] = {} if header.head_kinds else {"head_kinds": True}
+    excluded |= {} if header.meta.heads else {"meta": {"heads"}}
+    return json.dumps(header.model_dump(mode="python", exclude=excluded))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -140,26 +140,27 @@ def load_student(
     """Load the student of a file or a run folder, in evaluation mode, with its `meta`.
 
     Args:
-        path: a file, or a run folder with `student.safetensors` (from train-student) or
+        path: A file, or a run folder with `student.safetensors` (from train-student) or
             `model.safetensors` (from finetune), or `hf://ORG/NAME[@REVISION]`, a repository of the
-            Hugging Face hub, of which `model.safetensors` is downloaded and nothing is run.
-        device: where the student is put.
-        factory: a file whose student is made by a `package.module:factory` is loaded only where the
-            caller names that very factory here, since its code is run.
+            Hugging Face hub, from which `model.safetensors` is downloaded and no code is run.
+        device: Device of the student.
+        factory: The `package.module:factory` that makes the student, if a factory does. Its code is
+            run only if the caller names it here.
 
     Raises:
-        CheckpointError: no such file, not a student of this package, a newer format, damaged.
+        CheckpointError: The file does not exist, is not a student of distinit, has a newer format,
+            or is damaged.
 
     Example:
         >>> student = load_student("runs/ours")
         >>> student(torch.zeros(1, 3, 8, 112, 112))["label"].shape
     """
-    path = _file_of(path)
+    path = _resolve_file(path)
     state, header = _read(path)
     if header is None:
         raise CheckpointError(
             f"{path}: has no 'distinit' metadata, so it is not a student written by distinit; "
-            "load_backbone takes its tensors if they fit"
+            "load_backbone loads its tensors if they fit"
         )
     _require_named(header.options, factory, path)
     _check_sizes(header, state, path)
@@ -175,25 +176,23 @@ def load_student(
 
 
 def load_backbone(student: Student, path: str | Path, label: str | None = None) -> InitReport:
-    """Initialise a student's backbone from an exported student; its heads stay as they are.
-
-    Takes a run folder or a safetensors file, also one in torchvision's names without metadata,
-    whose kind is then told by its shapes.
+    """Initialise a student's backbone from an exported student, without changing its heads.
 
     Args:
-        student: takes the tensors.
-        path: the folder or file.
-        label: where it is from, in messages; by default the file.
+        student: The student to initialise.
+        path: A run folder or safetensors file. A file in torchvision's names may have no metadata;
+            its options are then recognised by the shapes of its tensors.
+        label: Name of the source in messages; by default the file.
 
     Raises:
-        CheckpointError: another architecture, variant, width or number of channels (named, with the
-            options that fit), a damaged file, or values that are not finite.
+        CheckpointError: Architecture, variant, width or number of channels differ (the error names
+            them and the options that fit), the file is damaged, or values are not finite.
     """
-    path = _file_of(path)
+    path = _resolve_file(path)
     label = str(path) if label is None else label
     state, header = _read(path)
-    found = header.options if header else recognise(state, label)
-    check_options(student.options, found, label)
+    stored = header.options if header else recognise(state, label)
+    check_options(student.options, stored, label)
     return take_backbone(student, state, label)
 
 
@@ -201,41 +200,41 @@ def take_backbone(
     student: Student,
     state: Mapping[str, Tensor],
     label: str,
-    origin: Mapping[str, str] | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> InitReport:
-    """Load a state in a student's own names into its backbone; the rest of the state is ignored.
+    """Load the backbone of a student from a state in its parameter names, and ignore other tensors.
 
     Args:
-        student: takes the tensors.
-        state: name → tensor.
-        label: where the state is from, for messages.
-        origin: name → what it was made of, for the report.
+        student: The student to initialise.
+        state: Name → tensor.
+        label: Origin of the state, for messages.
+        origins: Name → origin of the tensor, for the report.
 
     Raises:
-        CheckpointError: a tensor that is missing, of another shape, or not finite.
+        CheckpointError: A tensor is missing, has another shape, or is not finite.
     """
-    own = student.backbone.state_dict()
-    taken = {name: state[name] for name in own if name in state}
-    # BatchNorm's batch counters are of no use here, and older files lack them.
+    current = student.backbone.state_dict()
+    taken = {name: state[name] for name in current if name in state}
+    # BatchNorm's batch counters are not needed, and older files do not have them.
     missing = [
-        name for name in own if name not in taken and not name.endswith("num_batches_tracked")
+        name for name in current if name not in taken and not name.endswith("num_batches_tracked")
     ]
     if missing:
         raise CheckpointError(
             f"{label}: damaged: {len(missing)} tensors missing, first {missing[0]}"
         )
     for name, tensor in taken.items():
-        if tensor.shape != own[name].shape:
+        if tensor.shape != current[name].shape:
             raise CheckpointError(
-                f"{label}: damaged: {name} is {list(tensor.shape)}, expected {list(own[name].shape)}"
+                f"{label}: damaged: {name} is {list(tensor.shape)}, expected {list(current[name].shape)}"
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{label}: {name} holds values that are not finite")
     student.backbone.load_state_dict(taken, strict=False)
     left = tuple(name for name in state if name not in taken)
-    made_of = origin or {}
+    origins = origins or {}
     lines = [
-        f"{name} {list(tensor.shape)} from {made_of.get(name, name)}"
+        f"{name} {list(tensor.shape)} from {origins.get(name, name)}"
         for name, tensor in taken.items()
     ]
     lines += [f"left: {name} {list(state[name].shape)}" for name in left]
@@ -246,26 +245,26 @@ def read_options(path: str | Path, *, factory: str | None = None) -> StudentOpti
     """Return the options that the student of a file or run folder was built with.
 
     Args:
-        path: the file or run folder.
-        factory: see `load_student`.
+        path: The file or run folder.
+        factory: See `load_student`.
 
     Raises:
-        CheckpointError: as `load_backbone`.
+        CheckpointError: See `load_backbone`.
     """
-    path = _file_of(path)
+    path = _resolve_file(path)
     state, header = _read(path)
-    found = header.options if header else recognise(state, path)
-    _require_named(found, factory, path)
-    return found
+    options = header.options if header else recognise(state, path)
+    _require_named(options, factory, path)
+    return options
 
 
 def read_meta(path: str | Path) -> StudentMeta | None:
-    """Return the `StudentMeta` of a file or run folder; None for one that distinit did not write.
+    """Return the `StudentMeta` of a file or run folder, or None if distinit did not write it.
 
     Raises:
-        CheckpointError: no such file, damaged, of a newer format.
+        CheckpointError: The file does not exist, is damaged, or has a newer format.
     """
-    _, header = _read(_file_of(path))
+    _, header = _read(_resolve_file(path))
     return header.meta if header is not None else None
 
 
@@ -273,28 +272,28 @@ def _require_named(options: StudentOptions, factory: str | None, path: Path) -> 
     if options.is_factory and options.architecture != factory:
         raise CheckpointError(
             f"{path}: its student is made by {options.architecture}, whose code would be run; name it to allow that: "
-            f"--student {options.architecture} (of evaluate and predict --set factory={options.architecture}, of "
-            f"load_student factory={options.architecture!r})"
+            f"--student {options.architecture} (evaluate and predict: --set factory={options.architecture}; "
+            f"load_student: factory={options.architecture!r})"
         )
 
 
 def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a header whose student is larger than the tensors, before it takes any memory."""
-    for name, classes in header.heads.items():
+    """Refuse a header that does not fit the tensors, before memory is allocated for its student."""
+    for name, num_classes in header.heads.items():
         last = "output.weight" if header.head_kinds.get(name) == "mlp" else "weight"
         weight = state.get(
             f"heads.{name}.{last}", state.get("fc.weight") if len(header.heads) == 1 else None
         )
-        if weight is None or weight.ndim != 2 or len(weight) != classes:
-            found = "none" if weight is None else list(weight.shape)
+        if weight is None or weight.ndim != 2 or len(weight) != num_classes:
+            weight_shape = "none" if weight is None else list(weight.shape)
             raise CheckpointError(
-                f"{path}: damaged: head {name!r} has {classes} classes, its tensor is {found}"
+                f"{path}: damaged: head {name!r} has {num_classes} classes, its tensor is {weight_shape}"
             )
     shapes: Mapping[str, torch.Size] | None
     if header.options.architecture in BUILTIN_ARCHITECTURES:
         with torch.device("meta"):
-            own = Backbone(header.options).state_dict()
-        shapes = {name: tensor.shape for name, tensor in own.items()}
+            tensors = Backbone(header.options).state_dict()
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
     else:
         shapes = library_shapes(header.options, (header.meta.clip_length, header.meta.clip_size))
     wrong = [
@@ -311,12 +310,12 @@ def _check_sizes(header: _Header, state: Mapping[str, Tensor], path: Path) -> No
 def _named_tensors(
     student: Student, scales: Mapping[str, tuple[Tensor, float]] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a student under its exported name; `scales` as of `save_student`."""
+    """Yield every tensor of a student under its name in files; see `save_student` for `scales`."""
     yield from student.backbone.state_dict().items()
     for name in student.classes:
         linear = student.head_kinds[name] == "linear"
-        alone = linear and len(student.classes) == 1 and not hasattr(student.backbone, "fc")
-        prefix = "fc" if alone else f"heads.{name}"
+        is_single = len(student.classes) == 1 and not hasattr(student.backbone, "fc")
+        prefix = "fc" if linear and is_single else f"heads.{name}"
         state = student.head(name).state_dict()
         if name in (scales or {}):
             last = "" if linear else "output."
@@ -327,24 +326,26 @@ def _named_tensors(
 
 
 def _fill(student: Student, state: dict[str, Tensor], path: Path) -> None:
-    own = dict(_named_tensors(student))
-    wrong = sorted(own.keys() ^ state.keys())
-    wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
+    tensors = dict(_named_tensors(student))
+    wrong = sorted(tensors.keys() ^ state.keys())
+    wrong += [
+        name for name in tensors if name in state and tensors[name].shape != state[name].shape
+    ]
     if wrong:
         raise CheckpointError(
             f"{path}: damaged: its tensors are not those of {student.options.describe()}, first {wrong[0]}"
         )
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(state[name])
 
 
-def _file_of(path: str | Path) -> Path:
-    """Return the safetensors file that a path means.
+def _resolve_file(path: str | Path) -> Path:
+    """Return the safetensors file of a file path, run folder or hub address.
 
     Raises:
-        CheckpointError: there is none, or a run folder holds two.
-        SourceError: a link out of a run folder.
+        CheckpointError: There is no such file, or a run folder holds two.
+        SourceError: The file is a link that leads out of the run folder.
     """
     if is_hub_address(path):
         return hub_model(str(path))
@@ -353,22 +354,22 @@ def _file_of(path: str | Path) -> Path:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file or run folder")
         return path
-    inside = [
+    files = [
         path / name for name in (STUDENT_FILE, MODEL_FILE) if is_regular_file(path / name, path)
     ]
-    if not inside:
+    if not files:
         raise CheckpointError(
             f"{path}: holds no {' and no '.join((STUDENT_FILE, MODEL_FILE))}; is its run finished?"
         )
-    if len(inside) > 1:
+    if len(files) > 1:
         raise CheckpointError(
             f"{path}: holds {' and '.join((STUDENT_FILE, MODEL_FILE))}; name the file"
         )
-    return inside[0]
+    return files[0]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
-    """Tensors and, where distinit wrote the file, the header."""
+    """Return the tensors, and the header if distinit wrote the file."""
     with open_checked(path, "pt") as file:
         metadata = file.metadata() or {}
         state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -391,26 +392,26 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header | None]:
         ) from None
 
 
-def check_options(wanted: StudentOptions, found: StudentOptions, label: str) -> None:
-    """Compare the options that were asked for with those of a file.
+def check_options(wanted: StudentOptions, stored: StudentOptions, label: str) -> None:
+    """Check that requested options are equal to those of a file.
 
     Args:
-        wanted: asked for.
-        found: of the file.
-        label: names the file.
+        wanted: The requested options.
+        stored: The options of the file.
+        label: Name of the file in messages.
 
     Raises:
-        CheckpointError: each option that differs, and the options that would fit.
+        CheckpointError: Options differ; the error names each of them, and the options that fit.
     """
-    asked, has = wanted.model_dump(), found.model_dump()
-    differing = [
-        f"{key} is {has[key]!r} in the file, {asked[key]!r} was asked for"
-        for key in asked
-        if asked[key] != has[key]
+    wanted_values, stored_values = wanted.model_dump(), stored.model_dump()
+    differences = [
+        f"{key} is {stored_values[key]!r} in the file, {value!r} was asked for"
+        for key, value in wanted_values.items()
+        if value != stored_values[key]
     ]
-    if differing:
-        fitting = " ".join(f"{key}={value}" for key, value in has.items())
-        raise CheckpointError(f"{label}: {'; '.join(differing)}; what fits: {fitting}")
+    if differences:
+        fitting = " ".join(f"{key}={value}" for key, value in stored_values.items())
+        raise CheckpointError(f"{label}: {'; '.join(differences)}; what fits: {fitting}")
 
 
 def _check_classes(heads: dict[str, int], meta: StudentMeta, path: Path) -> None:
@@ -422,19 +423,19 @@ def _check_classes(heads: dict[str, int], meta: StudentMeta, path: Path) -> None
 
 
 def recognise(state: Mapping[str, Tensor], label: str | Path) -> StudentOptions:
-    """Return the options whose backbone has just these shapes.
+    """Return the options whose backbone has exactly these shapes.
 
-    Input channels and width are read off the stem, the rest is found by trying.
+    Channels and width follow from the first convolutions; architectures and variants are tried.
 
     Raises:
-        CheckpointError: There are none; the message begins with the label.
+        CheckpointError: No options fit; the message begins with the label.
     """
     unknown = CheckpointError(f"{label}: its tensors are those of no student that distinit knows")
     stem, first = state.get("stem.0.weight"), state.get("layer1.0.conv2.1.weight")
     if stem is None or stem.ndim != 5 or first is None:
         raise unknown
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    for architecture in ("r2plus1d_18", "r3d_18", "r2plus1d_34", "r3d_34", "mc3_18"):
+    for architecture in BUILTIN_ARCHITECTURES:
         for variant in (
             ("torchvision", "vmz") if architecture.startswith("r2plus1d") else ("torchvision",)
         ):
@@ -450,9 +451,9 @@ def recognise(state: Mapping[str, Tensor], label: str | Path) -> StudentOptions:
             except ValidationError:
                 raise unknown from None
             with torch.device("meta"):
-                own = Backbone(options).state_dict()
-            fits = all(shapes.get(name) == tensor.shape for name, tensor in own.items())
-            deeper = any(name.startswith("layer") and name not in own for name in shapes)
-            if fits and not deeper:
+                tensors = Backbone(options).state_dict()
+            fits = all(shapes.get(name) == tensor.shape for name, tensor in tensors.items())
+            is_deeper = any(name.startswith("layer") and name not in tensors for name in shapes)
+            if fits and not is_deeper:
                 return options
     raise unknown

@@ -1,6 +1,6 @@
 """Students in repositories of the Hugging Face hub: `hf://ORG/NAME`, or `hf://ORG/NAME@REVISION`.
 
-Of a repository the safetensors file alone is read, so that nothing in it runs.
+Only the safetensors file of a repository is read, so that no code of it runs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from ..common.errors import CheckpointError, third_party
 from ..common.plugins import import_extra
 from ..common.run_dir import MODEL_FILE
 
-# Also with one slash, which is what a Path makes of it.
+# Path reduces the two slashes to one.
 _ADDRESS = re.compile(r"hf://?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?")
 
 
 def is_hub_address(path: str | Path) -> bool:
-    """Return whether a path is the address of a repository."""
+    """Return whether a path is the address of a repository of the hub."""
     return str(path).startswith("hf:/") and not Path(path).exists()
 
 
@@ -26,7 +26,7 @@ def hub_model(address: str) -> Path:
 
     Raises:
         UsageError: huggingface_hub is missing.
-        CheckpointError: Another form of address, or a file that cannot be fetched.
+        CheckpointError: The address has another form, or the file cannot be downloaded.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:

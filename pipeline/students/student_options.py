@@ -1,4 +1,4 @@
-"""Options of a student and of its export, and the metadata in its file. Free of torch."""
+"""Options of a student and of its export, and the metadata in its file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ Inflation = Literal["scaled", "replicated"]
 HeadKind = Literal["linear", "mlp"]
 SCRATCH = "scratch"
 
-# Architectures that are built here, at any width; torchvision's other video models, those of timm
-# and transformers, and factories are not.
+# Architectures that distinit builds itself, at any width.
 BUILTIN_ARCHITECTURES = ("r2plus1d_18", "r2plus1d_34", "r3d_18", "r3d_34", "mc3_18")
 
 # Video encoders of transformers, by their model type, as in `hf:videomae`.
@@ -28,17 +27,17 @@ STEM = "stem.0.weight"
 
 
 class StudentOptions(Options):
-    """A student's backbone, heads aside.
+    """Options of a student's backbone, without its heads.
 
     `variant` is the rule for the middle width of R(2+1)D's factorised convolutions: `torchvision`
-    computes it once per block, `vmz` (the paper's code family) once per convolution. Their shapes
-    differ, so neither loads the other's weights. Other architectures have no such choice.
+    computes it once per block, `vmz` (the code of the paper's authors) once per convolution. Their
+    shapes differ, so neither loads the weights of the other. Other architectures have one variant.
 
-    `architecture` may also name one of torchvision's other video models (`s3d`, `mvit_v2_s`), which
-    is used without its classifier, `timm:NAME`, an image model that is applied to each frame,
-    `hf:MODEL`, a video encoder of transformers, or a `package.module:factory` that returns a module
-    from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w]; `options` are then the
-    arguments of its builder.
+    `architecture` may also name another video model of torchvision (`s3d`, `mvit_v2_s`), which is
+    used without its classifier; `timm:NAME`, an image model that is applied to each frame;
+    `hf:MODEL`, a video encoder of transformers; or `package.module:factory`, a function that
+    returns a module from clips [B, C, T, H, W] to features [B, D] or [B, D, t, h, w]. `options` are
+    the arguments of these builders.
     """
 
     architecture: Annotated[str, CliOption("--student", "Student", "r2plus1d_18|r3d_18")] = Field(
@@ -55,7 +54,7 @@ class StudentOptions(Options):
     width: Annotated[float, CliOption(group="Student", metavar="X")] = Field(
         default=1.0, gt=0, le=8, description="factor on every number of channels"
     )
-    # Of the clip: 3 for RGB, 2 for optical flow.
+    # Channels of a clip: 3 for RGB, 2 for optical flow.
     channels: Literal[2, 3] = 3
     options: dict[str, Any] = Field(
         default={}, description="arguments of torchvision's builder or of the factory"
@@ -63,43 +62,43 @@ class StudentOptions(Options):
 
     @field_validator("architecture")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_architecture(cls, name: str) -> str:
         kind, colon, model = name.partition(":")
         if kind == "hf" and colon and model not in HF_MODELS:
-            known = ", ".join(f"hf:{each}" for each in HF_MODELS)
+            allowed = ", ".join(f"hf:{each}" for each in HF_MODELS)
             raise ValueError(
-                f"{name!r} is not known; there are: {known}; finetune --init hf:FOLDER reads a folder"
+                f"{name!r} is not known; there are: {allowed}; finetune --init hf:FOLDER reads a folder"
             )
         if name in BUILTIN_ARCHITECTURES or (colon and kind in ("hf", "timm")) or is_factory(name):
             return name
-        # Only here: a config of distinit's own students needs no torch.
+        # Imported here, because a config of distinit's architectures needs no torch.
         from torchvision.models import list_models, video
 
-        theirs = [
+        torchvision_models = [
             model for model in list_models(module=video) if model not in BUILTIN_ARCHITECTURES
         ]
-        if name not in theirs:
-            known = ", ".join((*BUILTIN_ARCHITECTURES, *theirs))
+        if name not in torchvision_models:
+            allowed = ", ".join((*BUILTIN_ARCHITECTURES, *torchvision_models))
             raise ValueError(
-                f"{name!r} is not known; there are: {known}, timm:NAME, hf:MODEL and "
+                f"{name!r} is not known; there are: {allowed}, timm:NAME, hf:MODEL and "
                 "package.module:factory"
             )
         return name
 
     @property
     def is_factory(self) -> bool:
-        """Whether building this student runs a module that the options name."""
+        """Whether building this student runs code of a module that the options name."""
         return is_factory(self.architecture) and not self.architecture.startswith(("hf:", "timm:"))
 
     @model_validator(mode="after")
-    def _variant_fits(self) -> StudentOptions:
-        own = self.architecture in BUILTIN_ARCHITECTURES
-        if not own and self.width != 1.0:
+    def _check_combinations(self) -> StudentOptions:
+        is_builtin = self.architecture in BUILTIN_ARCHITECTURES
+        if not is_builtin and self.width != 1.0:
             raise ValueError(
-                f"width is {self.width:g}; {self.architecture} has only 1, other widths have: "
+                f"width is {self.width:g}; {self.architecture} has only 1, other widths exist for: "
                 f"{', '.join(BUILTIN_ARCHITECTURES)}"
             )
-        if own and self.options:
+        if is_builtin and self.options:
             raise ValueError(f"options {', '.join(self.options)}: {self.architecture} takes none")
         if self.variant == "vmz" and not self.architecture.startswith("r2plus1d"):
             raise ValueError(
@@ -110,16 +109,16 @@ class StudentOptions(Options):
     def describe(self) -> str:
         """Return one phrase for messages: `r2plus1d_18 (variant vmz, width 0.5, 3 channels)`."""
         if self.architecture not in BUILTIN_ARCHITECTURES:
-            given = "".join(f", {key} {value}" for key, value in self.options.items())
-            return f"{self.architecture} ({self.channels} channels{given})"
+            arguments = "".join(f", {key} {value}" for key, value in self.options.items())
+            return f"{self.architecture} ({self.channels} channels{arguments})"
         return f"{self.architecture} (variant {self.variant}, width {self.width:g}, {self.channels} channels)"
 
 
 class HeadMeta(Options):
-    """What a head was trained to give, and by which loss.
+    """The kind of output that a head was trained on, and the loss.
 
-    Of features under smooth-l1 or mse, in the teacher's own scale; under cosine their direction
-    alone has a meaning.
+    A head of features has the teacher's scale after smooth-l1 or mse. After cosine only the
+    direction of its features is meaningful.
     """
 
     output: Output
@@ -127,18 +126,18 @@ class HeadMeta(Options):
 
 
 class StudentMeta(Options):
-    """What a user of an exported student must know, next to its options.
+    """Metadata of an exported student, in addition to its options.
 
     Attributes:
-        classes: class names of each head, in the order of its logits; a head may be left out.
-        heads: what each head gives, of a student with a head of features; empty: logits.
-        clip_length: T, frames of a clip.
+        classes: Class names by head, in the order of its logits; a head may be left out.
+        heads: Output and loss by head, if a head was trained on features; empty if all give logits.
+        clip_length: T, the number of frames of a clip.
         clip_size: H and W of a clip, in pixels.
-        resize: height and width that a frame is resized to before the crop, where it is known.
-        mean: a number per channel: of pixels in 0–1, or of displacements in pixels for flow. None:
-            the usual ones.
-        std: likewise.
-        extra: JSON-able: where the student comes from (store, teachers, data set, …).
+        resize: Height and width that a frame is resized to before the crop, if known.
+        mean: One number per channel: of pixels in 0–1, or of displacements in pixels for optical
+            flow. None means the default.
+        std: Likewise.
+        extra: JSON-able. Origin of the student: store, teachers, data set, …
     """
 
     classes: dict[str, list[str]] = {}
@@ -151,17 +150,17 @@ class StudentMeta(Options):
     extra: dict[str, Any] = {}
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> StudentMeta:
-        """Make it from a flat mapping; keys that are no field of it are put under `extra`."""
-        own = {key: value for key, value in content.items() if key in cls.model_fields}
-        rest = {key: value for key, value in content.items() if key not in cls.model_fields}
-        return cls.model_validate({**own, "extra": {**own.get("extra", {}), **rest}})
+    def from_mapping(cls, content: Mapping[str, Any]) -> StudentMeta:
+        """Make the metadata from a flat mapping; keys that are not fields are put under `extra`."""
+        values = {key: value for key, value in content.items() if key in cls.model_fields}
+        extra = {key: value for key, value in content.items() if key not in cls.model_fields}
+        return cls.model_validate({**values, "extra": {**values.get("extra", {}), **extra}})
 
     def completed(self, channels: int) -> StudentMeta:
-        """Return it with the usual normalisation of RGB or of flow where none was given.
+        """Return a copy with the default normalisation of RGB or optical flow where it has none.
 
         Raises:
-            ValueError: a mean or std that has not one number per channel.
+            ValueError: `mean` or `std` does not have one number per channel.
         """
         mean, std = NORMALIZATION[channels]
         mean, std = self.mean or mean, self.std or std
@@ -189,9 +188,9 @@ class GraphConfig(Options):
     tolerance: float = Field(
         default=1e-3,
         gt=0,
-        description="largest difference from the student that is accepted, in units of the largest "
+        description="largest accepted difference from the student's outputs, in units of the largest "
         "output",
     )
     factory: str | None = Field(
-        default=None, description="package.module:factory that the model's file may run"
+        default=None, description="package.module:factory whose code the model may run"
     )

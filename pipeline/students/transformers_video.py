@@ -1,7 +1,7 @@
 """Video encoders of transformers as students: VideoMAE, ViViT, TimeSformer.
 
-They are built from options alone, and their weights come from the safetensors of a local folder:
-nothing is fetched, and no code of a model's repository is run.
+They are built from options, and their weights are read from safetensors files of a local folder.
+Nothing is downloaded, and no code of a model's repository is run.
 
 Shape letters: B clips, C channels, T frames of a clip, H W pixels, D features.
 """
@@ -19,15 +19,15 @@ from ..common.plugins import import_extra
 from ..common.weights import load_weights
 from .student_options import HF_MODELS, StudentOptions
 
-# Keys of a configuration that the clip decides.
-_OF_THE_CLIP = ("image_size", "num_frames", "num_channels")
+# Keys of a configuration that follow from the clip.
+_CLIP_KEYS = ("image_size", "num_frames", "num_channels")
 
 
 class VideoEncoder(nn.Module):
     """A transformers video model without its classifier: clips [B, C, T, H, W] to features [B, D].
 
-    Its features are what the model's own classifier takes: VideoMAE's mean over tokens, the class
-    token of ViViT and TimeSformer.
+    The features are the inputs of the model's classifier: the mean over tokens for VideoMAE, and
+    the class token for ViViT and TimeSformer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,11 +45,11 @@ def transformers_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.
     """Build a video encoder with fresh weights.
 
     Args:
-        options: `hf:MODEL`, and keys of the model's configuration.
-        clip: (T, side) of the clips that it takes, where the options do not give another.
+        options: Options with `hf:MODEL`, and keys of the model's configuration.
+        clip: (T, side) of the clips, unless the options set other sizes.
 
     Raises:
-        UsageError: transformers is not installed, the model has no such option, or it refuses one.
+        UsageError: transformers is not installed, or the model does not accept an option.
     """
     transformers = import_extra("transformers", "hf", f"student {options.architecture!r}")
     with third_party(f"student {options.architecture!r}", UsageError):
@@ -58,10 +58,10 @@ def transformers_backbone(options: StudentOptions, clip: tuple[int, int]) -> nn.
 
 
 def read_folder(folder: str) -> StudentOptions:
-    """Return the options of the model whose config.json a local folder holds.
+    """Return the options of the model in a local folder, from its config.json.
 
     Raises:
-        CheckpointError: no readable config.json, or another kind of model.
+        CheckpointError: config.json cannot be read, or describes another kind of model.
         UsageError: transformers is not installed.
     """
     transformers = import_extra("transformers", "hf", f"--init hf:{folder}")
@@ -73,15 +73,13 @@ def read_folder(folder: str) -> StudentOptions:
         raise CheckpointError(f"{path}: not a readable configuration of transformers") from None
     if kind not in HF_MODELS:
         raise CheckpointError(f"{path}: model_type is {kind!r}, allowed: {', '.join(HF_MODELS)}")
-    defaults = _own_keys(transformers, kind)
-    # VideoMAE computes its positions, so that its weights fit any clip.
-    free = (*_OF_THE_CLIP[:2],) if kind == "videomae" else ()
+    defaults = _model_defaults(transformers, kind)
+    # VideoMAE computes its positional embeddings, so that its weights fit any clip.
+    ignored = {"num_channels", *(("image_size", "num_frames") if kind == "videomae" else ())}
     differing = {
         key: value
         for key, value in content.items()
-        if key in defaults
-        and key not in (*free, "num_channels")
-        and (value != defaults[key] or key in _OF_THE_CLIP)
+        if key in defaults and key not in ignored and (value != defaults[key] or key in _CLIP_KEYS)
     }
     channels = content.get("num_channels", 3)
     if channels not in (2, 3):
@@ -92,10 +90,10 @@ def read_folder(folder: str) -> StudentOptions:
 
 
 def read_weights(folder: str, options: StudentOptions, clip: tuple[int, int]) -> dict[str, Tensor]:
-    """Return the weights of a local folder in the names of the student's backbone.
+    """Return the weights of a local folder, under the names of the student's backbone.
 
     Raises:
-        CheckpointError: no safetensors, or tensors that are missing or of another shape.
+        CheckpointError: There is no safetensors file, or tensors are missing or of another shape.
     """
     label = f"--init hf:{folder}"
     files = sorted(Path(folder).glob("*.safetensors"))
@@ -107,15 +105,16 @@ def read_weights(folder: str, options: StudentOptions, clip: tuple[int, int]) ->
         config = _config(transformers, options, clip)
         auto = transformers.AutoModelForVideoClassification
         model_class = auto._model_mapping[type(config)]
-        model, found = model_class.from_pretrained(
+        model, loading_info = model_class.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True
         )
-    # The classifier, and the norm before it, which a pre-trained encoder does not have.
-    lacking = [
-        key for key in found["missing_keys"] if not key.startswith(("classifier", "fc_norm"))
+    # A pre-trained encoder has neither the classifier nor the norm before it.
+    missing = [
+        key for key in loading_info["missing_keys"] if not key.startswith(("classifier", "fc_norm"))
     ]
-    if lacking or found["mismatched_keys"]:
-        first = sorted(lacking or [str(each[0]) for each in found["mismatched_keys"]])[0]
+    mismatched = loading_info["mismatched_keys"]
+    if missing or mismatched:
+        first = min(missing or [str(each[0]) for each in mismatched])
         raise CheckpointError(f"{label}: {first} is missing or of another shape")
     return {
         f"model.{name}": tensor
@@ -124,23 +123,24 @@ def read_weights(folder: str, options: StudentOptions, clip: tuple[int, int]) ->
     }
 
 
-def _own_keys(transformers: Any, kind: str) -> dict[str, Any]:
-    """Return the keys and defaults that a configuration adds to those of all models.
+def _model_defaults(transformers: Any, kind: str) -> dict[str, Any]:
+    """Return the keys and defaults of a configuration that not all models have.
 
-    The others can name code or files (attention implementations, quantization), and are not taken.
+    Keys of all models are excluded, because they can name code or files (attention implementations,
+    quantization).
     """
     common = transformers.PretrainedConfig().to_dict()
-    own = transformers.AutoConfig.for_model(kind).to_dict()
-    return {key: value for key, value in own.items() if key not in common}
+    defaults = transformers.AutoConfig.for_model(kind).to_dict()
+    return {key: value for key, value in defaults.items() if key not in common}
 
 
 def _config(transformers: Any, options: StudentOptions, clip: tuple[int, int]) -> Any:
     kind = options.architecture.removeprefix("hf:")
-    own = _own_keys(transformers, kind)
-    unknown = next((key for key in options.options if key not in own), None)
+    defaults = _model_defaults(transformers, kind)
+    unknown = next((key for key in options.options if key not in defaults), None)
     if unknown is not None:
         raise UsageError(
-            f"student.options.{unknown}: {options.architecture} takes: {', '.join(sorted(own))}"
+            f"student.options.{unknown}: {options.architecture} takes: {', '.join(sorted(defaults))}"
         )
     sizes = {"num_frames": clip[0], "image_size": clip[1], "num_channels": options.channels}
     return transformers.AutoConfig.for_model(kind, **{**sizes, **options.options})

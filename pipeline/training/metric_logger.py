@@ -1,8 +1,8 @@
-"""Numbers of a run: metrics.jsonl, and TensorBoard, Weights & Biases, trackio.
+"""Log the metrics of a run to metrics.jsonl and to TensorBoard, Weights & Biases or trackio.
 
-A resume repeats steps that a killed run has logged already. In metrics.jsonl and TensorBoard the
-old ones are dropped; the others cannot take them back, so RUN/trackers.json has the last step of
-each kind that they were given.
+A resume repeats steps that a killed run has already logged. In metrics.jsonl and TensorBoard the
+old records are dropped. The other trackers cannot delete records, so RUN/trackers.json stores the
+last step of each kind that they have logged.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FINAL = "final"
 
 
 class Metrics:
-    """Append to RUN/metrics.jsonl and to trackers; a context manager.
+    """A context manager that appends records to RUN/metrics.jsonl and to trackers.
 
-    A record is one line: {"kind": "train" | "epoch", "step": steps done, …}; numbers that are not
-    finite are null. Records after `step` (of a run that was killed after its last checkpoint) are
-    removed.
+    A record is one line: {"kind": "train" | "epoch", "step": finished steps, …}; numbers that are
+    not finite are null. Records after `step`, of a run that was killed after its last checkpoint,
+    are removed.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class Metrics:
     def __enter__(self) -> Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [
+            lines = [
                 line
                 for line in self.path.read_text("utf-8").splitlines()
                 if _step_of(line) <= self._step
             ]
-            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+            write_whole(self.path, "".join(line + "\n" for line in lines).encode())
         self._file = self._open.enter_context(open(self.path, "a", encoding="utf-8"))
         self._trackers = open_trackers(self._names, self.path.parent, self._step, self._open)
         return self
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        """Append one record; its numbers also go to the trackers as `kind/name`."""
+        """Append a record, and log its numbers to the trackers as `kind/name`."""
         if self._file is None:
             raise TrainingError("Metrics.write outside of its with block")
         values = {
@@ -93,7 +93,7 @@ class Metrics:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line; infinity for one that was not written whole."""
+    """Return the step of a line, or infinity for an incomplete line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -101,22 +101,22 @@ def _step_of(line: str) -> float:
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a run; the names of all are printable."""
+    """Logs the numbers of a run under printable names."""
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of a step; `kind` is train, epoch or final."""
+        """Log the numbers of a step; `kind` is train, epoch or final."""
         ...
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write buffered numbers."""
         ...
 
 
 def require_trackers(names: Sequence[TrackerName]) -> None:
-    """Check that the packages are installed, before anything long begins.
+    """Check that the packages of trackers are installed, before a long job starts.
 
     Raises:
-        UsageError: One is missing; it names the extra.
+        UsageError: A package is missing; the error names the extra.
     """
     for name in names:
         import_extra(name, name, f"--logger {name}")
@@ -125,16 +125,16 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 def open_trackers(
     names: Sequence[TrackerName], run_dir: Path, step: int, stack: ExitStack
 ) -> list[Tracker]:
-    """Open the trackers of a run, whose config is in its folder, and close them with the stack.
+    """Open the trackers of a run, to be closed by `stack`.
 
     Args:
         names: Names of the trackers.
-        run_dir: The folder of the run.
-        step: Steps done; what was logged of later ones is replaced or not logged again.
-        stack: Closes them.
+        run_dir: The folder of the run, which holds its config.
+        step: Number of finished steps. Records of later steps are replaced or not logged again.
+        stack: Closes the trackers.
 
     Raises:
-        TrainingError: One cannot be started, as without a login.
+        TrainingError: A tracker cannot be started, for example without a login.
     """
     trackers: list[Tracker] = []
     for name in names:
@@ -148,18 +148,18 @@ def open_trackers(
 def log_final(
     names: Sequence[TrackerName], run_dir: Path, step: int, values: Mapping[str, Any]
 ) -> None:
-    """Log the numbers that a finished run has at its end, once."""
-    marks = _Marks(run_dir, FINAL)
-    if not names or marks.logged(FINAL, step):
+    """Log the final numbers of a finished run, unless they have been logged before."""
+    progress = _LoggedSteps(run_dir, FINAL)
+    if not names or progress.includes(FINAL, step):
         return
     with ExitStack() as stack:
         for tracker in open_trackers(names, run_dir, step, stack):
             tracker.log(FINAL, step, numbers(values))
-    marks.set(FINAL, step)
+    progress.record(FINAL, step)
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers among values, with printable names."""
+    """Return those values that are numbers, under printable names."""
     return {
         printable(name): float(value)
         for name, value in values.items()
@@ -168,7 +168,7 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flat_config(run_dir: Path) -> dict[str, str | int | float | bool]:
-    """Return the options of RUN/config.yaml by dotted key; values of other kinds are JSON."""
+    """Return the options of RUN/config.yaml by dotted key; lists and empty mappings become JSON."""
     content = load_yaml(read_bytes(run_dir / CONFIG, run_dir).decode("utf-8", "replace"))
     sections = content if isinstance(content, dict) else {}
     flat: dict[str, str | int | float | bool] = {}
@@ -178,27 +178,27 @@ def flat_config(run_dir: Path) -> dict[str, str | int | float | bool]:
             for name, inner in value.items():
                 add(f"{prefix}.{name}" if prefix else str(name), inner)
         elif value is not None:
-            plain = value if isinstance(value, str | int | float | bool) else json.dumps(value)
-            flat[printable(prefix)] = printable(plain) if isinstance(plain, str) else plain
+            scalar = value if isinstance(value, str | int | float | bool) else json.dumps(value)
+            flat[printable(prefix)] = printable(scalar) if isinstance(scalar, str) else scalar
 
     for section in sections.values():
         add("", current_keys(section) if isinstance(section, dict) else None)
     return flat
 
 
-class _Marks:
-    """RUN/trackers.json: what a tracker was given until now, and the identity of its run."""
+class _LoggedSteps:
+    """RUN/trackers.json: the last step of each kind that a tracker has logged, and its run's id."""
 
     def __init__(self, run_dir: Path, tracker: str) -> None:
         self._path, self._tracker = run_dir / TRACKERS, tracker
         self.id = self._read().get(tracker, {}).get("id") or uuid.uuid4().hex[:8]
-        # Of earlier processes; within one, several records may have one step.
-        self._before = dict(self._read().get(tracker, {}).get("steps", {}))
+        # Steps of earlier processes. In this process several records may have the same step.
+        self._earlier = dict(self._read().get(tracker, {}).get("steps", {}))
 
-    def logged(self, kind: str, step: int) -> bool:
-        return step <= self._before.get(kind, 0)
+    def includes(self, kind: str, step: int) -> bool:
+        return step <= self._earlier.get(kind, 0)
 
-    def set(self, kind: str, step: int) -> None:
+    def record(self, kind: str, step: int) -> None:
         content = self._read()
         entry = content.setdefault(self._tracker, {"id": self.id, "steps": {}})
         entry["steps"][kind] = max(step, entry["steps"].get(kind, 0))
@@ -212,7 +212,7 @@ class _Marks:
 
 
 class _TensorBoard:
-    """Event files in RUN/tensorboard; one with the hyperparameters for its tab of the same name."""
+    """Event files in RUN/tensorboard, with the config for TensorBoard's tab of hyperparameters."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -227,7 +227,7 @@ class _TensorBoard:
         if kind == FINAL and self._config:
             from torch.utils.tensorboard.summary import hparams
 
-            # In the run itself; `add_hparams` would make another one next to it.
+            # Written to this run, while `add_hparams` would create another one next to it.
             tags = {f"{kind}/{name}": value for name, value in values.items()}
             writer: Any = self._writer._get_file_writer()
             for summary in hparams(self._config, tags):
@@ -237,26 +237,27 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Marked:
-    """A tracker that cannot take back what it was given."""
+class _AppendOnly:
+    """A tracker that cannot delete records."""
 
     _run: Any
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        self._marks = _Marks(run_dir, name)
+        self._progress = _LoggedSteps(run_dir, name)
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        if not self._marks.logged(kind, step):
-            # Another process may send the final numbers: W&B continues its own count of steps.
-            at = None if kind == FINAL else step
-            self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=at)
-            self._marks.set(kind, step)
+        if not self._progress.includes(kind, step):
+            # Another process may log the final numbers, so W&B continues its own count of steps.
+            logged_step = None if kind == FINAL else step
+            numbers_by_name = {f"{kind}/{name}": value for name, value in values.items()}
+            self._run.log(numbers_by_name, step=logged_step)
+            self._progress.record(kind, step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-class _WandB(_Marked):
+class _WandB(_AppendOnly):
     """A run of W&B, offline with WANDB_MODE=offline; WANDB_PROJECT names the project."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
@@ -265,7 +266,7 @@ class _WandB(_Marked):
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run_dir.resolve().name,
-            id=self._marks.id,
+            id=self._progress.id,
             dir=str(run_dir),
             config=flat_config(run_dir),
             resume="allow",
@@ -273,16 +274,16 @@ class _WandB(_Marked):
         )
 
 
-class _Trackio(_Marked):
-    """A run of trackio; TRACKIO_DIR is where it keeps all runs."""
+class _Trackio(_AppendOnly):
+    """A run of trackio, which stores all runs in TRACKIO_DIR."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
         super().__init__(run_dir, "trackio")
         trackio = import_extra("trackio", "trackio", "--logger trackio")
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-            # Its name is what identifies a run.
-            name=f"{run_dir.resolve().name}-{self._marks.id}",
+            # trackio identifies a run by its name.
+            name=f"{run_dir.resolve().name}-{self._progress.id}",
             config=flat_config(run_dir),
             resume="allow",
             auto_log_gpu=False,

@@ -1,4 +1,4 @@
-"""The largest batch that fits, on a CPU: a network that takes no more than so many clips."""
+"""The largest batch that fits, on a CPU, with a network that raises for larger batches."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ CPU = torch.device("cpu")
 
 
 class Limited(nn.Module):
-    """A network with memory for some clips, as a GPU has it: one more raises what CUDA raises."""
+    """A network with memory for so many clips; for more it raises the error of CUDA."""
 
-    def __init__(self, clips: int) -> None:
+    def __init__(self, max_clips: int) -> None:
         super().__init__()
-        self.clips, self.tried = clips, []
+        self.max_clips, self.sizes = max_clips, []
         self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.tried.append(len(x))
-        if len(x) > self.clips:
+        self.sizes.append(len(x))
+        if len(x) > self.max_clips:
             raise torch.OutOfMemoryError(f"{len(x)} clips")
         out: Tensor = self.layers(x)
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Limited:
-        made = Limited(self.clips)
-        made.layers = copy.deepcopy(self.layers, memo)
-        made.tried = self.tried  # what the copy was asked for is known to the test
-        return made
+        duplicate = Limited(self.max_clips)
+        duplicate.layers = copy.deepcopy(self.layers, memo)
+        # The test checks the sizes that the copy was called with.
+        duplicate.sizes = self.sizes
+        return duplicate
 
 
 class Squares:
-    """An objective of clips "x", all of which count."""
+    """An objective on clips "x", all of which count."""
 
     def counts(self, batch: Any) -> Tensor:
         return torch.tensor([len(batch["x"])])
@@ -63,9 +64,10 @@ class Points:
 
 
 @pytest.mark.parametrize(
-    ("limit", "most", "expected"),
+    ("limit", "max_size", "expected"),
     [
-        (100, 1024, 80),  # 96 fits, 104 does not; less a tenth, in whole eights
+        # 96 fits and 104 does not; a tenth less, rounded down to a multiple of 8, is 80.
+        (100, 1024, 80),
         (10**6, 64, 64),
         (10**6, 50, 50),
         (7, 1024, 6),
@@ -73,23 +75,24 @@ class Points:
         (2, 1024, 1),
     ],
 )
-def test_the_largest_batch_is_found_less_a_margin(limit: int, most: int, expected: int) -> None:
+def test_the_largest_batch_size_is_returned_less_a_margin(
+    limit: int, max_size: int, expected: int
+) -> None:
     model = Limited(limit)
-    before = copy.deepcopy(model.state_dict())
+    weights = copy.deepcopy(model.state_dict())
     torch.manual_seed(3)
-    state = torch.random.get_rng_state()
+    random_state = torch.random.get_rng_state()
     options = LoopOptions(workers=0, epoch_clips=8, channels_last=False, ema=0.9)
-    found = largest_that_fits(model, Points(), Squares(), options, CPU, most)
-    assert found == expected
-    assert found <= limit
-    assert max(model.tried) <= most
+    size = largest_that_fits(model, Points(), Squares(), options, CPU, max_size)
+    assert size == expected
+    assert size <= limit
+    assert max(model.sizes) <= max_size
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
-    assert torch.equal(torch.random.get_rng_state(), state)
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
 
 
-def test_pieces_of_a_batch_are_what_must_fit() -> None:
-    """With a micro batch, gradients of more clips are accumulated."""
+def test_only_micro_batches_must_fit() -> None:
     options = LoopOptions(workers=0, epoch_clips=8, channels_last=False, micro_batch_size=4)
     model = Limited(4)
     assert largest_that_fits(model, Points(), Squares(), options, CPU, 48) == 48
@@ -100,26 +103,26 @@ def test_a_network_too_large_for_one_clip_and_other_faults_end_the_search() -> N
     with pytest.raises(TrainingError, match="--batch-size auto"):
         largest_that_fits(Limited(0), Points(), Squares(), options, CPU)
 
-    class Broken(Limited):
+    class Faulty(Limited):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("another fault")
 
-        def __deepcopy__(self, memo: dict[int, Any]) -> Broken:
+        def __deepcopy__(self, memo: dict[int, Any]) -> Faulty:
             return self
 
     with pytest.raises(RuntimeError, match="another fault"):
-        largest_that_fits(Broken(0), Points(), Squares(), options, CPU)
+        largest_that_fits(Faulty(0), Points(), Squares(), options, CPU)
 
 
 def test_rows_are_repeated_in_tensors_lists_and_mappings() -> None:
     batch = {"a": torch.tensor([1, 2, 3]), "b": ["x", "y", "z"], "c": {"d": torch.eye(3)}}
-    got = repeated(batch, 5)
-    assert got["a"].tolist() == [1, 2, 3, 1, 2]
-    assert got["b"] == ["x", "y", "z", "x", "y"]
-    assert torch.equal(got["c"]["d"], torch.eye(3)[[0, 1, 2, 0, 1]])
+    larger = repeated(batch, 5)
+    assert larger["a"].tolist() == [1, 2, 3, 1, 2]
+    assert larger["b"] == ["x", "y", "z", "x", "y"]
+    assert torch.equal(larger["c"]["d"], torch.eye(3)[[0, 1, 2, 0, 1]])
 
 
-def test_a_cpu_has_the_default_and_a_number_stays() -> None:
+def test_a_cpu_has_the_default_and_a_number_is_kept() -> None:
     def parts() -> Any:
         raise AssertionError("nothing is measured")
 
@@ -149,7 +152,7 @@ def test_a_run_records_the_number_and_resumes_with_it(tiny_store: Any, tmp_path:
     path = run / "config.yaml"
     stored = yaml.safe_load(path.read_text())
     assert stored["train-student"]["loop"]["batch_size"] == DEFAULT_BATCH_SIZE
-    # On a machine where another size fits, a resume is still that of the run.
+    # A resume keeps the run's batch size, also on a machine where a different one fits.
     train_student(config(batch_size=DEFAULT_BATCH_SIZE, epochs=2), Console(quiet=True))
     result = train_student(config(batch_size="auto", epochs=3), Console(quiet=True))
     assert (result["resumed_from_step"], result["steps"]) == (2, 3)

@@ -1,4 +1,4 @@
-"""Numbers of a run in TensorBoard, W&B and trackio, read back by their own readers."""
+"""Metrics of a run in TensorBoard, W&B and trackio, read with the readers of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distinit.pipeline.training.metric_logger import (
 
 pytestmark = pytest.mark.slow
 
-# Killed after step 3, whose checkpoint is of step 2: a resume repeats step 3.
+# The run is killed after step 3 and its last checkpoint is of step 2, so a resume repeats step 3.
 SESSIONS = ((0, (1, 2, 3)), (2, (3, 4)))
 EXPECTED = {
     "train/loss": [(n, 1 / n) for n in (1, 2, 3, 4)],
@@ -40,12 +40,15 @@ def logged_twice(run: Path, name: TrackerName) -> None:
                 metrics.write("train", step, {"loss": 1 / step, "worst": float("nan")})
                 if step % 2 == 0:
                     metrics.write("epoch", step, {"held_out/loss": float(step)})
-    for _ in range(2):  # a finished run that is resumed has nothing new
+    # A resume of a finished run logs nothing.
+    for _ in range(2):
         log_final([name], run, 4, {"test/top1": 0.25, "note": "no number", "none": None})
 
 
-def rounded(found: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
-    return {name: [(step, round(value, 5)) for step, value in all_] for name, all_ in found.items()}
+def rounded(logged: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    return {
+        name: [(step, round(value, 5)) for step, value in points] for name, points in logged.items()
+    }
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -55,32 +58,32 @@ def test_tensorboard(tmp_path: Path) -> None:
     logged_twice(run, "tensorboard")
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    found = {
+    logged = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
-    assert rounded(found) == rounded(EXPECTED | FINAL)
-    about = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert rounded(logged) == rounded(EXPECTED | FINAL)
+    session = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    options = HParamsPluginData.FromString(about).session_start_info.hparams
+    options = HParamsPluginData.FromString(session).session_start_info.hparams
     assert options["loop.lr"].number_value == 0.5
 
 
 def offline_histories(run: Path) -> Iterator[tuple[str, int, Any]]:
-    """Yield key, step and value of the offline files: records in blocks, as in LevelDB's logs."""
+    """Yield key, step and value from W&B's offline files, which consist of LevelDB log blocks."""
     from wandb.proto import wandb_internal_pb2
 
     for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
-        data, at, record = path.read_bytes(), 7, b""
-        while at + 7 <= len(data):
-            left = 32768 - at % 32768
-            if left < 7:
-                at += left
+        data, position, record = path.read_bytes(), 7, b""
+        while position + 7 <= len(data):
+            block_rest = 32768 - position % 32768
+            if block_rest < 7:
+                position += block_rest
                 continue
-            size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-            record += data[at + 7 : at + 7 + size]
-            at += 7 + size
+            size, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+            record += data[position + 7 : position + 7 + size]
+            position += 7 + size
             if kind in (1, 4):
                 content = wandb_internal_pb2.Record.FromString(record)
                 record = b""
@@ -97,12 +100,12 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     logged_twice(run, "wandb")
-    found: dict[str, list[tuple[int, float]]] = {}
+    logged: dict[str, list[tuple[int, float]]] = {}
     for key, step, value in offline_histories(run):
         if not key.startswith("_"):
-            found.setdefault(key, []).append((step, value))
-    assert [value for _, value in found.pop("final/test/top1")] == [0.25]
-    assert rounded(found) == rounded(EXPECTED)
+            logged.setdefault(key, []).append((step, value))
+    assert [value for _, value in logged.pop("final/test/top1")] == [0.25]
+    assert rounded(logged) == rounded(EXPECTED)
     folders = list((run / "wandb").glob("offline-run-*"))
     assert len({folder.name.split("-")[3] for folder in folders}) == 1, "one run, resumed"
 
@@ -115,22 +118,22 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     logged_twice(run, "trackio")
     (tracked,) = trackio.Api().runs("distinit")
-    found: dict[str, list[tuple[int, float]]] = {}
+    logged: dict[str, list[tuple[int, float]]] = {}
     for row in SQLiteStorage.get_logs("distinit", tracked.name):
         for key in set(row) - {"timestamp", "step"}:
-            found.setdefault(key, []).append((row["step"], row[key]))
-    assert [value for _, value in found.pop("final/test/top1")] == [0.25]
-    assert rounded(found) == rounded(EXPECTED)
+            logged.setdefault(key, []).append((row["step"], row[key]))
+    assert [value for _, value in logged.pop("final/test/top1")] == [0.25]
+    assert rounded(logged) == rounded(EXPECTED)
 
 
-def test_names_are_checked_where_they_are_given_and_no_logger_is_allowed() -> None:
+def test_names_of_loggers_are_checked_and_none_is_allowed() -> None:
     assert parse_loggers(("wandb,tensorboard", "wandb")) == ["wandb", "tensorboard"]
     assert parse_loggers(("none",)) == []
     for wrong in (("tensorbord",), ("none,wandb",), ("",)):
         with pytest.raises(ValueError, match=r"tensorboard|none"):
             parse_loggers(wrong)
-    given = LoopOptions(loggers=("wandb",), epoch_clips=1)
-    assert given.identity() == LoopOptions(epoch_clips=1).identity(), "free on a resume"
+    options = LoopOptions(loggers=("wandb",), epoch_clips=1)
+    assert options.identity() == LoopOptions(epoch_clips=1).identity(), "a resume may change it"
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +144,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         require_trackers(["tensorboard", "trackio"])
 
 
-def test_options_are_flat_and_of_plain_kinds(tmp_path: Path) -> None:
+def test_options_are_flattened_to_scalars(tmp_path: Path) -> None:
     values = {"loop": {"lr": 0.5, "betas": [0.9, 0.99], "ema": None}, "search": {}, "on": True}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"finetune": values}))
     assert flat_config(tmp_path) == {

@@ -1,4 +1,4 @@
-"""What a dry run computes and draws: sizes by hand, pixels of known clips."""
+"""Sizes that a dry run computes, compared with sums by hand, and pixels of its picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distinit.pipeline.training.preview import GAP, SIDE, render_batch
 
 
 class Linear(nn.Module):
-    """One matrix: its footprint can be written down."""
+    """One matrix, whose footprint is easy to compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,14 +27,16 @@ class Linear(nn.Module):
 
 
 def test_the_footprint_of_a_matrix_is_that_computed_by_hand() -> None:
-    found = footprint(Linear(), (5, 3, 2, 4, 4))
-    assert found is not None
-    assert found.weights == 3 * 96 * 10 * 4
-    assert found.activations == 5 * 96 * 4  # the input, for the gradient of the weights
-    assert found.flops == 2 * (2 * 5 * 96 * 10)  # forward, and the weights' gradient
-    half = footprint(Linear(), (5, 3, 2, 4, 4), precision="bf16")
-    assert half is not None
-    assert half.activations == found.activations // 2
+    fp32 = footprint(Linear(), (5, 3, 2, 4, 4))
+    assert fp32 is not None
+    assert fp32.weights == 3 * 96 * 10 * 4
+    # The input is stored for the gradient of the weights.
+    assert fp32.activations == 5 * 96 * 4
+    # The forward pass and the gradient of the weights cost the same.
+    assert fp32.flops == 2 * (2 * 5 * 96 * 10)
+    bf16 = footprint(Linear(), (5, 3, 2, 4, 4), precision="bf16")
+    assert bf16 is not None
+    assert bf16.activations == fp32.activations // 2
 
 
 @pytest.mark.slow
@@ -68,16 +70,17 @@ def batch(channels: int = 3) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("channels", "colour"), [(3, [200, 100, 50]), (2, [192, 128, 128])])
-def test_a_batch_is_drawn_a_row_a_clip(channels: int, colour: list[int]) -> None:
+def test_the_picture_of_a_batch_has_one_row_per_clip(channels: int, colour: list[int]) -> None:
     classes = {"a": ["x", "y", "z", "w"], "b": ["u", "v"]}
     picture = render_batch(batch(channels), classes, tau=0.5)
     pixels = np.asarray(picture)
-    row = pixels.shape[0] // 2
+    row_height = pixels.shape[0] // 2
     for frame in range(5):
         left = GAP + frame * (SIDE + GAP)
         assert (pixels[GAP : GAP + SIDE, left : left + SIDE] == colour).all()
-        assert (
-            pixels[GAP + row : GAP + row + 50, left : left + SIDE] == [225, 225, 225]
-        ).all()  # not decoded
+        # The second clip was not decoded.
+        top = GAP + row_height
+        assert (pixels[top : top + 50, left : left + SIDE] == [225, 225, 225]).all()
     text = pixels[:, 5 * (SIDE + GAP) :]
-    assert (text[:row] < 60).all(axis=2).sum() > 200  # ink of what counts
+    # Black text is that of a teacher for which the clip counts.
+    assert (text[:row_height] < 60).all(axis=2).sum() > 200

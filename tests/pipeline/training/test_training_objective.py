@@ -1,4 +1,4 @@
-"""The two losses that a student learns between, against the losses themselves."""
+"""Baseline loss and lower bound of a student's loss, compared with the losses of constants."""
 
 from __future__ import annotations
 
@@ -25,39 +25,40 @@ DRAWS, CLASSES = 40, {"a": 6, "b": 4}
 def draws(
     *, weight_of_b: list[float] | None = None
 ) -> tuple[list[SimpleNamespace], dict[str, np.ndarray]]:
-    """What `loss_bounds` reads of draws, and the logits of all [M, K]."""
+    """Return stand-ins for draws, and the logits of all draws [M, K]."""
     random = np.random.default_rng(3)
     logits = {
         name: random.normal(0, 2, (DRAWS, k)).astype(np.float32) for name, k in CLASSES.items()
     }
-    found = [
+    samples = [
         SimpleNamespace(
             targets={name: values[i] for name, values in logits.items()},
             weight={"a": 1.0, "b": weight_of_b[i] if weight_of_b else 1.0},
         )
         for i in range(DRAWS)
     ]
-    return found, logits
+    return samples, logits
 
 
 def test_the_share_of_the_most_frequent_class_is_that_of_the_clips_that_count() -> None:
     weights = [float(i % 3 > 0) for i in range(DRAWS)]
-    found, logits = draws(weight_of_b=weights)
-    best = {name: torch.from_numpy(values).argmax(dim=1) for name, values in logits.items()}
-    best["b"] = best["b"][torch.tensor(weights) > 0]
+    samples, logits = draws(weight_of_b=weights)
+    top_classes = {name: torch.from_numpy(values).argmax(dim=1) for name, values in logits.items()}
+    top_classes["b"] = top_classes["b"][torch.tensor(weights) > 0]
     expected = {
-        name: float((each == each.mode().values).double().mean()) for name, each in best.items()
+        name: float((classes == classes.mode().values).double().mean())
+        for name, classes in top_classes.items()
     }
-    assert most_frequent_shares(found, ["a", "b"]) == pytest.approx(expected)
-    assert most_frequent_shares(draws(weight_of_b=[0.0] * DRAWS)[0], ["b"]) == {}, "none counts"
+    assert most_frequent_shares(samples, ["a", "b"]) == pytest.approx(expected)
+    assert most_frequent_shares(draws(weight_of_b=[0.0] * DRAWS)[0], ["b"]) == {}, "no draw counts"
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
-def test_of_cross_entropy_they_are_the_loss_of_the_mean_target_and_of_the_targets(
+def test_bounds_of_cross_entropy_are_the_losses_of_the_mean_target_and_of_the_targets(
     tau: float,
 ) -> None:
-    found, logits = draws()
-    bounds = loss_bounds(found, Distillation(["a", "b"], tau=tau, weights={"b": 0.5}))
+    samples, logits = draws()
+    bounds = loss_bounds(samples, Distillation(["a", "b"], tau=tau, weights={"b": 0.5}))
     constant = perfect = 0.0
     for name, factor in (("a", 1.0), ("b", 0.5)):
         targets = torch.softmax(torch.from_numpy(logits[name]).double() / tau, dim=1)
@@ -73,12 +74,13 @@ def test_of_cross_entropy_they_are_the_loss_of_the_mean_target_and_of_the_target
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_no_constant_has_a_smaller_squared_error(reduction: str) -> None:
-    found, logits = draws()
-    bounds = loss_bounds(found, Distillation(["a"], loss="squared-error", mse_reduction=reduction))
+    samples, logits = draws()
+    objective = Distillation(["a"], loss="squared-error", mse_reduction=reduction)
+    bounds = loss_bounds(samples, objective)
     targets = torch.from_numpy(logits["a"])
 
-    def loss(of: torch.Tensor) -> float:
-        return float(getattr((of - targets) ** 2, reduction)(1).mean())
+    def loss(constant: torch.Tensor) -> float:
+        return float(getattr((constant - targets) ** 2, reduction)(1).mean())
 
     assert bounds is not None
     assert bounds.perfect == 0
@@ -90,16 +92,18 @@ def test_no_constant_has_a_smaller_squared_error(reduction: str) -> None:
 
 def test_a_teacher_counts_the_draws_that_its_filter_keeps() -> None:
     weight = [float(i % 2) for i in range(DRAWS)]
-    found, logits = draws(weight_of_b=weight)
-    bounds = loss_bounds(found, Distillation(["b"]))
-    kept = torch.softmax(torch.from_numpy(logits["b"][1::2]).double(), dim=1)
+    samples, logits = draws(weight_of_b=weight)
+    bounds = loss_bounds(samples, Distillation(["b"]))
+    kept_targets = torch.softmax(torch.from_numpy(logits["b"][1::2]).double(), dim=1)
     assert bounds is not None
-    assert bounds.perfect == pytest.approx(float(-(kept * kept.log()).sum(dim=1).mean()), rel=1e-5)
-    nothing, _ = draws(weight_of_b=[0.0] * DRAWS)
-    assert loss_bounds(nothing, Distillation(["b"])) is None
+    assert bounds.perfect == pytest.approx(
+        float(-(kept_targets * kept_targets.log()).sum(dim=1).mean()), rel=1e-5
+    )
+    uncounted, _ = draws(weight_of_b=[0.0] * DRAWS)
+    assert loss_bounds(uncounted, Distillation(["b"])) is None
 
 
-def test_where_every_clip_is_alike_there_is_nothing_to_learn() -> None:
+def test_the_explained_fraction_is_zero_if_all_clips_have_the_same_target() -> None:
     assert LossBounds(1.5, 1.5).explained_fraction(1.5) == 0
 
 
@@ -108,7 +112,7 @@ def test_where_every_clip_is_alike_there_is_nothing_to_learn() -> None:
     [("logits", "cosine"), ("features", "cosine"), ("features", "mse"), ("features", "smooth-l1")],
 )
 def test_no_constant_is_better_than_the_best(output: str, loss: str) -> None:
-    """The best of gradient descent over constants is the baseline, and the targets have loss 0."""
+    """Gradient descent over constants reaches the baseline, and the targets have loss 0."""
     samples, logits = draws()
     mean = torch.full((CLASSES["a"],), 0.5) if loss in ("mse", "smooth-l1") else None
     head = HeadLoss(output, loss, mean=mean, scale=1.5 if mean is not None else 1.0)
@@ -119,9 +123,9 @@ def test_no_constant_is_better_than_the_best(output: str, loss: str) -> None:
 
     def value() -> torch.Tensor:
         optimizer.zero_grad()
-        found = head.by_clip(constant.expand_as(targets), targets).mean()
-        found.backward()
-        return found
+        loss_value = head.by_clip(constant.expand_as(targets), targets).mean()
+        loss_value.backward()
+        return loss_value
 
     optimizer.step(value)
     assert baseline == pytest.approx(value().item(), rel=1e-4)
