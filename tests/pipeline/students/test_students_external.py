@@ -1,5 +1,4 @@
-"""Students that are not built here: torchvision's own models without their classifier, and a user's
-module."""
+"""Third-party students: torchvision's models without their classifier, and modules of users."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ def number():
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module in the working directory, which is where a user's is."""
+    """Write a module to the working directory, as users do."""
     (tmp_path / "my_students.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     yield
@@ -75,8 +74,8 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def student_of(name: str, clip: tuple[int, int] = (8, 32), **options: Any) -> Student:
     torch.manual_seed(0)
-    chosen = StudentOptions.model_validate({"architecture": name, **options})
-    return build_student(chosen, {"t": 5}, clip=clip).eval()
+    student_options = StudentOptions.model_validate({"architecture": name, **options})
+    return build_student(student_options, {"t": 5}, clip=clip).eval()
 
 
 def clip_of(channels: int = 3) -> torch.Tensor:
@@ -91,33 +90,34 @@ def test_34_layers_are_torchvisions_blocks_stacked_3_4_6_3(
     architecture: str, convolution: Any, stem: Any
 ) -> None:
     with torch.device("meta"):
-        theirs = VideoResNet(BasicBlock, [convolution] * 4, [3, 4, 6, 3], stem, num_classes=400)
-        ours = build_student(StudentOptions(architecture=architecture), {"t": 400})
+        reference = VideoResNet(BasicBlock, [convolution] * 4, [3, 4, 6, 3], stem, num_classes=400)
+        student = build_student(StudentOptions(architecture=architecture), {"t": 400})
     shapes = {
         name: tensor.shape
-        for name, tensor in theirs.state_dict().items()
+        for name, tensor in reference.state_dict().items()
         if not name.startswith("fc.")
     }
-    assert {name: tensor.shape for name, tensor in ours.backbone.state_dict().items()} == shapes
-    assert count_parameters(ours) == count_parameters(theirs)
+    state = student.backbone.state_dict()
+    assert {name: tensor.shape for name, tensor in state.items()} == shapes
+    assert count_parameters(student) == count_parameters(reference)
 
 
 def test_s3d_gives_torchvisions_features_and_its_file_loads_there(tmp_path: Path) -> None:
     student = student_of("s3d")
     assert student.feature_size == 1024
     save_student(tmp_path / "s.safetensors", student, StudentMeta(clip_size=32))
-    theirs = video.s3d(num_classes=5)
+    reference = video.s3d(num_classes=5)
     state = load_file(tmp_path / "s.safetensors")
-    found = theirs.load_state_dict(
+    keys = reference.load_state_dict(
         {k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False
     )
-    assert found.missing_keys == ["classifier.1.weight", "classifier.1.bias"]
-    assert not found.unexpected_keys
+    assert keys.missing_keys == ["classifier.1.weight", "classifier.1.bias"]
+    assert not keys.unexpected_keys
     with torch.inference_mode():
-        expected = theirs.eval().features(clip_of()).mean((2, 3, 4))
+        expected = reference.eval().features(clip_of()).mean((2, 3, 4))
         assert torch.equal(student.features(clip_of()), expected)
-        again = load_student(tmp_path / "s.safetensors")
-        assert torch.equal(again(clip_of())["t"], student(clip_of())["t"])
+        loaded = load_student(tmp_path / "s.safetensors")
+        assert torch.equal(loaded(clip_of())["t"], student(clip_of())["t"])
         other = student_of("s3d")
         assert len(load_backbone(other, tmp_path / "s.safetensors").loaded) == len(
             student.backbone.state_dict()
@@ -147,8 +147,8 @@ def test_a_users_modules(modules: None, tmp_path: Path) -> None:
     save_student(path, flat, StudentMeta(clip_size=32))
     assert {"fc.weight", "heads.t.weight"} <= set(load_file(path))
     with torch.inference_mode():
-        again = load_student(path, factory="my_students:Flat")
-        assert torch.equal(again(clip_of())["t"], flat(clip_of())["t"])
+        loaded = load_student(path, factory="my_students:Flat")
+        assert torch.equal(loaded(clip_of())["t"], flat(clip_of())["t"])
     # A file alone runs no code.
     for read in (load_student, read_options):
         with pytest.raises(
@@ -159,7 +159,7 @@ def test_a_users_modules(modules: None, tmp_path: Path) -> None:
         load_backbone(maps, path)
 
 
-def test_refusals_name_what_is_wrong(modules: None) -> None:
+def test_refusals_name_the_problem(modules: None) -> None:
     with pytest.raises(
         ValidationError, match=r"'resnet18' is not known; there are: r2plus1d_18, .*s3d, .*:factory"
     ):

@@ -1,4 +1,4 @@
-"""Exports against plain safetensors and torchvision's own model; what does not fit is refused by
+"""Student files, compared with plain safetensors and torchvision's model; misfits are refused by
 name."""
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def test_export_loads_strictly_into_torchvision(tmp_path: Path) -> None:
     save_student(
         tmp_path / "student.safetensors", student, StudentMeta(classes={"teacher": list("abcdefg")})
     )
-    theirs = r2plus1d_18(num_classes=7)
-    theirs.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
+    reference = r2plus1d_18(num_classes=7)
+    reference.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
     with torch.inference_mode():
-        assert torch.equal(theirs.eval()(clip_of()), student(clip_of())["teacher"])
+        assert torch.equal(reference.eval()(clip_of()), student(clip_of())["teacher"])
 
 
-def test_an_mlp_head_is_linear_gelu_linear_and_comes_back(tmp_path: Path) -> None:
+def test_an_mlp_head_is_linear_gelu_linear_and_is_loaded_again(tmp_path: Path) -> None:
     options = StudentOptions.model_validate(NARROW)
     student = build_student(options, {"a": 3, "b": 4}, head_kinds={"a": "mlp"}).eval()
     assert student.head_kinds == {"a": "mlp", "b": "linear"}
@@ -68,15 +68,15 @@ def test_an_mlp_head_is_linear_gelu_linear_and_comes_back(tmp_path: Path) -> Non
         expected = hidden @ state["heads.a.output.weight"].double().numpy().T
         expected = expected + state["heads.a.output.bias"].double().numpy()
         assert np.allclose(student(clip_of())["a"].numpy(), expected, atol=1e-5)
-        again = load_student(tmp_path / "s.safetensors")
-        assert again.head_kinds == student.head_kinds
-        assert torch.equal(again(clip_of())["a"], student(clip_of())["a"])
+        loaded = load_student(tmp_path / "s.safetensors")
+        assert loaded.head_kinds == student.head_kinds
+        assert torch.equal(loaded(clip_of())["a"], student(clip_of())["a"])
     other = build_student(options, {"label": 2})
     report = load_backbone(other, tmp_path / "s.safetensors")
     assert all(name.startswith("heads.") for name in report.left)
     with safe_open(tmp_path / "s.safetensors", "pt") as file:
         assert json.loads(file.metadata()["distinit"])["head_kinds"] == {"a": "mlp"}
-    # Files with linear heads alone are those of version 0.1.
+    # Files with only linear heads have the header of version 0.1.
     save_student(tmp_path / "plain.safetensors", other, StudentMeta())
     with safe_open(tmp_path / "plain.safetensors", "pt") as file:
         header = json.loads(file.metadata()["distinit"])
@@ -88,19 +88,19 @@ def test_heads_of_features_are_written_in_the_teachers_scale(tmp_path: Path) -> 
     heads = {"linear": 3, "mlp": 3, "logits": 2}
     student = build_student(options, heads, head_kinds=kinds).eval()
     mean, scale = torch.tensor([5.0, -2.0, 0.5]), 7.5
-    about = {name: {"output": "features", "loss": "mse"} for name in ("linear", "mlp")}
-    about["logits"] = {"output": "logits", "loss": "cross-entropy"}
+    head_meta = {name: {"output": "features", "loss": "mse"} for name in ("linear", "mlp")}
+    head_meta["logits"] = {"output": "logits", "loss": "cross-entropy"}
     scales = {"linear": (mean, scale), "mlp": (mean, scale)}
     with torch.inference_mode():
-        before = student(clip_of())
-        save_student(tmp_path / "s.safetensors", student, {"heads": about}, scales)
+        scaled = student(clip_of())
+        save_student(tmp_path / "s.safetensors", student, {"heads": head_meta}, scales)
         loaded = load_student(tmp_path / "s.safetensors")
-        after, unchanged = loaded(clip_of()), student(clip_of())
+        restored, unchanged = loaded(clip_of()), student(clip_of())
     for name in ("linear", "mlp"):
-        assert torch.equal(unchanged[name], before[name])
-        torch.testing.assert_close(after[name], before[name] * scale + mean)
-    assert torch.equal(after["logits"], before["logits"])
-    assert loaded.meta.model_dump()["heads"] == about
+        assert torch.equal(unchanged[name], scaled[name])
+        torch.testing.assert_close(restored[name], scaled[name] * scale + mean)
+    assert torch.equal(restored["logits"], scaled["logits"])
+    assert loaded.meta.model_dump()["heads"] == head_meta
 
 
 def test_round_trip_with_several_heads_through_a_run_folder(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_round_trip_with_several_heads_through_a_run_folder(tmp_path: Path) -> N
         extra={"store": "abc"},
     )
     with torch.inference_mode():
-        ours, theirs = student(clip_of(2)), loaded(clip_of(2))
-    assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == {
+        expected, outputs = student(clip_of(2)), loaded(clip_of(2))
+    assert {name: torch.equal(outputs[name], expected[name]) for name in expected} == {
         "a.b-c": True,
         "keys": True,
     }
@@ -149,7 +149,7 @@ def test_backbone_initialises_another_student(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("wanted", "words"),
     [
         ({"variant": "vmz"}, "variant is 'torchvision' in the file, 'vmz' was asked for"),
         (
@@ -160,36 +160,39 @@ def test_backbone_initialises_another_student(tmp_path: Path) -> None:
         ({"channels": 2}, "channels is 3 in the file, 2 was asked for"),
     ],
 )
-@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("has_metadata", [True, False])
 def test_misfits_are_refused_by_name(
-    tmp_path: Path, asked: dict[str, Any], words: str, foreign: bool
+    tmp_path: Path, wanted: dict[str, Any], words: str, has_metadata: bool
 ) -> None:
     path = tmp_path / "s.safetensors"
     source = student_of({"t": 5}, **NARROW)
     save_student(path, source, StudentMeta())
-    if foreign:  # without metadata the kind is told by the shapes
+    # Without metadata the options are recognised by the shapes.
+    if not has_metadata:
         save_file(load_file(path), path)
-    target = student_of({"labels": 2}, **{**NARROW, **asked})
-    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    target = student_of({"labels": 2}, **{**NARROW, **wanted})
+    initial = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load_backbone(target, path)
     assert words in str(caught.value)
     fitting = "what fits: architecture=r2plus1d_18 variant=torchvision width=0.125 channels=3"
     assert fitting in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in target.state_dict().items())
 
 
 @pytest.mark.parametrize("variant", ["torchvision", "vmz"])
-def test_kind_is_told_by_shapes_for_torchvisions_own_file(tmp_path: Path, variant: str) -> None:
-    theirs = student_of({"t": 2}, variant=variant, width=0.5)
-    save_file(theirs.backbone.state_dict(), tmp_path / "plain.safetensors")
-    assert read_options(tmp_path / "plain.safetensors") == theirs.options
+def test_options_are_recognised_by_shapes_for_a_file_of_torchvision(
+    tmp_path: Path, variant: str
+) -> None:
+    student = student_of({"t": 2}, variant=variant, width=0.5)
+    save_file(student.backbone.state_dict(), tmp_path / "plain.safetensors")
+    assert read_options(tmp_path / "plain.safetensors") == student.options
     with pytest.raises(CheckpointError, match="no 'distinit' metadata"):
         load_student(tmp_path / "plain.safetensors")
 
 
-def test_damaged_foreign_and_missing_files(tmp_path: Path) -> None:
+def test_damaged_third_party_and_missing_files(tmp_path: Path) -> None:
     student = student_of({"t": 5}, **NARROW)
     path = tmp_path / "student.safetensors"
     with pytest.raises(CheckpointError, match="no such file or run folder"):
@@ -227,7 +230,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "student.safetensors"
     student = student_of({"t": 5}, **NARROW)
     save_student(path, student, StudentMeta())
-    before = path.read_bytes()
+    content = path.read_bytes()
     with pytest.raises(CheckpointError, match="3 class names for head 't', which has 5"):
         save_student(path, student, StudentMeta(classes={"t": ["a", "b", "c"]}))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -237,7 +240,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
             save_student(path, student, StudentMeta())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == content
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 

@@ -1,5 +1,5 @@
-"""How students begin: inflation against the 2D network itself, Kinetics against torchvision's
-model, and refusals."""
+"""Initialisations of students: inflation compared with the 2D network, Kinetics weights compared
+with torchvision's model, and refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from distinit.pipeline.students.student_options import StudentMeta, StudentOptio
 
 
 def image_network(name: str = "resnet18", classes: int = 10) -> nn.Module:
-    """A real ResNet with weights and statistics unlike its fresh ones."""
+    """Return a ResNet with weights and statistics that differ from the initial ones."""
     torch.manual_seed(0)
     network = torchvision.models.get_model(name, weights=None, num_classes=classes)
     for module in network.modules():
@@ -43,7 +43,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def places(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as CSAILVision's: epoch, arch, state_dict under `module.`, best_prec1."""
+    """Write a checkpoint of CSAILVision: epoch, arch, state_dict under `module.`, best_prec1."""
     path = tmp_path_factory.mktemp("places") / "resnet18_places365.pth.tar"
     state = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
     content = {"epoch": 90, "arch": "resnet18", "state_dict": state, "best_prec1": 54.7}
@@ -51,19 +51,19 @@ def places(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def started(
+def initialised(
     init: str, wanted: dict[str, Any] | None = None, inflation: Any = "scaled"
 ) -> tuple[Student, InitReport]:
-    start = resolve_init(
+    initialization = resolve_init(
         init, StudentOptions.model_validate(wanted) if wanted is not None else None, inflation
     )
     torch.manual_seed(1)
-    student = build_student(start.options, {"label": 3})
-    return student.eval(), start.fill(student)
+    student = build_student(initialization.options, {"label": 3})
+    return student.eval(), initialization.fill(student)
 
 
 def pairs(network: nn.Module, student: Student) -> list[tuple[str, nn.Conv2d, nn.Conv3d]]:
-    """Every convolution of the two networks, by the rename."""
+    """Return each convolution of the two networks under its 2D name."""
     video = dict(student.backbone.named_modules())
     return [
         (name, module, video[video_name(f"{name}.weight").removesuffix(".weight")])
@@ -77,10 +77,10 @@ def pairs(network: nn.Module, student: Student) -> list[tuple[str, nn.Conv2d, nn
     ("architecture", "inflation"),
     [("r3d_18", "scaled"), ("r3d_18", "replicated"), ("mc3_18", "scaled")],
 )
-def test_every_convolution_answers_to_a_static_clip_as_to_its_image(
+def test_every_convolution_has_the_same_output_for_a_static_clip_and_its_image(
     network: nn.Module, places: Path, architecture: str, inflation: str
 ) -> None:
-    student, report = started(f"inflate:{places}", {"architecture": architecture}, inflation)
+    student, report = initialised(f"inflate:{places}", {"architecture": architecture}, inflation)
     convolutions = pairs(network, student)
     assert len(convolutions) == 20
     assert len([name for name in report.loaded if not name.endswith("num_batches_tracked")]) == 100
@@ -90,10 +90,10 @@ def test_every_convolution_answers_to_a_static_clip_as_to_its_image(
         frames = deep.kernel_size[0]
         clip = image.unsqueeze(2).repeat(1, 1, 7, 1, 1)
         with torch.no_grad():
-            expected, found = flat(image), deep(clip)
+            expected, output = flat(image), deep(clip)
         if inflation == "replicated":
             expected = expected * frames
-        inner = found[:, :, 1:-1] if frames > 1 else found
+        inner = output[:, :, 1:-1] if frames > 1 else output
         assert inner.shape[2] > 0
         for frame in inner.unbind(2):
             torch.testing.assert_close(
@@ -101,12 +101,14 @@ def test_every_convolution_answers_to_a_static_clip_as_to_its_image(
             )
 
 
-def test_the_whole_inflated_network_answers_to_a_static_clip_as_the_image_network(
+def test_the_inflated_network_has_the_output_of_the_image_network_for_a_static_clip(
     network: nn.Module, places: Path
 ) -> None:
-    """Without ResNet's max-pool, which Res3D lacks. Frame 56 of 112 sees 54 frames on either side:
-    no border."""
-    student, _ = started(f"inflate:{places}")
+    """ResNet's max-pool is left out, which R3D does not have.
+
+    The receptive field of frame 56 of 112 is 54 frames on either side, so padding has no effect.
+    """
+    student, _ = initialised(f"inflate:{places}")
     image = torch.randn(1, 3, 16, 16)
     backbone = student.backbone
     with torch.no_grad():
@@ -121,15 +123,15 @@ def test_the_whole_inflated_network_answers_to_a_static_clip_as_the_image_networ
 def test_flow_gets_the_mean_of_the_colours_for_both_channels(
     network: nn.Module, places: Path
 ) -> None:
-    """Table 5's mean-inflated stem, in NumPy; everything behind it is that of RGB."""
-    student, report = started(f"inflate:{places}", {"channels": 2})
+    """Table 5's mean-inflated stem, in NumPy; all later layers are those of RGB."""
+    student, report = initialised(f"inflate:{places}", {"channels": 2})
     kernel = network.conv1.weight.detach().numpy()  # [64, 3, 7, 7]
     expected = np.broadcast_to(kernel.mean(axis=1)[:, None, None] / 3, (64, 2, 3, 7, 7))
     np.testing.assert_allclose(
         student.backbone.stem[0].weight.detach().numpy(), expected, atol=1e-6
     )
-    behind = network.layer1[0].conv1.weight.detach().numpy()
-    expected = np.broadcast_to(behind[:, :, None] / 3, (64, 64, 3, 3, 3))
+    next_kernel = network.layer1[0].conv1.weight.detach().numpy()
+    expected = np.broadcast_to(next_kernel[:, :, None] / 3, (64, 64, 3, 3, 3))
     np.testing.assert_allclose(
         student.backbone.layer1[0].conv1[0].weight.detach().numpy(), expected, atol=1e-6
     )
@@ -168,7 +170,7 @@ def test_flow_gets_the_mean_of_the_colours_for_both_channels(
         ("vgg11", {}, "no 2D ResNet of RGB images"),
     ],
 )
-def test_what_does_not_inflate_is_refused_by_name(
+def test_misfits_of_inflation_are_refused_by_name(
     tmp_path: Path, name: str, wanted: dict[str, Any], words: str
 ) -> None:
     with torch.device("meta"):
@@ -181,12 +183,13 @@ def test_what_does_not_inflate_is_refused_by_name(
         resolve_init(f"inflate:{tmp_path / 'w.pth'}", StudentOptions.model_validate(wanted))
 
 
-def test_torchvisions_weights_come_from_its_cache_or_say_where_to_get_them(
+def test_torchvisions_weights_come_from_its_cache_or_the_error_names_their_url(
     network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for proxy in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody answers there
+        # No server listens at this port.
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
     for init in ("inflate:resnet18", "kinetics"):
         with pytest.raises(
             WeightsError, match=rf"--init {init}: .* cannot be fetched .*get https://.*:FILE"
@@ -195,31 +198,29 @@ def test_torchvisions_weights_come_from_its_cache_or_say_where_to_get_them(
     folder = tmp_path / "hub/checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(network.state_dict(), folder / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
-    student, report = started("inflate:resnet18")
+    student, report = initialised("inflate:resnet18")
     assert (student.options.architecture, report.path) == ("r3d_18", "inflate:resnet18")
     torch.testing.assert_close(student.backbone.stem[0].weight.sum(dim=2), network.conv1.weight)
 
 
 @pytest.mark.slow
-def test_kinetics_is_torchvisions_own_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kinetics_is_torchvisions_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(2)
-    theirs = torchvision.models.video.r2plus1d_18(weights=None, num_classes=400).eval()
+    reference = torchvision.models.video.r2plus1d_18(weights=None, num_classes=400).eval()
     file = tmp_path / "hub/checkpoints" / Path(R2Plus1D_18_Weights.KINETICS400_V1.url).name
     file.parent.mkdir(parents=True)
-    torch.save(theirs.state_dict(), file)
+    torch.save(reference.state_dict(), file)
     clip = torch.randn(1, 3, 4, 32, 32)
-    student, report = started(f"kinetics:{file}")
+    student, report = initialised(f"kinetics:{file}")
     assert sorted(report.left) == ["fc.bias", "fc.weight"]
     with torch.no_grad():
-        torch.testing.assert_close(theirs.fc(student.features(clip)), theirs(clip))
-    fetched = resolve_init("kinetics", None)
-    assert fetched.options == student.options == StudentOptions()
+        torch.testing.assert_close(reference.fc(student.features(clip)), reference(clip))
+    from_cache = resolve_init("kinetics", None)
+    assert from_cache.options == student.options == StudentOptions()
     student.backbone.stem[0].weight.data.zero_()
-    fetched.fill(student)
-    torch.testing.assert_close(student.backbone.stem[0].weight, theirs.stem[0].weight)
+    from_cache.fill(student)
+    torch.testing.assert_close(student.backbone.stem[0].weight, reference.stem[0].weight)
     for wanted, words in (
         (
             {"variant": "vmz"},
@@ -262,16 +263,16 @@ def failing():
 
 
 def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_starts.py").write_text(FACTORY)
+    (tmp_path / "my_inits.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
     for name in ("module", "state"):
-        student, report = started(f"own_starts:{name}")
+        student, report = initialised(f"my_inits:{name}")
         assert student.options == StudentOptions(architecture="r3d_18", width=0.0625)
         assert not report.left
     refused: dict[str, tuple[type[DistInitError], str]] = {
-        "own_starts:number": (UsageError, "returned a int; expected a module or a dict of tensors"),
-        "own_starts:failing": (UsageError, "KeyError: 'gone'"),
-        "own_starts:none": (UsageError, "module 'own_starts' has no function 'none'"),
+        "my_inits:number": (UsageError, "returned a int; expected a module or a dict of tensors"),
+        "my_inits:failing": (UsageError, "KeyError: 'gone'"),
+        "my_inits:none": (UsageError, "module 'my_inits' has no function 'none'"),
         "no_such_module:f": (UsageError, "ModuleNotFoundError"),
         "inflate:": (UsageError, "expected inflate:resnet18"),
         "runs/none": (CheckpointError, "no such file or run folder"),
@@ -283,19 +284,19 @@ def test_factories_and_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for init, (error, words) in refused.items():
         with pytest.raises(error, match=words):
             resolve_init(init, None)
-    sys.modules.pop("own_starts", None)
+    sys.modules.pop("my_inits", None)
 
     narrow = build_student(StudentOptions(architecture="r3d_18", width=0.0625), {"teacher": 4})
     save_student(tmp_path / "student.safetensors", narrow, StudentMeta())
-    student, report = started(str(tmp_path), {"architecture": "r3d_18"})
-    assert student.options.width == 0.0625, "only what was asked for is compared"
+    student, report = initialised(str(tmp_path), {"architecture": "r3d_18"})
+    assert student.options.width == 0.0625, "only options that are set are compared"
     assert sorted(report.left) == ["fc.bias", "fc.weight"]
     with pytest.raises(
         CheckpointError, match=r"variant 'vmz' is a rule of .*; what fits: r3d_18 \(variant"
     ):
-        started(str(tmp_path), {"variant": "vmz"})
+        initialised(str(tmp_path), {"variant": "vmz"})
     with pytest.raises(CheckpointError, match=r"width is 0\.0625 in the file, 1\.0 was asked for"):
-        started(str(tmp_path), {"width": 1.0})
+        initialised(str(tmp_path), {"width": 1.0})
     monkeypatch.chdir(tmp_path)
     assert canonical_init("inflate:a.pth") == f"inflate:{tmp_path / 'a.pth'}"
     assert canonical_init("student.safetensors") == str(tmp_path / "student.safetensors")
@@ -309,7 +310,7 @@ def test_a_frozen_backbone_keeps_weights_and_statistics() -> None:
         StudentOptions(architecture="r3d_18", width=0.0625), {"label": 3}, dropout=0.5
     )
     student.freeze_backbone()
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     student.train()
     assert student.dropout.training
     optimizer = torch.optim.SGD(
@@ -320,6 +321,6 @@ def test_a_frozen_backbone_keeps_weights_and_statistics() -> None:
     changed = {
         name
         for name, tensor in student.state_dict().items()
-        if not torch.equal(tensor, before[name])
+        if not torch.equal(tensor, initial[name])
     }
     assert changed == {"heads.head_label.weight", "heads.head_label.bias"}

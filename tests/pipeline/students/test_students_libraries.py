@@ -1,4 +1,4 @@
-"""Students of torchvision, timm, transformers and of a user's wrapper, against these libraries."""
+"""Students of torchvision, timm, transformers and user modules, compared with these libraries."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def honest(clip_frames, clip_size, channels):
     return Wrapper(clip_frames, clip_size, channels)
 
 def wrong(clip_frames, clip_size, channels):
-    made = Wrapper(clip_frames, clip_size, channels)
-    made.feature_dim = 7
-    return made
+    module = Wrapper(clip_frames, clip_size, channels)
+    module.feature_dim = 7
+    return module
 """
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "videomae": ("hf:videomae", TINY),
@@ -67,14 +67,16 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def student_of(name: str, options: Mapping[str, Any] = {}, **more: Any) -> Student:
+def student_of(name: str, options: Mapping[str, Any] = {}, **others: Any) -> Student:
     if name.startswith("hf:"):
         pytest.importorskip("transformers", reason="the extra distinit[hf] is not installed")
     if name.startswith("timm:"):
         pytest.importorskip("timm", reason="the extra distinit[timm] is not installed")
     torch.manual_seed(0)
-    chosen = StudentOptions.model_validate({"architecture": name, "options": options, **more})
-    return build_student(chosen, {"t": 5}, clip=(8, 32)).eval()
+    student_options = StudentOptions.model_validate(
+        {"architecture": name, "options": options, **others}
+    )
+    return build_student(student_options, {"t": 5}, clip=(8, 32)).eval()
 
 
 def clip_of(channels: int = 3) -> torch.Tensor:
@@ -91,7 +93,7 @@ class Clips:
 
 
 class Squares:
-    """Squared error of a head; may crash at a call."""
+    """Squared error of a head; may crash at a given call."""
 
     def __init__(self, crash: int | None = None) -> None:
         self.crash, self.calls = crash, 0
@@ -120,14 +122,17 @@ def train(run: Path, student: Student, *, crash: int | None = None, resume: bool
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_trains_resumes_and_comes_back(modules: None, tmp_path: Path, kind: str) -> None:
+def test_each_kind_is_trained_resumed_saved_and_loaded(
+    modules: None, tmp_path: Path, kind: str
+) -> None:
     name, options = KINDS[kind]
     whole, parts = student_of(name, options), student_of(name, options)
-    before = {key: value.clone() for key, value in whole.named_parameters()}
+    initial = {key: value.clone() for key, value in whole.named_parameters()}
     train(tmp_path / "whole", whole)
     for key, value in whole.named_parameters():
-        assert value.grad is not None, key  # a parameter without one would stop several processes
-    assert sum(not torch.equal(value, before[key]) for key, value in whole.named_parameters()) > 3
+        # With several processes a parameter without a gradient is an error.
+        assert value.grad is not None, key
+    assert sum(not torch.equal(value, initial[key]) for key, value in whole.named_parameters()) > 3
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "parts", parts, crash=3)
     parts = student_of(name, options)
@@ -137,25 +142,26 @@ def test_each_kind_trains_resumes_and_comes_back(modules: None, tmp_path: Path, 
 
     path = tmp_path / "s.safetensors"
     save_student(path, whole.eval(), StudentMeta(clip_length=8, clip_size=32))
-    again = load_student(path, factory=name)
+    loaded = load_student(path, factory=name)
     other = student_of(name, options)
     assert all(key.startswith("fc.") for key in load_backbone(other, path).left)
     with torch.inference_mode():
         features = whole.features(clip_of())
         assert features.shape == (2, whole.feature_size)
-        # Not bit by bit: training has laid out the kernels in another order (channels last).
-        assert torch.allclose(again(clip_of())["t"], whole(clip_of())["t"], atol=1e-6)
+        # Not bit by bit, because training has changed the memory format (channels last).
+        assert torch.allclose(loaded(clip_of())["t"], whole(clip_of())["t"], atol=1e-6)
         assert torch.allclose(other.features(clip_of()), features, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mvit_v1_b", "mvit_v2_s"])
-def test_mvit_is_torchvisions_at_its_own_clip(name: str) -> None:
+def test_mvit_is_equal_to_torchvisions_for_its_clip_size(name: str) -> None:
     with torch.device("meta"):
-        ours = torchvision_backbone(StudentOptions(architecture=name), (16, 224))
-        theirs = get_model(name)
-    theirs.head = nn.Identity()
-    assert repr(ours) == repr(theirs)
-    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (ours, theirs)]
+        backbone = torchvision_backbone(StudentOptions(architecture=name), (16, 224))
+        reference = get_model(name)
+    reference.head = nn.Identity()
+    assert repr(backbone) == repr(reference)
+    models = (backbone, reference)
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in models]
     assert shapes[0] == shapes[1]
 
 
@@ -165,7 +171,8 @@ def test_mvit_is_torchvisions_at_its_own_clip(name: str) -> None:
     [("mvit_v1_b", 8, 112), ("mvit_v2_s", 4, 64), ("swin3d_t", 4, 64), ("s3d", 8, 64)],
 )
 def test_torchvisions_models_take_clips_of_any_size(name: str, frames: int, size: int) -> None:
-    with torch.device("meta"):  # shapes alone
+    # Only shapes are computed.
+    with torch.device("meta"):
         options = StudentOptions(architecture=name, channels=2)
         student = build_student(options, {"t": 5}, clip=(frames, size))
         logits = student(torch.zeros(2, 2, frames, size, size))["t"]
@@ -193,7 +200,8 @@ def test_transformers_sees_time_before_channels() -> None:
     model = student.backbone.model
     with torch.inference_mode():
         hidden = model.videomae(clip_of().permute(0, 2, 1, 3, 4)).last_hidden_state
-        assert hidden.shape == (2, 4 * 4, 32)  # 4 tubelets of 2 frames, 2 × 2 patches of 16 pixels
+        # 4 tubelets of 2 frames, 2 × 2 patches of 16 pixels.
+        assert hidden.shape == (2, 4 * 4, 32)
         expected = model.fc_norm(hidden.mean(1))
         assert torch.allclose(student.features(clip_of()), expected, atol=1e-6)
 
@@ -206,26 +214,26 @@ def test_a_folder_of_transformers_is_an_initialisation(tmp_path: Path, kind: str
     config = transformers.AutoConfig.for_model(kind, **options)
     model = transformers.AutoModelForVideoClassification.from_config(config).eval()
     model.save_pretrained(tmp_path)
-    start = resolve_init(f"hf:{tmp_path}", None)
-    assert start.options.architecture == f"hf:{kind}"
-    student = build_student(start.options, {"label": 2}, clip=(8, 32)).eval()
-    start.fill(student)
+    init = resolve_init(f"hf:{tmp_path}", None)
+    assert init.options.architecture == f"hf:{kind}"
+    student = build_student(init.options, {"label": 2}, clip=(8, 32)).eval()
+    init.fill(student)
     model.classifier = nn.Identity()
     with torch.inference_mode():
         expected = model(pixel_values=clip_of().transpose(1, 2)).logits
         assert torch.equal(student.features(clip_of()), expected)
-    # A file of such a student needs the folder no more.
+    # The file of the student does not need the folder.
     save_student(tmp_path / "s.safetensors", student, StudentMeta(clip_length=8, clip_size=32))
     with torch.inference_mode():
-        again = load_student(tmp_path / "s.safetensors").features(clip_of())
-    assert torch.equal(again, expected)
+        features = load_student(tmp_path / "s.safetensors").features(clip_of())
+    assert torch.equal(features, expected)
 
     with pytest.raises(CheckpointError, match="architecture is"):
         resolve_init(f"hf:{tmp_path}", StudentOptions(architecture="s3d"))
     (tmp_path / "model.safetensors").rename(tmp_path / "model.bin")
     (tmp_path / "s.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no \.safetensors"):
-        start.fill(student)
+        init.fill(student)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(CheckpointError, match=r"'bert'.*videomae"):
         resolve_init(f"hf:{tmp_path}", None)
@@ -238,7 +246,7 @@ def test_a_folder_of_transformers_is_an_initialisation(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     ("name", "options", "larger"),
     [
-        # transformers computes the positions of a size in Python: 2**20 would take a minute.
+        # transformers computes positional embeddings in Python, which takes a minute for 2**20.
         ("hf:videomae", TINY, {"hidden_size": 2**14}),
         ("timm:vit_tiny_patch16_224", VIT, {"embed_dim": 2**20}),
         ("timm:vit_tiny_patch16_224", VIT, {"checkpoint_path": "a.pth"}),
@@ -251,8 +259,8 @@ def test_a_file_that_claims_a_larger_student_is_refused(
     save_student(path, student_of(name, options), meta)
     header = {"format_version": 1, "heads": {"t": 5}, "meta": meta}
     for changes in ({}, larger):
-        given = {"architecture": name, "options": {**options, **changes}}
-        text = json.dumps({**header, "options": given})
+        student_options = {"architecture": name, "options": {**options, **changes}}
+        text = json.dumps({**header, "options": student_options})
         save_file(load_file(path), path, {"distinit": text})
         if not changes:
             load_student(path)
@@ -260,7 +268,7 @@ def test_a_file_that_claims_a_larger_student_is_refused(
         load_student(path)
 
 
-def test_what_a_library_does_not_take_is_refused_by_name(modules: None) -> None:
+def test_options_that_a_library_does_not_take_are_refused_by_name(modules: None) -> None:
     for name, options, words in [
         ("timm:no_such_model", {}, "no such model"),
         ("timm:hf-hub:somebody/model", {}, "no such model"),

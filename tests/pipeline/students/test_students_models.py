@@ -1,4 +1,4 @@
-"""Students against torchvision's own models and the published counts."""
+"""Students, compared with torchvision's models and with published parameter counts."""
 
 from __future__ import annotations
 
@@ -32,47 +32,45 @@ def test_parameter_counts_at_400_classes(architecture: str, variant: str, parame
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["r2plus1d_18", "r3d_18", "mc3_18"])
 def test_torchvision_variant_is_torchvisions_model(architecture: str) -> None:
-    theirs = getattr(video, architecture)(num_classes=5).eval()
-    ours = build_student(
+    reference = getattr(video, architecture)(num_classes=5).eval()
+    student = build_student(
         StudentOptions.model_validate({"architecture": architecture}), {"a.b": 5}
     ).eval()
-    state = theirs.state_dict()
+    state = reference.state_dict()
     head = {name: state.pop(f"fc.{name}") for name in ("weight", "bias")}
-    ours.backbone.load_state_dict(state, strict=True)
-    ours.head("a.b").load_state_dict(head)
+    student.backbone.load_state_dict(state, strict=True)
+    student.head("a.b").load_state_dict(head)
     clip = torch.randn(1, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.equal(ours(clip)["a.b"], theirs(clip))
-        assert ours.features(clip).shape == (1, ours.feature_size) == (1, 512)
-    their_norm = next(module for module in theirs.modules() if isinstance(module, nn.BatchNorm3d))
-    our_norm = next(module for module in ours.modules() if isinstance(module, nn.BatchNorm3d))
-    assert (our_norm.eps, our_norm.momentum) == (their_norm.eps, their_norm.momentum) == (1e-5, 0.1)
+        assert torch.equal(student(clip)["a.b"], reference(clip))
+        assert student.features(clip).shape == (1, student.feature_size) == (1, 512)
+    for model in (student, reference):
+        norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm3d))
+        assert (norm.eps, norm.momentum) == (1e-5, 0.1)
 
 
 def test_initialisation_has_torchvisions_spread() -> None:
     torch.manual_seed(0)
-    theirs = video.r3d_18(num_classes=50)
-    ours = build_student(StudentOptions(architecture="r3d_18"), {"t": 50})
-    for name, tensor in ours.backbone.state_dict().items():
+    reference = video.r3d_18(num_classes=50)
+    student = build_student(StudentOptions(architecture="r3d_18"), {"t": 50})
+    for name, tensor in student.backbone.state_dict().items():
         if name.endswith("num_batches_tracked"):
             continue
-        reference = theirs.state_dict()[name].float()
-        assert tensor.float().std() == pytest.approx(reference.std().item(), rel=0.05, abs=1e-6), (
-            name
-        )
-    assert ours.head("t").weight.detach().std().item() == pytest.approx(0.01, rel=0.05)
+        spread = reference.state_dict()[name].float().std().item()
+        assert tensor.float().std() == pytest.approx(spread, rel=0.05, abs=1e-6), name
+    assert student.head("t").weight.detach().std().item() == pytest.approx(0.01, rel=0.05)
 
 
 def test_middle_widths_of_both_variants() -> None:
-    """The second convolution of the first block of layers 2-4."""
-    found = {}
+    """They differ in the second convolution of the first block of layers 2-4."""
+    widths = {}
     for variant in ("torchvision", "vmz"):
         with torch.device("meta"):
             backbone = Backbone(StudentOptions.model_validate({"variant": variant}))
         layers = (backbone.layer2, backbone.layer3, backbone.layer4)
-        found[variant] = [layer[0].conv2[0][0].out_channels for layer in layers]
+        widths[variant] = [layer[0].conv2[0][0].out_channels for layer in layers]
         assert [layer[0].conv1[0][0].out_channels for layer in layers] == [230, 460, 921]
-    assert found == {"torchvision": [230, 460, 921], "vmz": [288, 576, 1152]}
+    assert widths == {"torchvision": [230, 460, 921], "vmz": [288, 576, 1152]}
 
 
 def test_vmz_batchnorm() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints on a disk that fills up, and files that are none."""
+"""Checkpoints on a full disk, and files that are not checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distinit.pipeline.training.checkpoint import (
 from distinit.pipeline.training.train_state import TrainState
 from distinit.tests import warm
 
-# A file-size limit is a full disk that needs no disk: write() fails half-way through the file.
+# A limit of the file size simulates a full disk: write() fails in the middle of the file.
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
@@ -54,11 +54,11 @@ def save(run: Path, step: int) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     save(tmp_path, 4)
-    done = warm.run(tmp_path, code=FULL_DISK)
-    assert done.returncode == 0, done.stderr
-    assert "last.pt: File too large; the existing file is unchanged" in done.stdout
+    process = warm.run(tmp_path, code=FULL_DISK)
+    assert process.returncode == 0, process.stderr
+    assert "last.pt: File too large; the existing file is unchanged" in process.stdout
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
     assert start(tmp_path).step == 4
     assert start(tmp_path).unreadable == {"a\udcff": "x"}
@@ -90,7 +90,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
 
 def test_a_folder_with_a_run_is_not_taken_without_resume(tmp_path):
     claim_run_dir(tmp_path / "new" / "run", resume=False)
-    assert start(tmp_path / "new" / "run").step == 0  # killed before its first checkpoint
+    # The run was killed before its first checkpoint.
+    assert start(tmp_path / "new" / "run").step == 0
     save(tmp_path, 1)
     with pytest.raises(
         UsageError, match=rf"{tmp_path} already holds a run \(checkpoints/last\.pt\)"

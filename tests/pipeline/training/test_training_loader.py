@@ -1,5 +1,5 @@
-"""Loader processes: the same batches as without them, and one clear end when one dies, hangs or
-meets a limit."""
+"""Loader processes: the same batches as without them, and clear errors when one dies, hangs or
+reaches a limit."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ ALL = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 
 @pytest.fixture(autouse=True)
-def _a_loop_without_end_is_a_failure() -> Iterator[None]:
-    def late(*_: Any) -> None:
+def _an_endless_loop_is_a_failure() -> Iterator[None]:
+    def fail(*_: Any) -> None:
         raise AssertionError("still waiting for a batch after 60 s")
 
-    before = signal.signal(signal.SIGALRM, late)
+    previous = signal.signal(signal.SIGALRM, fail)
     signal.alarm(60)
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGALRM, previous)
 
 
 def in_worker() -> bool:
@@ -55,13 +55,13 @@ def in_worker() -> bool:
 
 
 class Examples:
-    """In a worker, `odd` is called for the sample 4, which is in the third batch of `KEYS`."""
+    """In a worker, `fault` is called for sample 4, which is in the third batch of `KEYS`."""
 
-    def __init__(self, odd: Callable[[], Any]) -> None:
-        self.odd = odd
+    def __init__(self, fault: Callable[[], Any]) -> None:
+        self.fault = fault
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        value = self.odd() if key == (0, 4) and in_worker() else None
+        value = self.fault() if key == (0, 4) and in_worker() else None
         x = torch.full((1000,), float(key[1]))
         return {
             "x": x,
@@ -70,7 +70,7 @@ class Examples:
             "n": key[1],
             "name": str(key[1]),
             "empty": x[:0],
-            "odd": value,
+            "fault": value,
         }
 
 
@@ -91,18 +91,19 @@ def test_batches_of_workers_are_those_of_this_process(monkeypatch, how):
     monkeypatch.setattr(
         loader_workers, "start_context", lambda device: multiprocessing.get_context(how)
     )
-    here, sent = (
+    local, received = (
         read_batches(Examples(nothing), KEYS, workers=workers, device=CPU) for workers in (0, 2)
     )
     count = 0
-    for expected, batch in zip(here, sent, strict=True):
+    for expected, batch in zip(local, received, strict=True):
         assert batch.keys() == expected.keys()
         for name in ("x", "n", "odd_bytes", "empty"):
             assert batch[name].dtype == expected[name].dtype
             assert torch.equal(batch[name], expected[name])
         assert torch.equal(batch["deep"]["t"], expected["deep"]["t"])
-        assert (batch["name"], batch["odd"]) == (expected["name"], expected["odd"])
-        batch["x"] += 1  # is not in the memory of another process or batch
+        assert (batch["name"], batch["fault"]) == (expected["name"], expected["fault"])
+        # Its memory is not shared with another process or batch.
+        batch["x"] += 1
         count += 1
     assert count == 5
 
@@ -112,29 +113,29 @@ def test_batches_of_workers_are_those_of_this_process(monkeypatch, how):
 def test_too_few_descriptors_are_an_error_that_names_the_limit(
     spare: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """From the first pipe to the last batch; or they are enough."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # A file of an earlier test that the collector closes later would be one more to spare.
+    """The limit is reached at any point from the first pipe to the last batch, or not at all."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Otherwise the collector may close a file of an earlier test during this one.
     gc.collect()
     used = {int(name) for name in os.listdir("/proc/self/fd")}
     limit = [number for number in range(9999) if number not in used][spare]
     batches = read_batches(Examples(nothing), KEYS, workers=2, device=CPU, timeout_s=5.0)
-    failed = None
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    message = None
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
     try:
         assert list(numbers(batches)) == ALL
     except TrainingError as error:
-        failed = str(error)
+        message = str(error)
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert (failed is None) == (spare == 80)
-    assert failed is None or (str(limit) in failed and "ulimit -n" in failed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (message is None) == (spare == 80)
+    assert message is None or (str(limit) in message and "ulimit -n" in message)
     assert not multiprocessing.active_children()
     assert "Traceback" not in capfd.readouterr().err
 
 
 def no_room() -> None:
-    """As where memory for a batch's 8 kB of `x` is refused."""
+    """Refuse the memory for the 8 kB of `x` of a batch."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 
@@ -151,7 +152,7 @@ def misuse() -> None:
 
 
 @pytest.mark.parametrize(
-    ("odd", "kind", "says"),
+    ("fault", "kind", "message"),
     [
         (no_room, TrainingError, "cannot send a batch: OSError"),
         (no_pickle, TrainingError, "cannot send a batch"),
@@ -159,17 +160,17 @@ def misuse() -> None:
         (misuse, UsageError, "--x: 3 is not allowed"),
     ],
 )
-def test_an_error_of_a_worker_takes_the_place_of_its_batch(odd, kind, says):
+def test_an_error_of_a_worker_takes_the_place_of_its_batch(fault, kind, message):
     seen = []
-    with pytest.raises(kind, match=says) as failed:
-        seen.extend(numbers(read_batches(Examples(odd), KEYS, workers=2, device=CPU)))
+    with pytest.raises(kind, match=message) as failed:
+        seen.extend(numbers(read_batches(Examples(fault), KEYS, workers=2, device=CPU)))
     assert seen == ALL[:2]
     assert type(failed.value) is kind
     assert not multiprocessing.active_children()
 
 
 def test_a_batch_that_was_sent_before_the_death_arrives():
-    """The worker is gone before its batch is received."""
+    """The worker has ended before its batches are received."""
 
     class Videos(Examples):
         def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def test_a_worker_that_is_killed_while_it_sends_ends_in_an_error(how, signal_):
 
 
 class Videos(Examples):
-    """Sample 4 is read from v4.mp4, where `odd` is called in a worker."""
+    """Sample 4 is read from v4.mp4; in a worker `fault` is called meanwhile."""
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         try:
@@ -238,13 +239,14 @@ def test_a_worker_that_dies_names_its_file(signal_, reason):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [hang, lambda: die_by(signal.SIGSTOP)])
-def test_a_worker_that_gives_no_answer_names_its_file(how):
-    began = time.monotonic()
+def test_a_worker_that_does_not_respond_names_its_file(how):
+    started = time.monotonic()
     with pytest.raises(WorkerDied, match=r"v4\.mp4") as died:
         list(read_batches(Videos(how), KEYS, workers=2, device=CPU, timeout_s=2.0))
     assert died.value.path == "v4.mp4"
     assert "2 s" in died.value.reason
-    assert time.monotonic() - began < 90  # and is not waited for
+    # The end of the worker is not waited for.
+    assert time.monotonic() - started < 90
     assert not multiprocessing.active_children()
 
 
@@ -257,8 +259,9 @@ def test_a_refused_file_is_not_read(workers):
         "its decoder crashed",
         *"56789",
     ]
+    # Outside of the block the file is not refused.
     with worker_status.record_read("v4.mp4"):
-        pass  # not refused any more
+        pass
 
 
 def test_a_worker_that_hangs_while_it_reads_no_video_is_an_error(monkeypatch):
@@ -269,24 +272,25 @@ def test_a_worker_that_hangs_while_it_reads_no_video_is_an_error(monkeypatch):
 
 
 def test_slow_workers_and_slow_steps_are_no_error():
-    def late() -> None:
+    def slow() -> None:
         time.sleep(1.0)
 
     count = 0
-    for _ in read_batches(Examples(late), KEYS, workers=2, device=CPU, timeout_s=0.3):
+    for _ in read_batches(Examples(slow), KEYS, workers=2, device=CPU, timeout_s=0.3):
         count += 1
         time.sleep(1.0 if count == 2 else 0.0)
     assert count == 5
 
 
 def test_a_wait_ends_when_stop_is_true():
-    def late() -> None:
+    def slow() -> None:
         time.sleep(1.0)
 
-    batches = read_batches(Examples(late), KEYS, workers=1, device=CPU, timeout_s=0.2)
+    batches = read_batches(Examples(slow), KEYS, workers=1, device=CPU, timeout_s=0.2)
     assert list(numbers(batches)) == ALL
     batches = read_batches(Examples(hang), KEYS, workers=1, device=CPU, stop=lambda: True)
-    assert list(numbers(batches)) in (ALL[:1], ALL[:2])  # a slow start is such a wait, too
+    # A slow start of the worker is also a wait, which ends the batches earlier.
+    assert list(numbers(batches)) in (ALL[:1], ALL[:2])
 
 
 class Mean:
@@ -338,7 +342,7 @@ def test_sigterm_while_no_batch_comes_writes_the_checkpoint(tmp_path: Path):
 
 
 def disturb(folder: Path, how: Callable[[], Any], monkeypatch: Any) -> WorkerDied:
-    """Train on, until the worker that reads v4.mp4 is disturbed; return the error."""
+    """Train or resume until the worker that reads v4.mp4 is disturbed, and return the error."""
     defaults = read_batches.__kwdefaults__ | {"timeout_s": 2.0}
     monkeypatch.setattr(read_batches, "__kwdefaults__", defaults)
     with pytest.raises(WorkerDied, match=r"v4\.mp4") as died:
@@ -349,22 +353,22 @@ def disturb(folder: Path, how: Callable[[], Any], monkeypatch: Any) -> WorkerDie
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
 def test_a_disturbed_run_has_the_result_of_an_undisturbed_one(signal_, tmp_path, monkeypatch):
-    """The first end on a video excludes nothing: its reason may be outside."""
+    """After one crash no video is excluded, because the crash may have another cause."""
     _, expected = train(tmp_path / "whole", Videos(nothing))
     disturb(tmp_path / "run", lambda: die_by(signal_), monkeypatch)
     result, weights = train(tmp_path / "run", Videos(nothing), resume=True)
-    assert result.resumed_from == 2  # of the two batches before
+    assert result.resumed_from == 2
     assert torch.equal(weights, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signal_", "why"), [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGSTOP, "no answer")]
+    ("signal_", "reason"), [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGSTOP, "no answer")]
 )
 def test_a_video_that_ends_a_run_twice_is_excluded_by_the_resume(
-    signal_, why, tmp_path, monkeypatch
+    signal_, reason, tmp_path, monkeypatch
 ):
-    """As one that is unreadable from the start, for any number of workers."""
+    """It is treated like a video that is unreadable from the start."""
 
     class Reported(Videos):
         def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -382,7 +386,7 @@ def test_a_video_that_ends_a_run_twice_is_excluded_by_the_resume(
     result, weights = train(tmp_path / "run", Reported(die), resume=True)
     assert torch.equal(weights, expected)
     assert list(result.unreadable) == ["v4.mp4"]
-    assert why in result.unreadable["v4.mp4"]
+    assert reason in result.unreadable["v4.mp4"]
 
 
 def test_memory_that_runs_out_twice_excludes_nothing(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The loop on a small synthetic task: same batches for any number of workers, and exact resumes."""
+"""The loop on a small synthetic task: equal batches for any number of workers, exact resumes."""
 
 from __future__ import annotations
 
@@ -36,16 +36,15 @@ IDENTITY = {"store": {"id": "a"}, "teachers": {"t": {"sha256": "1"}}, "student":
 
 
 class Points:
-    """Examples that are pure functions of their key; those of `broken` could not be read at
-    first."""
+    """Examples that are pure functions of their key; the first videos may be unreadable."""
 
-    def __init__(self, broken: int = 0, bad: tuple[int, int] | None = None) -> None:
-        self.broken, self.bad = broken, bad
+    def __init__(self, num_unreadable: int = 0, bad: tuple[int, int] | None = None) -> None:
+        self.num_unreadable, self.bad = num_unreadable, bad
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         random = seeding.rng(1, *key)
         x = torch.from_numpy(random.normal(size=6).astype("float32"))
-        reasons = [(f"v{key[1]}.mp4", "no video stream")] if key[1] < self.broken else []
+        reasons = [(f"v{key[1]}.mp4", "no video stream")] if key[1] < self.num_unreadable else []
         if key == self.bad:
             raise TrainingError("v9.mp4: gone")
         return {
@@ -55,7 +54,7 @@ class Points:
 
 
 class Regression:
-    """Records what it sees; may be interrupted, or crash, at a call."""
+    """Records its batches and losses; may be interrupted, or crash, at a given call."""
 
     def __init__(self, stop: tuple[int, str] | None = None) -> None:
         self.stop, self.seen = stop, []
@@ -77,7 +76,7 @@ class Regression:
 
 
 def network() -> nn.Module:
-    """With batch statistics and dropout: buffers and random states matter."""
+    """A network with batch statistics and dropout, so that buffers and random states matter."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1)
@@ -91,7 +90,7 @@ def train(run: Path, objective: Regression, model: nn.Module, **changes: Any) ->
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the numbers that are of the clock and the machine."""
+    """Return the records of metrics.jsonl, without numbers that depend on clock and machine."""
     timed = {"clips_per_s", "data_share", "memory_gb", "eta_s"}
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
@@ -122,7 +121,8 @@ def test_a_run_reports(reference):
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12, 14, 15]
     assert [line["lr"] for line in steps[:2]] == pytest.approx([0.02, 0.04])
-    assert all(line["filtered"] == 0.5 for line in steps)  # one draw turned down for each kept
+    # One draw is rejected for each clip that counts.
+    assert all(line["filtered"] == 0.5 for line in steps)
 
 
 @pytest.mark.parametrize("how", ["term", "crash"])
@@ -136,17 +136,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, referenc
         assert stopped.value.exit_code == 75
     model = network()
     resumed = train(tmp_path, second, model, resume=True, options={"workers": 1})
-    done = resumed.resumed_from
-    assert done == (stop + 1 if how == "term" else max(stop // 2 * 2, stop // 5 * 5))
-    assert first.seen[:done] + second.seen == whole.seen
+    first_step = resumed.resumed_from
+    assert first_step == (stop + 1 if how == "term" else max(stop // 2 * 2, stop // 5 * 5))
+    assert first.seen[:first_step] + second.seen == whole.seen
     weights = expected.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert (resumed.train_loss, resumed.best, resumed.best_epoch) == (
         result.train_loss, result.best, result.best_epoch,
     )  # fmt: skip
-    assert (
-        records(tmp_path) == lines
-    )  # also of a stretch between two records that the resume cuts in two
+    # Also the means of steps between two records, of which the resume repeats a part.
+    assert records(tmp_path) == lines
 
 
 MODERN = {
@@ -188,7 +187,7 @@ def test_adamw_cosine_and_ema_resume_bit_by_bit_with_accumulation(tmp_path, stop
     ]
     for part in ("model", "ema"):
         assert all(torch.equal(v, states[1][part][k]) for k, v in states[0][part].items())
-    # What is left in the model is the average, which is neither the weights nor their start.
+    # The model has the average, which is neither the trained nor the initial weights.
     weights = states[0]["ema"]
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert not torch.equal(weights["0.weight"], states[0]["model"]["0.weight"])
@@ -201,7 +200,8 @@ def test_the_average_follows_its_formula():
     average = WeightAverage(model, 0.5)
     expected = {name: value.numpy().copy() for name, value in model.state_dict().items()}
     for step in range(1, 30):
-        model(torch.randn(5, 3))  # changes running statistics and their count
+        # The forward pass changes running statistics and their count.
+        model(torch.randn(5, 3))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
@@ -214,23 +214,24 @@ def test_the_average_follows_its_formula():
     assert expected["1.num_batches_tracked"] == 29
     for name, value in average.state_dict().items():
         np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-5, atol=1e-6)
-    own = {name: value.clone() for name, value in model.state_dict().items()}
+    original = {name: value.clone() for name, value in model.state_dict().items()}
     with average.applied(model):
         assert all(torch.equal(v, average.tensors[k]) for k, v in model.state_dict().items())
-    assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, original[k]) for k, v in model.state_dict().items())
 
 
 def test_adamw_decays_neither_norms_nor_biases():
     model = network()
     options = OPTIONS.model_copy(update={"optimizer": "adamw", "weight_decay": 0.1, "lr": 0.5})
     optimizer = make_optimizer(model, options)
-    before = {name: value.clone() for name, value in model.named_parameters()}
+    initial = {name: value.clone() for name, value in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # without gradients the decay alone is left: w · (1 - lr · decay)
+    # Without gradients a step is the decay alone: w · (1 - lr · decay).
+    optimizer.step()
     for name, value in model.named_parameters():
         factor = 0.95 if name in ("0.weight", "4.weight") else 1.0
-        assert torch.allclose(value, before[name] * factor), name
+        assert torch.allclose(value, initial[name] * factor), name
     assert len(make_optimizer(model, OPTIONS).param_groups) == 1
 
 
@@ -242,9 +243,9 @@ def test_the_batches_are_the_same_for_any_number_of_workers_and_any_start(worker
         batches = read_batches(Points(), keys, workers=workers, device=torch.device("cpu"))
         return [batch["name"] for batch in batches]
 
-    everything = names(0, 0)
-    assert everything[6] == ["1/4", "1/5", "1/6", "1/7"]
-    assert names(workers, start) == everything[start:]
+    all_names = names(0, 0)
+    assert all_names[6] == ["1/4", "1/5", "1/6", "1/7"]
+    assert names(workers, start) == all_names[start:]
 
 
 def test_an_error_of_a_worker_arrives_as_it_was_raised():
@@ -254,7 +255,7 @@ def test_an_error_of_a_worker_arrives_as_it_was_raised():
 
 
 class Deadly(Points):
-    """A decoder that is killed, as by the system when memory runs out."""
+    """A data set whose decoder is killed, as the system does when memory runs out."""
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         if key == (0, 9):
@@ -269,19 +270,20 @@ def test_a_worker_that_dies_is_an_error_of_one_line():
     assert "\n" not in str(died.value)
 
 
-def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path, caplog):
+def test_a_finished_run_does_nothing_and_more_epochs_continue_it(tmp_path, caplog):
     train(tmp_path, Regression(), network(), options={"epochs": 1})
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    again = Regression()
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    objective = Regression()
     with caplog.at_level("INFO", "distinit"):
-        result = train(tmp_path, again, network(), resume=True, options={"epochs": 1})
+        result = train(tmp_path, objective, network(), resume=True, options={"epochs": 1})
     assert result.already_finished
-    assert not again.seen
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not objective.seen
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
     assert "finished" in caplog.text
     assert "5 of 5 steps" in caplog.text
-    assert train(tmp_path, again, network(), resume=True, options={"epochs": 2}).steps == 10
-    assert len(again.seen) == 5
+    longer = train(tmp_path, objective, network(), resume=True, options={"epochs": 2})
+    assert longer.steps == 10
+    assert len(objective.seen) == 5
 
 
 @pytest.mark.parametrize(
@@ -311,19 +313,19 @@ def test_the_resume_of_another_run_is_refused_by_name(tmp_path, change, error, w
         train(tmp_path, Regression(), network())
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_harms_and_names_the_videos(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_unharmed_and_names_the_videos(tmp_path):
     model = network()
     objective = Regression((3, "nan"))
     with pytest.raises(TrainingError, match=r"the loss is not finite.*0/12, 0/13, 0/14, 0/15"):
         train(tmp_path, objective, model)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    # The last checkpoint is from before and good.
+    # The last checkpoint is intact.
     assert train(tmp_path, Regression(), network(), resume=True).resumed_from == 2
 
 
-def test_too_many_broken_videos_end_the_run_with_path_and_reason(tmp_path):
-    done = train(tmp_path / "few", Regression(), network(), dataset=Points(broken=3))
-    assert done.unreadable == {f"v{i}.mp4": "no video stream" for i in range(3)}
+def test_too_many_unreadable_videos_end_the_run_with_path_and_reason(tmp_path):
+    result = train(tmp_path / "few", Regression(), network(), dataset=Points(num_unreadable=3))
+    assert result.unreadable == {f"v{i}.mp4": "no video stream" for i in range(3)}
     with pytest.raises(
         TrainingError, match=r"loop\.max_unreadable allows 2; the last: v2\.mp4: no video stream"
     ):
@@ -331,7 +333,7 @@ def test_too_many_broken_videos_end_the_run_with_path_and_reason(tmp_path):
             tmp_path / "many",
             Regression(),
             network(),
-            dataset=Points(broken=3),
+            dataset=Points(num_unreadable=3),
             options={"max_unreadable": 2},
         )
 
@@ -353,14 +355,14 @@ def test_best_is_by_held_out_loss_where_there_is_one(tmp_path):
 
 
 def test_early_stopping_waits_for_a_better_held_out_loss_and_resumes_to_the_same_end(tmp_path):
-    """Epoch 2 is the best, and 4 epochs without a better one are waited for. A resume in the middle
-    of an epoch ends at the same step with the same weights; a finished run is left alone."""
+    """Epoch 2 is the best, and the run ends after 4 more. A resume from the middle of an epoch ends
+    at the same step with the same weights, and a finished run does not continue."""
     losses = [3.0, 1.0, 2.0, 1.5, 1.0, 1.2, 0.5, 0.4]
     options = {"epochs": len(losses)}
 
     def run(folder: Path, objective: Regression, **changes: Any) -> tuple[FitResult, nn.Module]:
         model = network()
-        state = iter(losses[changes.pop("done", 0) :])
+        state = iter(losses[changes.pop("finished_epochs", 0) :])
         measure = {"validate": lambda: {"loss": next(state)}, "stop": Stop(patience=4)}
         return train(folder, objective, model, options=options, **measure, **changes), model
 
@@ -369,10 +371,10 @@ def test_early_stopping_waits_for_a_better_held_out_loss_and_resumes_to_the_same
     assert result.best_validation == {"loss": 1.0}
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "cut", Regression(stop=(23, "crash")))
-    again, resumed = run(tmp_path / "cut", Regression(), resume=True, done=4)
-    assert (again.epochs, again.resumed_from) == (6, 22)
+    resumed, resumed_model = run(tmp_path / "cut", Regression(), resume=True, finished_epochs=4)
+    assert (resumed.epochs, resumed.resumed_from) == (6, 22)
     for name, value in model.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+        assert torch.equal(value, resumed_model.state_dict()[name]), name
     finished, _ = run(tmp_path / "whole", Regression(), resume=True)
     assert finished.already_finished
     assert finished.epochs == 6

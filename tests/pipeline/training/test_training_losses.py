@@ -1,5 +1,4 @@
-"""Losses against NumPy in float64: sum over classes, mean over the clips that count, separate
-masks."""
+"""Losses, compared with NumPy in float64: sums over classes, means over the clips that count."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ def test_no_kept_clip_gives_zero_with_a_zero_gradient(loss):
     assert torch.equal(logits.grad, torch.zeros(4, 5))
 
 
-def test_the_loss_is_float32_whatever_the_forward_pass_was():
+def test_the_loss_is_float32_for_outputs_in_bf16():
     logits = torch.randn(4, 1000, dtype=torch.bfloat16)
     teacher = torch.randn(4, 1000)
     targets = torch.softmax(teacher.double(), 1)
@@ -64,7 +63,7 @@ MEAN, SCALE = np.linspace(-1, 1, 11), 2.5
 
 
 def numpy_loss(head: HeadLoss, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """The loss of each clip [B], from its definition."""
+    """Return the loss of each clip [B] by its definition."""
     normalized = (teacher - MEAN) / SCALE
     if head.loss == "cross-entropy":
         return -(softmax(teacher / head.tau) * np.log(softmax(student))).sum(axis=1)
@@ -100,12 +99,12 @@ def test_every_loss_is_its_definition_over_the_kept_clips(batch, output, loss):
     assert head(outputs, targets, mask, count).item() == pytest.approx(expected.sum() / 7, rel=1e-5)
 
 
-def test_cosine_of_logits_does_not_see_a_constant_and_that_of_features_does(batch):
+def test_a_constant_offset_changes_the_cosine_of_features_and_not_of_logits(batch):
     student, teacher, _ = (torch.tensor(x, dtype=torch.float32) for x in batch)
-    for output, same in (("logits", True), ("features", False)):
+    for output, equal in (("logits", True), ("features", False)):
         head = HeadLoss(output, "cosine")
-        moved, still = head.by_clip(student + 5, teacher), head.by_clip(student, teacher)
-        assert torch.allclose(moved, still, atol=1e-5) == same
+        shifted, original = head.by_clip(student + 5, teacher), head.by_clip(student, teacher)
+        assert torch.allclose(shifted, original, atol=1e-5) == equal
 
 
 def test_a_loss_is_chosen_by_output_or_by_name():

@@ -1,4 +1,4 @@
-"""The learning rate against the schedule of the paper and R(2+1)D, epoch by epoch."""
+"""The learning rate, compared with the schedules of the paper and of R(2+1)D by epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def test_the_papers_pretraining_schedule():
         lr=0.01, warmup_epochs=10, step_epochs=10, epochs=45, epoch_clips=1_000_000, batch_size=1536
     )
     steps = options.steps_per_epoch
-    assert steps == 652  # 1 000 000 / 1536 = 651.04…, whole batches only
+    # 1 000 000 / 1536 = 651.04…, rounded up to whole batches.
+    assert steps == 652
     rates = [
         [learning_rate(epoch * steps + i, options) for i in range(steps)] for epoch in range(45)
     ]
@@ -43,7 +44,7 @@ def test_the_cosine_goes_from_the_peak_to_zero_after_the_warmup():
     assert rates[:5] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4])
     expected = 0.2 + 0.2 * np.cos(np.linspace(0, np.pi, 21)[:-1])
     assert rates[5:] == pytest.approx(expected.tolist())
-    # It ends with the last epoch, so that a run cannot be made longer.
+    # The schedule ends with the last epoch, so a resume cannot have more epochs.
     assert options.identity()["loop"]["epochs"] == 5
     assert "epochs" not in LoopOptions().identity()["loop"]
 
@@ -57,7 +58,7 @@ def test_identities_of_default_options_are_those_of_version_01():
         assert name in LoopOptions.model_validate({name: value}).identity()["loop"]
 
 
-def test_adamw_has_defaults_of_its_own_and_what_is_given_stands():
+def test_adamw_changes_the_defaults_but_not_options_that_are_set():
     options = LoopOptions(optimizer="adamw")
     assert (options.lr, options.weight_decay) == (0.001, 0.05)
     assert FinetuneLoop(optimizer="adamw").lr == 0.0003
@@ -67,13 +68,13 @@ def test_adamw_has_defaults_of_its_own_and_what_is_given_stands():
         LoopOptions(weights="ema")
 
 
-def test_an_epoch_is_whole_batches():
+def test_an_epoch_consists_of_whole_batches():
     options = LoopOptions(batch_size=24).for_videos(100)
     assert (options.steps_per_epoch, options.clips_per_epoch) == (5, 120)
     assert LoopOptions(epoch_clips=7).for_videos(100).epoch_clips == 7
 
 
-def test_the_rate_is_scaled_only_where_the_batch_that_it_is_meant_for_is_given():
+def test_the_rate_is_scaled_only_if_its_batch_size_is_set():
     plain = LoopOptions(lr=0.01, batch_size=1536, epoch_clips=15360, warmup_epochs=2, step_epochs=1)
     scaled = plain.model_copy(update={"lr_base_batch_size": 24})
     for step in (0, 7, 19, 20, 35):
@@ -83,9 +84,10 @@ def test_the_rate_is_scaled_only_where_the_batch_that_it_is_meant_for_is_given()
 
 
 @pytest.mark.parametrize(
-    ("world", "most", "pieces"), [(1, None, 1), (1, 24, 64), (64, 24, 1), (5, 24, 13), (2, 1000, 1)]
+    ("world", "micro_batch_size", "pieces"),
+    [(1, None, 1), (1, 24, 64), (64, 24, 1), (5, 24, 13), (2, 1000, 1)],
 )
-def test_a_step_is_gone_through_in_pieces_that_fit(world, most, pieces):
-    options = LoopOptions(batch_size=1536, micro_batch_size=most, epoch_clips=1536)
+def test_a_step_is_split_into_pieces_that_fit(world, micro_batch_size, pieces):
+    options = LoopOptions(batch_size=1536, micro_batch_size=micro_batch_size, epoch_clips=1536)
     assert options.accumulation_steps(world) == pieces
-    assert most is None or -(-1536 // world) <= pieces * most
+    assert micro_batch_size is None or -(-1536 // world) <= pieces * micro_batch_size
