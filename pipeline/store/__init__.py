@@ -1,1 +1,1 @@
-"""The Zarr target store: its format, its writer and its readers."""
+"""Read, write and check the Zarr target store."""

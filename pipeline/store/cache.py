@@ -1,15 +1,15 @@
-"""The folder that keeps what was read from stores behind URLs.
+"""Cache data read from stores behind URLs in a local folder.
 
     CACHE/stores/<place>-<store id>/tables/<digest of plans>/<array>/…
         columns of the tables, as these plans name them
     CACHE/stores/<place>-<store id>/shards/<2 digits>/<digest>
         a shard file whose digest was checked
     CACHE/stores/<place>-<store id>/shards/<2 digits>/<digest>.part
-        one of which ranges are still missing; sparse
+        a sparse shard file with ranges that are still missing
 
-<place> is the digest of the store's URL. So a store gives rows only to itself, whatever digests
-another one claims. A name that a store gives becomes the name of a file only in the form that
-docs/store-format.md defines, and no link in the cache is followed.
+<place> is the digest of the store's URL, so a store never reads rows that were cached for another
+store with the same digests. A name in a store becomes a file name only if it has the form that
+docs/store-format.md defines. No link in the cache is followed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ NAME = re.compile(r"(?!\.+(/|$))[A-Za-z0-9._-]+(/(?!\.+(/|$))[A-Za-z0-9._-]+)*")
 PIECE = 1 << 20
 
 
-def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
-    """Return `given`, else $DISTINIT_CACHE, else `distinit` in $XDG_CACHE_HOME or ~/.cache."""
-    chosen = os.fspath(given) if given is not None else os.environ.get("DISTINIT_CACHE")
+def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
+    """Return `folder`, else $DISTINIT_CACHE, else `distinit` in $XDG_CACHE_HOME or ~/.cache."""
+    chosen = os.fspath(folder) if folder is not None else os.environ.get("DISTINIT_CACHE")
     if not chosen:
         chosen = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "distinit")
     return Path(os.path.abspath(os.path.expanduser(chosen)))
 
 
 def require_name(path: str, store: str) -> str:
-    """Return the path of a file in a store.
+    """Return the path of a file in a store, checked.
 
     Raises:
-        StoreError: A name that the store recorded leads out of it.
+        StoreError: The path leads out of the store.
     """
     if not NAME.fullmatch(path):
         raise StoreError(f"{store}: {path[:200]!r} is not the name of a file of a store")
@@ -62,55 +62,55 @@ def require_digest(text: object, store: str) -> str:
 
 
 class StoreCache:
-    """What is kept of one store. `place` and `store_id`: digests of its URL and its own."""
+    """Cached files of one store. place: digest of its URL. store_id: its id."""
 
     def __init__(self, root: Path, place: str, store_id: str) -> None:
         self.root, self.home = root, f"stores/{place}-{store_id}"
 
     def table(self, state: str, path: str) -> Path:
-        """Return where a column of a table is kept, whether it exists or not."""
+        """Return the folder of a column of a table, which need not exist."""
         *folders, name = path.split("/")
         return self._folder("tables", state, *folders) / name
 
     def keep_table(self, folder: Path, files: Mapping[str, bytes]) -> Path:
         """Write the files of a column into a new folder next to `folder`, for `publish`."""
-        fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+        new_folder = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
         try:
             for name, data in files.items():
-                file = fresh / name
+                file = new_folder / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data)
         except OSError as error:
-            self.remove(fresh)
+            self.remove(new_folder)
             raise self.error(error) from error
-        return fresh
+        return new_folder
 
     def remove(self, folder: Path) -> None:
-        """Remove a column that is not to be kept."""
+        """Remove a column from the cache."""
         shutil.rmtree(folder, ignore_errors=True)
 
-    def publish(self, fresh: Path, state: str, path: str, files: Iterable[str]) -> None:
-        """Give a column its name.
+    def publish(self, new_folder: Path, state: str, path: str, files: Iterable[str]) -> None:
+        """Rename a column to its final name.
 
-        If it exists already, by this or another process, it gets these files.
+        If this or another process has made the column already, it gets these files instead.
         """
         try:
-            os.rename(fresh, self.table(state, path))
+            os.rename(new_folder, self.table(state, path))
         except OSError:
             for name in files:
                 *inner, last = name.split("/")
                 folder = self._folder("tables", state, *path.split("/"), *inner)
                 try:
-                    os.replace(fresh / name, folder / last)
+                    os.replace(new_folder / name, folder / last)
                 except OSError as error:
                     raise self.error(error) from error
         finally:
-            self.remove(fresh)
+            self.remove(new_folder)
 
     def open_shard(self, digest: str, size: int) -> int:
         """Return a descriptor of the shard file of this digest.
 
-        The file has holes where nothing was read yet.
+        The file has holes for ranges that have not been read yet.
         """
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         file = self._folder("shards", digest[:2]) / digest
@@ -132,32 +132,33 @@ class StoreCache:
         return fd
 
     def write(self, fd: int, data: bytes, offset: int) -> None:
-        """Write bytes into a shard file; a full disk ends the caching, not the reading."""
+        """Write bytes into a shard file; if the disk is full, only warn."""
         try:
             os.pwrite(fd, data, offset)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise self.error(error) from error
             warnings.warn(
-                f"{self.root}: the disk is full, targets are fetched without being kept",
+                f"{self.root}: the disk is full, targets are fetched but not cached",
                 stacklevel=2,
             )
 
     def name_whole(self, digest: str) -> None:
-        """Give a shard file whose digest was checked its name."""
+        """Rename a shard file whose digest was checked to its final name."""
         file = self._folder("shards", digest[:2]) / digest
-        with suppress(FileNotFoundError):  # another process was faster, or it has the name already
+        # Another process may have renamed it already.
+        with suppress(FileNotFoundError):
             os.replace(f"{file}.part", file)
 
     def error(self, error: OSError) -> StoreError:
-        """Return what to raise where the cache cannot be used."""
-        why = error.strerror or error
+        """Return the exception for a cache that cannot be written."""
+        reason = error.strerror or error
         return StoreError(
-            f"{self.root}: the cache cannot be written ({why}); DISTINIT_CACHE names another folder"
+            f"{self.root}: the cache cannot be written ({reason}); DISTINIT_CACHE names another folder"
         )
 
     def _folder(self, *names: str) -> Path:
-        """Return a folder in the cache, made if need be; none is reached through a link."""
+        """Return a folder in the cache, created if needed; no link is followed."""
         folder = self.root
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -176,13 +177,14 @@ def has_holes(fd: int, size: int) -> bool:
     """Return whether a file has ranges that were never written."""
     try:
         return os.lseek(fd, 0, os.SEEK_HOLE) < size
-    except OSError:  # a file system that cannot report it
+    # Some file systems cannot report holes.
+    except OSError:
         return False
 
 
 def digest_file(fd: int, size: int) -> str:
-    """Return the digest, as in commits, of a file of `size` bytes."""
-    state = hashlib.blake2b(digest_size=16)
-    for at in range(0, size, PIECE):
-        state.update(os.pread(fd, PIECE, at))
-    return state.hexdigest()
+    """Return the digest of a file of `size` bytes, as commits record it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for offset in range(0, size, PIECE):
+        digest.update(os.pread(fd, PIECE, offset))
+    return digest.hexdigest()

@@ -1,9 +1,9 @@
-"""Digests that a store holds of its own nodes and tables, so that no flipped bit goes unseen.
+"""Digests that a store holds of its own nodes and tables, so that every flipped bit is detected.
 
 Shard files have their digests in commits. Everything else is covered here: each `zarr.json` ends
 with a digest of itself, and each plan holds digests of the table rows that it adds. Both are
-optional in format version 1 (docs/store-format.md): stores of version 0.1 have none, and what
-exists is checked.
+optional in format version 1 (docs/store-format.md): stores of version 0.1 have none. Every
+existing digest is checked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TAIL_BYTES = 48
 _AFTER_DIGEST = len(b'"}}}')
 
 Ranges = dict[str, dict[tuple[int, int], set[str]]]
-"""Array path → (first row, end) → the digests that plans give to these rows."""
+"""Array path → (first row, end) → digests that plans hold for these rows."""
 
 
 def digest_bytes(data: bytes) -> str:
@@ -70,13 +70,13 @@ def check_document(where: str, text: bytes, *, required: bool = False) -> dict[s
     """Parse a zarr.json and compare it with its digest, if it has one.
 
     Args:
-        where: names the file in messages.
-        text: the file.
-        required: whether it must have a digest.
+        where: Name of the file in messages.
+        text: Content of the file.
+        required: Whether it must have a digest.
 
     Raises:
-        StoreError: names `where` if the text is not JSON of an object, differs from its digest, or
-            has none although that is `required`.
+        StoreError: The text is not a JSON object, differs from its digest, or lacks a digest that
+            is `required`; the message names `where`.
     """
     corrupt: StoreError | None = None
     try:
@@ -119,9 +119,9 @@ def digest_rows(values: NDArray[Any]) -> str:
 
 
 def split_ranges(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
-    """Return rows [start, stop) as ranges that cross no border of chunks.
+    """Split rows [start, stop) into ranges that do not cross chunk borders.
 
-    A chunk is written in one act.
+    A chunk is written in one step, so a range is either old or new as a whole.
     """
     borders = [start, *range((start // chunk + 1) * chunk, stop, chunk), stop]
     return list(pairwise(borders)) if stop > start else []
@@ -133,10 +133,10 @@ def num_planned(plans: Iterable[Mapping[str, Any]], key: str) -> int:
 
 
 def ranges_of(plans: Iterable[Mapping[str, Any]]) -> Ranges:
-    """Collect the digests that plans give to rows of tables.
+    """Collect the digests that plans hold for rows of tables.
 
-    Rows that a plan identifies again may hold what they held before or what they hold now: the plan
-    is written first, and a kill may have come between.
+    Rows that a later plan changes may have their old or their new digest: the plan is written
+    first, and the process may be killed before it writes the rows.
     """
     ranges: Ranges = {}
     for plan in plans:
@@ -151,21 +151,21 @@ def read_rows(files: StoreFiles, path: str, start: int, stop: int, ranges: Range
 
     Raises:
         StoreError: The column or its file does not exist, is too short, cannot be decoded or
-            differs.
+            differs from its digest.
     """
-    known = ranges.get(path, {})
+    digests = ranges.get(path, {})
     try:
-        return checked_rows(files.table(path), start, stop, known)
+        return checked_rows(files.table(path), start, stop, digests)
     except StoreError:
         if not files.forget(path):
             raise
-        return checked_rows(files.table(path), start, stop, known)
+        return checked_rows(files.table(path), start, stop, digests)
 
 
 def checked_rows(
     column: Column, start: int, stop: int, ranges: Mapping[tuple[int, int], set[str]]
 ) -> NDArray[Any]:
-    """Read rows of an open column as `read_rows` does."""
+    """Read rows of an open column and check them as `read_rows` does."""
     where = column.where
     if column.shape[0] < stop:
         raise StoreError(f"{where}: has {column.shape[0]} rows, the plans record {stop}")

@@ -1,10 +1,11 @@
 """Encodings of a teacher's rows: float16, int8 with a scale and an offset per row, or pca:D.
 
 int8 maps a row's smallest value to −128 and its largest to 127, both exactly: z ≈ offset + scale ·
-q. With a symmetric scale alone the steps would be larger by half, where it matters most, at the top
-(docs/stores.md). pca:D keeps D coefficients of a row in a fixed orthonormal basis, as int8. One
-scale per dimension would cost features most of what they tell (docs/store-format.md), so there is
-none. Entropies never come from stored logits, but from the teacher's float32 logits.
+q. A symmetric scale without an offset would make the steps half as large again, which matters most
+for the largest logits (docs/stores.md). pca:D stores D coefficients of a row in a fixed orthonormal
+basis, as int8. There is no scale per dimension, because features would lose most of their
+information (docs/store-format.md). Entropies are computed from the teacher's float32 logits, never
+from stored logits.
 
 Shapes: n rows, K values of a row (classes or features), D coefficients of pca:D.
 """
@@ -27,8 +28,8 @@ from .validation import OUTPUTS
 ENCODINGS: tuple[str, ...] = get_args(PlainEncoding)
 DEFAULT: Encoding = "float16"
 LARGEST = float(np.finfo(np.float16).max)
-"""The largest magnitude of a value that is kept, whatever the encoding: every store can become a
-float16 one."""
+"""Largest magnitude of a value that any encoding stores: every store can be converted to
+float16."""
 ERROR_KEYS: dict[str, tuple[str, str]] = {
     "logits": ("kl_mean", "kl_p99"),
     "features": ("cosine_mean", "cosine_p99"),
@@ -48,8 +49,8 @@ def check_encoding(name: object, where: str, output: Output = "logits") -> Encod
     """Raise StoreError if a store uses an encoding that this version does not know."""
     if name in ENCODINGS or (output == "features" and pca_components(name)):
         return str(name)
-    known = (*ENCODINGS, "pca:D") if output == "features" else ENCODINGS
-    raise StoreError(f"{where}: encoding {name!r}, this distinit reads {', '.join(known)}")
+    readable = (*ENCODINGS, "pca:D") if output == "features" else ENCODINGS
+    raise StoreError(f"{where}: encoding {name!r}, this distinit reads {', '.join(readable)}")
 
 
 def value_type(encoding: Encoding) -> str:
@@ -63,7 +64,7 @@ def arrays_of(encoding: Encoding, output: Output = "logits") -> tuple[str, ...]:
 
 
 def row_arrays(encoding: Encoding, output: Output = "logits") -> tuple[str, ...]:
-    """Return the names of all of a teacher's arrays over rows: of logits the entropy as well."""
+    """Return the names of all arrays over a teacher's rows; logits have their entropy as well."""
     return (*arrays_of(encoding, output), *(("entropy",) if output == "logits" else ()))
 
 
@@ -73,35 +74,36 @@ def row_bytes(width: int, encoding: Encoding) -> int:
 
 
 def storable(values: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Rows [n] of `values` [n, K] that can be kept: all finite and none beyond float16."""
+    """Return which rows [n] of `values` [n, K] can be stored: all finite and within float16."""
+    # The comparison is false for nan.
     with np.errstate(invalid="ignore"):
-        return np.asarray((np.abs(values) <= LARGEST).all(axis=-1))  # False for nan
+        return np.asarray((np.abs(values) <= LARGEST).all(axis=-1))
 
 
 def _int8(
     z: NDArray[np.float32], good: NDArray[np.bool_], output: Output
 ) -> dict[str, NDArray[Any]]:
-    """Encode rows with a scale and an offset each; those that are not `good` are NaN in `z`."""
+    """Encode rows with a scale and an offset each; rows of `z` that are not `good` are NaN."""
     low, high = (
         z.min(axis=1, initial=np.inf).astype(np.float64),
         z.max(axis=1, initial=-np.inf).astype(np.float64),
     )
     scale = ((high - low) / 255).astype(np.float32)
-    # From the rounded scale, so that the largest value, which of logits has the most weight, is
-    # met whatever the scale lost.
+    # The offset is computed from the rounded scale, so that the largest value, which has the most
+    # weight among logits, is exact in spite of the rounding.
     offset = (high - 127 * scale.astype(np.float64)).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.rint((z - offset[:, None]) / scale[:, None])
-    # All values are equal: no step, and the offset alone is exact.
+    # Where all values are equal the scale is 0, and the offset alone is exact.
     steps = np.where(scale[:, None] > 0, steps, np.where(good, 127, 0)[:, None])
     return {output: np.clip(steps, -128, 127).astype(np.int8), "scale": scale, "offset": offset}
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How the rows of one teacher are stored, and how wide they are.
+    """Encoding and width of the rows of one teacher.
 
-    basis float32 [D, K], orthonormal rows, and mean float32 [K]: of pca:D alone.
+    basis float32 [D, K], orthonormal rows, and mean float32 [K]: only for pca:D.
     """
 
     output: Output
@@ -113,7 +115,7 @@ class Codec:
     def encode(self, values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Encode `values` [n, K] as the arrays of `arrays_of(encoding, output)`.
 
-        Rows that cannot be stored become fill.
+        Rows that cannot be stored become the fill value.
         """
         good = storable(values)
         z = values if good.all() else np.where(good[:, None], values, np.float32(np.nan))
@@ -121,14 +123,13 @@ class Codec:
             return {self.output: z.astype(np.float16)}
         with np.errstate(invalid="ignore"):
             if self.basis is not None and self.mean is not None:
-                # In float64, so that what is left of the order of summation, which depends on the
-                # number of rows and of threads, is rounded away: a row has the same coefficients in
-                # any batch.
+                # The order of summation depends on the number of rows and of threads. In float64
+                # its effect is rounded away, so that a row has the same coefficients in any batch.
                 z = ((z - self.mean) @ self.basis.T.astype(np.float64)).astype(np.float32)
             return _int8(z, good, self.output)
 
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Return values [n, K] in float32, in the teacher's own space; NaN in fill."""
+        """Return values [n, K] in float32, in the teacher's space; NaN for fill."""
         values = arrays[self.output].astype(np.float32)
         if self.encoding != "float16":
             values *= arrays["scale"][:, None]
@@ -141,43 +142,49 @@ class Codec:
         """Return decoded rows [n, K], where `read(array)` returns rows of a teacher's array."""
         return self.decode({name: read(name) for name in arrays_of(self.encoding, self.output)})
 
-    def error(self, values: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArray[np.float32]:
+    def error(
+        self, values: NDArray[np.float32], decoded: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         """Return the error of the encoding in each row [n]: KL of logits, cosine of features."""
-        return (divergence if self.output == "logits" else cosine_error)(values, kept)
+        return (divergence if self.output == "logits" else cosine_error)(values, decoded)
 
     def rounding(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Return the largest error of a stored logit in each row [n]."""
         error = np.abs(self.decode(arrays)).max(axis=1, initial=0) * 2**-11
-        if self.encoding != "float16":  # an export in int8 was float16 before
+        # An export in int8 was float16 before, so both errors add up.
+        if self.encoding != "float16":
             error = arrays["scale"] / 2 + error
         return np.asarray(error, np.float32)
 
 
-def divergence(logits: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArray[np.float32]:
-    """KL of softmax(kept) from softmax(logits) at τ = 1, in nats [n]: the error of an encoding.
+def divergence(logits: NDArray[np.float32], decoded: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return KL(softmax(logits) ‖ softmax(decoded)) at τ = 1 in nats [n]: an encoding's error.
 
-    With p the first and d = kept − logits, KL = log Σ p exp d − Σ p d. Shifted so that Σ p d = 0,
-    that is log1p Σ p (exp d − 1 − d), a sum of small terms of one sign: float32 resolves even
-    float16's 1e-6.
+    With p = softmax(logits) and d = decoded − logits, KL = log Σ p exp d − Σ p d. After a shift
+    that makes Σ p d = 0, this is log1p Σ p (exp d − 1 − d), a sum of small terms of one sign, so
+    that float32 resolves even float16's 1e-6.
     """
     p = softmax(logits)
-    d = kept - logits
+    d = decoded - logits
     d -= (p * d).sum(axis=-1, keepdims=True)
-    if np.abs(d).max(initial=0) < 0.5:  # its series, several times faster than expm1
+    # The series is several times faster than expm1.
+    if np.abs(d).max(initial=0) < 0.5:
         excess = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120))))
     else:
         excess = np.expm1(d) - d
     return np.asarray(np.log1p((p * excess).sum(axis=-1)), np.float32)
 
 
-def cosine_error(features: NDArray[np.float32], kept: NDArray[np.float32]) -> NDArray[np.float32]:
-    """1 − cos(features, kept) of each row [n]: 0 where both are zero, 1 where only one is.
+def cosine_error(
+    features: NDArray[np.float32], decoded: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return 1 − cos(features, decoded) of each row [n]: 0 where both are 0, 1 where one is.
 
-    As half the squared distance of the unit vectors, which resolves float16's 1e-8.
+    It is computed as half the squared distance of the unit vectors, which resolves float16's 1e-8.
     """
-    unit = [_unit(x.astype(np.float64)) for x in (features, kept)]
-    error = ((unit[0] - unit[1]) ** 2).sum(axis=-1) / 2
-    return np.asarray(np.where(unit[0].any(-1) != unit[1].any(-1), 1, error), np.float32)
+    a, b = (_unit(x.astype(np.float64)) for x in (features, decoded))
+    error = ((a - b) ** 2).sum(axis=-1) / 2
+    return np.asarray(np.where(a.any(-1) != b.any(-1), 1, error), np.float32)
 
 
 def _unit(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -188,9 +195,9 @@ def _unit(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def error_record(
     values: NDArray[np.floating[Any]], output: Output = "logits"
 ) -> dict[str, float | None]:
-    """Return what a commit records of its rows' errors: mean and 99th percentile.
+    """Return the mean and 99th percentile of the errors of a commit's rows, as it records them.
 
-    Both are null without rows.
+    Both are None without rows.
     """
     mean, p99 = ERROR_KEYS[output]
     if len(values) == 0:
@@ -204,10 +211,10 @@ def error_record(
 def total_error(
     records: list[tuple[int, Mapping[str, Any]]], output: Output = "logits"
 ) -> dict[str, float | None]:
-    """Combine the errors of several commits, (rows, record) each.
+    """Combine the errors of several commits, each as (number of rows, record).
 
-    The mean is exact. The percentile is the largest of them, an upper bound: where at most 1 % of
-    each commit's rows are above a value, at most 1 % of all are.
+    The mean is exact. The percentile is the largest of all, which is an upper bound: if at most 1 %
+    of each commit's rows are above a value, at most 1 % of all rows are.
     """
     mean, p99 = ERROR_KEYS[output]
     measured = [(n, r) for n, r in records if n and r[mean] is not None]
@@ -222,10 +229,10 @@ def total_error(
 
 @dataclass(frozen=True)
 class Sums:
-    """What the mean and the scale of a teacher are computed from, of the rows of one shard.
+    """Sums over the rows of one shard from which a teacher's mean and scale are computed.
 
-    rows: their number. total float64 [K]: their sum. square: the sum of all squared values. Of the
-    values as they are read, not as the teacher gave them.
+    rows: number of rows. total float64 [K]: sum of the rows. square: sum of all squared values.
+    They are sums of the values as decoded from the store, not as the teacher returned them.
     """
 
     rows: int
@@ -234,22 +241,22 @@ class Sums:
 
     @classmethod
     def of(cls, codec: Codec, stored: Mapping[str, NDArray[Any]]) -> Sums:
-        """Add up rows of a teacher as stored; memory does not grow with their number."""
+        """Sum stored rows of a teacher; memory does not grow with their number."""
         rows = len(stored[codec.output])
         total, square = np.zeros(codec.width), 0.0
         for start in range(0, rows, 1024):
-            some = {name: values[start : start + 1024] for name, values in stored.items()}
-            values = codec.decode(some).astype(np.float64)
+            block = {name: array[start : start + 1024] for name, array in stored.items()}
+            values = codec.decode(block).astype(np.float64)
             total += values.sum(axis=0)
             square += float((values * values).sum())
         return cls(rows, total, square)
 
     def __add__(self, other: Sums) -> Sums:
-        """Return the sums of the rows of both."""
+        """Return the sums over the rows of both."""
         return Sums(self.rows + other.rows, self.total + other.total, self.square + other.square)
 
     def of_cells(self, cells: int) -> Sums:
-        """Return the sums with each of a row's `cells` cells as a row; 0: a row is one."""
+        """Return the sums with each of a row's `cells` cells as a row; 0 leaves rows whole."""
         if not cells:
             return self
         return Sums(self.rows * cells, self.total.reshape(cells, -1).sum(axis=0), self.square)
@@ -261,10 +268,10 @@ class Sums:
 
 def mean_and_scale(sums: list[Sums], width: int) -> tuple[NDArray[np.float32], float]:
     """Return the mean [K] over all rows, and sqrt of the mean of (x − mean)² over rows and K."""
-    whole = sum(sums, Sums(0, np.zeros(width), 0.0))
-    mean = whole.total / max(whole.rows, 1)
-    spread = whole.square / max(whole.rows * width, 1)
-    variance = spread - float((mean * mean).mean()) if width else 0.0
+    combined = sum(sums, Sums(0, np.zeros(width), 0.0))
+    mean = combined.total / max(combined.rows, 1)
+    mean_square = combined.square / max(combined.rows * width, 1)
+    variance = mean_square - float((mean * mean).mean()) if width else 0.0
     return mean.astype(np.float32), float(np.sqrt(max(variance, 0.0)))
 
 
@@ -272,22 +279,22 @@ def mean_and_scale(sums: list[Sums], width: int) -> tuple[NDArray[np.float32], f
 
 
 def roi_average(cells: NDArray[np.float32], region: Region) -> NDArray[np.float32]:
-    """Return the average [n, D] of cells [n, G, G, D] by the area that `region` has of each.
+    """Return the average [n, D] of cells [n, G, G, D], weighted by their overlap with `region`.
 
-    region: in shares of the picture that the cells cover.
+    region: in fractions of the picture that the cells cover.
     """
-    down = shares(region.top, region.bottom, cells.shape[1])
-    across = shares(region.left, region.right, cells.shape[2])
-    weights = np.outer(down, across).astype(np.float32).ravel()
+    row_shares = shares(region.top, region.bottom, cells.shape[1])
+    column_shares = shares(region.left, region.right, cells.shape[2])
+    weights = np.outer(row_shares, column_shares).astype(np.float32).ravel()
     flat = cells.reshape(len(cells), len(weights), -1)
     return np.asarray(np.matmul(weights, flat), np.float32)
 
 
 def shares(first: float, end: float, count: int) -> NDArray[np.float64]:
-    """Return which shares of the interval [first, end] are in `count` equal parts of [0, 1].
+    """Return the shares of the interval [first, end] in each of `count` equal parts of [0, 1].
 
-    What is outside [0, 1] does not count; an interval that is outside as a whole is in the nearest
-    part.
+    The part of the interval outside [0, 1] does not count; an interval that is entirely outside
+    counts for the nearest part.
     """
     edges = np.arange(count + 1) / count
     overlap = np.clip(np.minimum(end, edges[1:]) - np.maximum(first, edges[:-1]), 0, None)

@@ -1,7 +1,7 @@
-"""Which form the rows of an exported store take, and the basis of pca:D.
+"""Choose the encoding of the rows of an exported store, and fit the basis of pca:D.
 
-The basis is fitted on rows that a hash of the videos' digests chooses, in the order of that hash:
-neither the order in which videos were listed, nor shards, nor workers change a bit of it.
+The basis is fitted on rows that a hash of the videos' digests selects, in the order of that hash.
+So it does not depend on the order in which videos were listed, nor on shards or workers.
 
 Shapes: n rows, K features, D components.
 """
@@ -23,7 +23,8 @@ from .store_options import Encoding, pca_components
 
 ROWS_PER_COMPONENT = 20
 MIN_ROWS_PER_COMPONENT = 2
-BLOCK = 1024  # rows read at a time
+# Rows read at a time.
+BLOCK = 1024
 
 
 def codecs_for(
@@ -37,12 +38,12 @@ def codecs_for(
     Args:
         store: The source.
         teachers: Names of its teachers.
-        encoding: What was asked for; None: as they are stored. `pca:D` is for features, logits stay
-            as they are.
-        videos: Those that are exported, of which the basis of pca:D is fitted.
+        encoding: The requested encoding; None keeps that of the store. `pca:D` is for features;
+            logits keep their encoding.
+        videos: The exported videos, on whose rows the basis of pca:D is fitted.
 
     Raises:
-        UsageError: A teacher cannot be stored so.
+        UsageError: A teacher's rows cannot be stored in this encoding.
     """
     codecs = {name: store.teacher(name).codec for name in teachers}
     if encoding is None:
@@ -64,7 +65,7 @@ def codecs_for(
         if encoding == "float16" or pca_components(codec.encoding):
             raise UsageError(
                 f"--encoding {encoding}: teacher {name!r} of {store.name} is stored in "
-                f"{codec.encoding}, and what that lost cannot be had back; leave --encoding out, or "
+                f"{codec.encoding}, whose losses cannot be undone; leave --encoding out, or "
                 "choose teachers by --teacher"
             )
         codecs[name] = (
@@ -76,34 +77,33 @@ def codecs_for(
 
 
 def fit_pca(store: TargetStore, teacher: str, components: int, videos: NDArray[np.int64]) -> Codec:
-    """Return pca:D with the principal components of a teacher's features.
+    """Return a codec for pca:D with the principal components of a teacher's features.
 
-    One scale for all dimensions: they are centred, not divided by their deviations.
+    The features are centred, but not divided by their standard deviations.
 
     Raises:
         UsageError: There are too few rows, or fewer features than components.
     """
     width = store.teacher(teacher).width
-    wanted = ROWS_PER_COMPONENT * components
-    rows = sample_rows(store, teacher, wanted, videos)
-    allowed = min(width, len(rows) // MIN_ROWS_PER_COMPONENT)
-    if components > allowed:
+    rows = sample_rows(store, teacher, ROWS_PER_COMPONENT * components, videos)
+    max_components = min(width, len(rows) // MIN_ROWS_PER_COMPONENT)
+    if components > max_components:
         raise UsageError(
             f"--encoding pca:{components}: teacher {teacher!r} has {width} features and at least "
-            f"{len(rows)} rows to fit on; at most pca:{allowed} is allowed "
+            f"{len(rows)} rows to fit on; at most pca:{max_components} is allowed "
             f"({MIN_ROWS_PER_COMPONENT} rows per component)"
-            if allowed
+            if max_components
             else f"--encoding pca:{components}: teacher {teacher!r} has no rows to fit on"
         )
     total, products = np.zeros(width), np.zeros((width, width))
-    for at in range(0, len(rows), BLOCK):
-        x = store.outputs(teacher, rows[at : at + BLOCK]).astype(np.float64)
+    for start in range(0, len(rows), BLOCK):
+        x = store.outputs(teacher, rows[start : start + BLOCK]).astype(np.float64)
         total += x.sum(axis=0)
         products += x.T @ x
     mean = total / len(rows)
     covariance = products / len(rows) - np.outer(mean, mean)
     vectors = np.linalg.eigh(covariance)[1].T[::-1][:components]
-    # An eigenvector has no sign of its own.
+    # The sign of an eigenvector is arbitrary; fix it by the largest component.
     sign = np.sign(vectors[np.arange(components), np.abs(vectors).argmax(axis=1)])
     basis = (vectors * sign[:, None]).astype(np.float32, order="C")
     return Codec("features", f"pca:{components}", width, basis, mean.astype(np.float32))
@@ -112,34 +112,34 @@ def fit_pca(store: TargetStore, teacher: str, components: int, videos: NDArray[n
 def sample_rows(
     store: TargetStore, teacher: str, count: int, videos: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return at least `count` rows of a teacher, or all if it has fewer, from many videos.
+    """Return at least `count` rows of a teacher from many videos, or all if it has fewer.
 
-    Of each video as few as suffice, spread evenly over it; videos in the order of a hash of their
-    digests.
+    As few rows per video as suffice are taken, spread evenly over the video. The videos are in the
+    order of a hash of their digests.
     """
     usable = np.intersect1d(store.usable([teacher]), videos)
     counts = store.row_counts[usable]
-    most = _rows_per_video(counts, count)
+    max_rows = _rows_per_video(counts, count)
     keys = {int(v): _key(store, int(v)) for v in usable}
     chosen: list[NDArray[np.int64]] = []
     total = 0
     for video in sorted(keys, key=keys.__getitem__):
         rows = store.rows_of(np.array([video]))
-        take = min(len(rows), most)
-        chosen.append(rows[np.linspace(0, len(rows) - 1, take).round().astype(np.int64)])
-        total += take
+        num_rows = min(len(rows), max_rows)
+        chosen.append(rows[np.linspace(0, len(rows) - 1, num_rows).round().astype(np.int64)])
+        total += num_rows
         if total >= count:
             break
     return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
 
 
-def _rows_per_video(counts: NDArray[np.int64], wanted: int) -> int:
-    """Return the least m of which Σ min(counts, m) ≥ wanted, or the largest count."""
-    fewer = range(1, int(np.max(counts, initial=1)))
-    return 1 + bisect_left(fewer, wanted, key=lambda m: int(np.minimum(counts, m).sum()))
+def _rows_per_video(counts: NDArray[np.int64], min_rows: int) -> int:
+    """Return the smallest m with Σ min(counts, m) ≥ min_rows, or the largest count."""
+    candidates = range(1, int(np.max(counts, initial=1)))
+    return 1 + bisect_left(candidates, min_rows, key=lambda m: int(np.minimum(counts, m).sum()))
 
 
 def _key(store: TargetStore, video: int) -> tuple[bytes, tuple[str, str]]:
-    """Return what orders a video; its place where two files have one digest."""
+    """Return the sort key of a video; its path decides between files with the same digest."""
     digest = hashlib.blake2b(store.digest(video).encode(), digest_size=16).digest()
     return digest, store.place(video)

@@ -1,13 +1,13 @@
-"""Read a store behind a URL, keeping locally what was read (`cache.py`).
+"""Read a store behind a URL and cache the data locally (`cache.py`).
 
-A shard file in the cache has its full length from the start, as a hole, and is filled with what is
-asked for. No list of what is there is kept: every chunk and every index ends with its own crc32c,
-which a hole does not satisfy. So processes share the cache without locks, a kill leaves nothing
-wrong behind, and a warm row costs what it costs in a local store. A file that has no hole left is
-compared with the digest of its commit.
+A shard file in the cache has its full length from the start, as a hole, and is filled with the
+ranges that are read. No list of cached ranges is stored: every chunk and every index ends with its
+crc32c, which a hole does not satisfy. So processes share the cache without locks, a killed process
+leaves no wrong data, and a cached row is read as fast as in a local store. A file without holes is
+compared with the digest in its commit.
 
-What a server sends is data of a third party: names and sizes are checked before they are used, and
-no answer is read beyond what the file can have.
+A server's data comes from a third party: names and sizes are checked before they are used, and no
+response is read beyond the size that the file can have.
 """
 
 from __future__ import annotations
@@ -38,37 +38,44 @@ from .digests import (
 from .shards import ShardedRows, chunk_crcs_hold
 from .storage import Record, StoreFiles, array_metadata
 from .validation import largest_chunk
-from .web import STALL_S, TOTAL_S, AnswerError, WebReader
+from .web import STALL_S, TOTAL_S, ResponseError, WebReader
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-WHOLE = 4 << 20  # files up to this many bytes are fetched in one request
-BLOCK = 256 << 10  # of larger ones, aligned blocks: neighbours of a row are rows of the same video
-LARGEST = 64 << 20  # bytes of a node, or of a file of a table
-CHUNKS = 1 << 14  # of a column: of 16,384 rows each, 268 million videos
-PARALLEL = 32  # requests at a time where the file system takes several
-WAITS_S = (0.5, 2.0)  # before a failed request is made again
+# Files of up to this many bytes are fetched in one request.
+WHOLE_FILE_BYTES = 4 << 20
+# Larger files are fetched in aligned blocks of so many bytes: the neighbours of a row belong to the
+# same video.
+BLOCK_BYTES = 256 << 10
+# Bytes of a node, or of one file of a table.
+MAX_FILE_BYTES = 64 << 20
+# Chunks of a column. With 16,384 rows per chunk this allows 268 million videos.
+MAX_CHUNKS = 1 << 14
+# Simultaneous requests, where the file system supports several.
+MAX_REQUESTS = 32
+# Seconds before each retry of a failed request.
+WAITS_S = (0.5, 2.0)
 
-# Columns that have no row of fill, so that a chunk without a file is lost.
+# Columns in which no row has the fill value, so that a chunk without a file is an error.
 WITHOUT_FILL = ("videos/path", "videos/corpus", "segments/video", "segments/shard")
 
 
 class RemoteFiles(StoreFiles):
-    """A store under a URL. `name` is the URL without what is secret in it.
+    """A store under a URL. `name` is the URL without its secrets.
 
     Raises:
-        UsageError: The URL is none of those that may be opened (`urls.check_url`).
+        UsageError: The URL is not allowed (`urls.check_url`).
         StoreError: The package for its protocol is not installed.
     """
 
     def __init__(self, url: str, cache: Path, options: Mapping[str, Any]) -> None:
         check_url(url)
         self.name, self.url = public_url(url).rstrip("/"), url
-        self._root, self._options = cache, dict(options)
+        self._cache_root, self._options = cache, dict(options)
         self._cache: StoreCache | None = None
         self._state, self._planned, self._ranges = "", dict[str, int](), Ranges()
-        self._asked_again: set[str] = set()
+        self._refreshed_columns: set[str] = set()
         self._connection: tuple[int, AbstractFileSystem, str | WebReader] | None = None
         self._connect()
 
@@ -76,10 +83,10 @@ class RemoteFiles(StoreFiles):
         return {**self.__dict__, "_connection": None}
 
     def pin(self, store_id: str, plans: Sequence[Mapping[str, Any]]) -> None:
-        """Say which state of the tables is meant: rows of which these plans speak do not change.
+        """Set the state of the tables to read: the rows that these plans list do not change.
 
-        By what the plans say, not by their number: two copies of a store may have grown
-        differently.
+        The content of the plans identifies the state, not their number: two copies of a store may
+        have grown differently.
         """
         filesystem, _ = self._connect()
         endpoint = getattr(filesystem, "endpoint_url", None) or getattr(
@@ -87,7 +94,7 @@ class RemoteFiles(StoreFiles):
         )
         place = f"{canonical_url(self.url)} {endpoint or ''}"
         self._cache = StoreCache(
-            self._root, digest_bytes(place.encode()), require_digest(store_id, self.name)
+            self._cache_root, digest_bytes(place.encode()), require_digest(store_id, self.name)
         )
         self._state = digest_bytes(json.dumps(plans, sort_keys=True).encode())
         self._planned = {key: num_planned(plans, key) for key in ("videos", "segments")}
@@ -95,40 +102,40 @@ class RemoteFiles(StoreFiles):
 
     @property
     def address(self) -> str:
-        """The URL as it was given."""
+        """The URL with its secrets."""
         return self.url
 
     @property
     def cache(self) -> StoreCache:
-        """What is kept of this store, known once it is known which one it is."""
+        """Cached files of this store; available after `pin`."""
         if self._cache is None:
             raise StoreError(f"{self.name}: its plans are not read yet")
         return self._cache
 
     def read(self, path: str) -> bytes:
-        """Return the whole file, a node; FileNotFoundError if there is none."""
-        return self._get(path, limit=LARGEST)
+        """Return the content of a file; FileNotFoundError if it does not exist."""
+        return self._get(path, limit=MAX_FILE_BYTES)
 
     def read_many(self, paths: Iterable[str], limit: int | None = None) -> dict[str, bytes]:
-        """Return those of the files that exist, by path, fetched in parallel if possible."""
+        """Return the contents of the files that exist, by path, fetched in parallel if possible."""
         paths = list(paths)
         filesystem, _ = self._connect()
 
         def get(path: str) -> bytes | None:
             try:
-                return self._get(path, limit=limit or LARGEST)
+                return self._get(path, limit=limit or MAX_FILE_BYTES)
             except FileNotFoundError:
                 return None
 
         if not getattr(filesystem, "async_impl", False) or len(paths) < 2:
-            answers = [get(p) for p in paths]
+            contents = [get(path) for path in paths]
         else:
-            with ThreadPoolExecutor(PARALLEL) as pool:
-                answers = list(pool.map(get, paths))
-        return {p: data for p, data in zip(paths, answers, strict=True) if data is not None}
+            with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+                contents = list(pool.map(get, paths))
+        return {path: data for path, data in zip(paths, contents, strict=True) if data is not None}
 
     def table(self, path: str) -> Column:
-        """Return a column of a table, fetched whole on first use."""
+        """Return a column of a table, which is fetched as a whole on first use."""
         folder = self.cache.table(self._state, require_name(path, self.name))
         if (
             folder.is_symlink()
@@ -142,34 +149,34 @@ class RemoteFiles(StoreFiles):
         return Column(folder, where, meta)
 
     def forget(self, path: str) -> bool:
-        """Remove a column from the cache, in which it may be damaged."""
+        """Remove a column, which may be damaged, from the cache."""
         folder = self.cache.table(self._state, require_name(path, self.name))
         self.cache.remove(folder)
         return True
 
     def rows(self, path: str, record: Record) -> ShardedRows:
-        """Return a sharded array behind the cache."""
+        """Return a sharded array that is read through the cache."""
         return _CachedRows(self, path, record)
 
     def range(self, path: str, start: int, stop: int, size: int) -> tuple[int, bytes]:
-        """Bytes [start, stop) of a file of `size` bytes, and where they begin in it.
+        """Return an offset in a file of `size` bytes and the bytes from there.
 
-        A server that knows no ranges sends the whole file, which then is what comes back.
+        These are bytes [start, stop), or the whole file from a server that does not support ranges.
         """
         whole = start == 0 and stop == size
         data = self._get(path, None if whole else (start, stop), limit=size)
         if not whole and len(data) == stop - start:
             return start, data
         if len(data) != size:
-            raise StoreError(f"{self.name}/{path}: has {len(data)} bytes, committed were {size}")
+            raise StoreError(f"{self.name}/{path}: has {len(data)} bytes, {size} were committed")
         return 0, data
 
     # -- details
 
     def _connect(self) -> tuple[AbstractFileSystem, str | WebReader]:
-        """Return the file system, and the store's path in it or its reader.
+        """Return the file system, and the store's path in it or, for http, its reader.
 
-        A forked process makes its own.
+        A forked process opens a new connection.
         """
         if self._connection is None or self._connection[0] != os.getpid():
             import fsspec
@@ -185,28 +192,31 @@ class RemoteFiles(StoreFiles):
                 raise StoreError(
                     f'{self.name}: {error}; pip install "distinit[remote]" installs the support for http'
                 ) from error
-            except Exception as error:  # every file system has errors of its own
+            # Each file system raises its own kinds of errors.
+            except Exception as error:
                 raise StoreError(f"{self.name}: cannot be opened ({_short(error)})") from None
             self._connection = (os.getpid(), filesystem, base)
         return self._connection[1:]
 
     def _get(self, path: str, span: tuple[int, int] | None = None, *, limit: int) -> bytes:
-        """Return a file of at most `limit` bytes, or bytes [start, stop) of it.
+        """Return a file of at most `limit` bytes, or its bytes [start, stop) in `span`.
 
-        The second if the server supports ranges.
+        A server that does not support ranges returns the whole file.
         """
         require_name(path, self.name)
         waits = iter(WAITS_S)
         while True:
             try:
-                data = self._ask(path, span, limit)
+                data = self._request(path, span, limit)
             except (FileNotFoundError, NotADirectoryError):
                 raise FileNotFoundError(
                     errno.ENOENT, "no such file", f"{self.name}/{path}"
                 ) from None
-            except Exception as error:  # every file system has errors of its own
-                wait = next(waits, None) if _another_try_may_help(error) else None
-                if wait is None:  # without its cause, which may contain a password
+            # Each file system raises its own kinds of errors.
+            except Exception as error:
+                wait = next(waits, None) if _can_retry(error) else None
+                if wait is None:
+                    # The cause is left out, because it may contain a password.
                     raise StoreError(
                         f"{self.name}/{path}: cannot be read ({_short(error)})"
                     ) from None
@@ -218,7 +228,7 @@ class RemoteFiles(StoreFiles):
                 )
             return data
 
-    def _ask(self, path: str, span: tuple[int, int] | None, limit: int) -> bytes:
+    def _request(self, path: str, span: tuple[int, int] | None, limit: int) -> bytes:
         from fsspec.asyn import sync
 
         filesystem, base = self._connect()
@@ -229,42 +239,46 @@ class RemoteFiles(StoreFiles):
         start, stop = span or (0, limit + 1)
         if not getattr(filesystem, "async_impl", False):
             return bytes(filesystem.cat_file(f"{base}/{path}", start=start, end=stop))
-        ask = filesystem._cat_file
+        cat_file = filesystem._cat_file
         return bytes(
-            sync(filesystem.loop, ask, f"{base}/{path}", start=start, end=stop, timeout=TOTAL_S)
+            sync(
+                filesystem.loop, cat_file, f"{base}/{path}", start=start, end=stop, timeout=TOTAL_S
+            )
         )
 
     def _may_have_grown(self, path: str, folder: Path) -> bool:
-        """Return whether the server has chunks that a column in the cache lacks.
+        """Return whether the server has chunks that a cached column lacks.
 
-        A 404 holds for one run only.
+        A 404 is trusted within one run only.
         """
-        if path in self._asked_again:
+        if path in self._refreshed_columns:
             return False
-        self._asked_again.add(path)
+        self._refreshed_columns.add(path)
         text = (folder / "zarr.json").read_bytes()
         names = self._chunk_names(
             path, check_document(f"{self.name}/{path}/zarr.json", text, required=self.sealed)
         )
-        lacking = [name for name in names if not (folder / name).exists()]
-        return bool(self.read_many(f"{path}/{name}" for name in lacking)) if lacking else False
+        missing = [name for name in names if not (folder / name).exists()]
+        return bool(self.read_many(f"{path}/{name}" for name in missing)) if missing else False
 
     def _chunk_names(self, path: str, meta: Mapping[str, Any]) -> list[str]:
-        """Return the chunk files with the planned rows of a column; StoreError if it is none."""
+        """Return the names of the chunk files with the planned rows of a column."""
         try:
             shape, chunks = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
             count = -(-min(shape[0], self._planned.get(path.split("/")[0], shape[0])) // chunks[0])
-            last = "/0" * (len(shape) - 1)
+            suffix = "/0" * (len(shape) - 1)
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise StoreError(
                 f"{self.name}/{path}/zarr.json: unreadable ({in_one_line(error)})"
             ) from error
-        if not 0 <= count <= CHUNKS:
-            raise StoreError(f"{self.name}/{path}: has {count} chunks, at most {CHUNKS} are read")
-        return [f"c/{i}{last}" for i in range(count)]
+        if not 0 <= count <= MAX_CHUNKS:
+            raise StoreError(
+                f"{self.name}/{path}: has {count} chunks, at most {MAX_CHUNKS} are read"
+            )
+        return [f"c/{i}{suffix}" for i in range(count)]
 
     def _metadata(self, path: str) -> tuple[bytes, dict[str, Any]]:
-        """Return the zarr.json of an array, as it is and checked for its digest and form."""
+        """Return the zarr.json of an array as bytes and parsed, checked for digest and form."""
         try:
             text = self.read(f"{path}/zarr.json")
         except FileNotFoundError as error:
@@ -272,30 +286,31 @@ class RemoteFiles(StoreFiles):
         return text, array_metadata(f"{self.name}/{path}/zarr.json", path, text, sealed=self.sealed)
 
     def _fetch_table(self, path: str, folder: Path) -> None:
-        self._asked_again.add(path)
+        self._refreshed_columns.add(path)
         text, meta = self._metadata(path)
         names = self._chunk_names(path, meta)
         fetched = self.read_many(
-            (f"{path}/{name}" for name in names), min(LARGEST, largest_chunk(meta))
+            (f"{path}/{name}" for name in names), min(MAX_FILE_BYTES, largest_chunk(meta))
         )
-        lost = next((name for name in names if f"{path}/{name}" not in fetched), None)
-        if lost is not None and (
+        missing = next((name for name in names if f"{path}/{name}" not in fetched), None)
+        if missing is not None and (
             path in WITHOUT_FILL or path.endswith(("/class", "/basis", "/mean"))
         ):
-            raise StoreError(f"{self.name}/{path}/{lost}: missing")
+            raise StoreError(f"{self.name}/{path}/{missing}: missing")
         files = {"zarr.json": text} | {
             name.removeprefix(f"{path}/"): data for name, data in fetched.items()
         }
-        fresh = self.cache.keep_table(folder, files)
-        try:  # what cannot be read is not kept: the server may be right again tomorrow
-            column = Column(fresh, f"{self.name}/{path}", meta)
+        new_folder = self.cache.keep_table(folder, files)
+        # A column that cannot be read is not cached, because the server may be repaired later.
+        try:
+            column = Column(new_folder, f"{self.name}/{path}", meta)
             stop = min(column.shape[0], self._planned.get(path.split("/")[0], column.shape[0]))
             for start, end in split_ranges(0, stop, column.chunks[0]):
                 checked_rows(column, start, end, self._ranges.get(path, {}))
         except BaseException:
-            self.cache.remove(fresh)
+            self.cache.remove(new_folder)
             raise
-        self.cache.publish(fresh, self._state, path, files)
+        self.cache.publish(new_folder, self._state, path, files)
 
 
 class _CachedRows(ShardedRows):
@@ -309,37 +324,37 @@ class _CachedRows(ShardedRows):
         size, digest = self._committed(shard)
         return self._files.cache.open_shard(digest, size)
 
-    def _again(self, shard: int, fd: int, start: int, length: int) -> bytes:
+    def _reread(self, shard: int, fd: int, start: int, length: int) -> bytes:
         size, digest = self._committed(shard)
         if not 0 <= start <= start + length <= size:
             raise StoreError(f"{self._file(shard)}: its index names bytes that it does not have")
-        low = start // BLOCK * BLOCK
-        high = min(size, -(-(start + length) // BLOCK) * BLOCK)
-        if size <= WHOLE:
-            low, high = 0, size
+        block_start = start // BLOCK_BYTES * BLOCK_BYTES
+        block_end = min(size, -(-(start + length) // BLOCK_BYTES) * BLOCK_BYTES)
+        if size <= WHOLE_FILE_BYTES:
+            block_start, block_end = 0, size
         try:
-            at, data = self._files.range(self._name(shard), low, high, size)
+            offset, data = self._files.range(self._name(shard), block_start, block_end, size)
         except FileNotFoundError as error:
             raise StoreError(
                 f"{self._files.name}/{self._name(shard)}: a committed shard is missing"
             ) from error
         if len(data) == size and digest_bytes(data) != digest:
             raise self._differs(shard)
-        self._files.cache.write(fd, data, at)
+        self._files.cache.write(fd, data, offset)
         self._check_whole(shard, fd, size, digest)
-        return data[start - at : start - at + length]
+        return data[start - offset : start - offset + length]
 
     def _check_whole(self, shard: int, fd: int, size: int, digest: str) -> None:
-        """Compare a file without holes with its digest.
+        """Compare a file that has no holes with its digest.
 
         Raises:
-            StoreError: It differs; it is then empty again.
+            StoreError: It differs; it has then been emptied.
         """
         if has_holes(fd, size):
             return
         if digest_file(fd, size) == digest:
             self._files.cache.name_whole(digest)
-        # Where holes are not known exactly, a chunk that was not fetched yet fails its crc32c.
+        # Some file systems report holes inexactly; then a chunk not fetched yet fails its crc32c.
         elif chunk_crcs_hold(os.pread(fd, size, 0), self.shard_rows // self.chunk_rows):
             os.ftruncate(fd, 0)
             os.ftruncate(fd, size)
@@ -349,16 +364,18 @@ class _CachedRows(ShardedRows):
         return StoreError(f"{self._file(shard)}: differs from what was committed (digest)")
 
     def _committed(self, shard: int) -> tuple[int, str]:
-        """Return size and digest of a shard's file; StoreError if no shard can have such a size."""
+        """Return the committed size and digest of a shard's file, checked."""
         record = self._record(self._path, shard)
         if record is None:
             raise StoreError(f"{self._files.name}/{self._name(shard)}: not committed")
         size, chunks = record["size"], self.shard_rows // self.chunk_rows
-        chunk = math.prod((self.chunk_rows, *self.shape[1:])) * self.dtype.itemsize + 4
-        least = 16 * chunks + 4
-        if not isinstance(size, int) or not least <= size <= least + chunks * chunk:
+        chunk_bytes = math.prod((self.chunk_rows, *self.shape[1:])) * self.dtype.itemsize + 4
+        min_size = 16 * chunks + 4
+        max_size = min_size + chunks * chunk_bytes
+        if not isinstance(size, int) or not min_size <= size <= max_size:
             raise StoreError(
-                f"{self._files.name}/{self._name(shard)}: cannot have {size!r} bytes, as its commit says"
+                f"{self._files.name}/{self._name(shard)}: its commit records {size!r} bytes, expected "
+                f"{min_size} to {max_size}"
             )
         return size, require_digest(record["blake2b"], f"{self._files.name}/{self._name(shard)}")
 
@@ -366,14 +383,16 @@ class _CachedRows(ShardedRows):
         return f"{self._path}/{self._key(shard)}"
 
 
-def _another_try_may_help(error: Exception) -> bool:
-    """Return whether to ask again: not without permission, nor after other HTTP client errors."""
-    if isinstance(error, AnswerError):
-        return error.again
+def _can_retry(error: Exception) -> bool:
+    """Return whether to retry; not without permission, nor after most client errors of HTTP."""
+    if isinstance(error, ResponseError):
+        return error.retry
     status = getattr(error, "status", None)
     client_error = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
     return not client_error and not isinstance(error, PermissionError)
 
 
 def _short(error: Exception) -> str:
-    return hide_secrets(first_line(error) if isinstance(error, AnswerError) else in_one_line(error))
+    return hide_secrets(
+        first_line(error) if isinstance(error, ResponseError) else in_one_line(error)
+    )

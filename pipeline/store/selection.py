@@ -1,4 +1,4 @@
-"""Which videos of a store are meant: those to export, and those that a student must not see."""
+"""Select videos of a store: those to export, and those that a student must not see."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .reader import TargetStore
 def choose_videos(
     store: TargetStore, corpora: Sequence[str] = (), videos_from: str | None = None
 ) -> NDArray[np.int64]:
-    """Return ids of the videos of these corpora that the list names, ascending; by default all.
+    """Return the ids of the videos of these corpora that the list names, ascending; default all.
 
-    A line of the list is a path in a corpus, `CORPUS=PATH` if several have that path, or the
-    absolute path of the file when it was extracted. `#` begins a comment line; a label after the
-    path, as in `a.mp4 3`, is ignored.
+    A line of the list is a path in a corpus, `CORPUS=PATH` if several corpora have that path, or
+    the absolute path that the file had when it was extracted. `#` begins a comment line; a label
+    after the path, as in `a.mp4 3`, is ignored.
 
     Raises:
-        UsageError: A corpus or a line names nothing in the store.
+        UsageError: A corpus or a line is not in the store.
     """
     chosen = np.ones(store.n_videos, bool)
     if corpora:
@@ -67,7 +67,7 @@ def _listed(store: TargetStore, file: str) -> list[int]:
 
 
 def _by_name(store: TargetStore) -> dict[str, list[int]]:
-    """Return ids by every way to name a video."""
+    """Return video ids by every name that a list can use."""
     names = list(store.corpora.items())
     videos: dict[str, list[int]] = {}
     paths = zip(store.column("corpus").tolist(), store.column("path").tolist(), strict=True)
@@ -83,57 +83,59 @@ def _by_name(store: TargetStore) -> dict[str, list[int]]:
 class Exclusion:
     """Videos of a store that are excluded, ids ascending.
 
-    wanted: how many `source` names; digest: SHA-256 of the set of videos, which a resumed run must
-    share.
+    num_named: number of videos that `source` names. digest: SHA-256 of the set of videos, which
+    must be the same in a resumed run.
     """
 
     store: TargetStore
     source: str
     videos: NDArray[np.int64]
-    wanted: int
+    num_named: int
     digest: str
 
     @classmethod
-    def of(cls, store: TargetStore, source: str, videos: Iterable[int], wanted: int) -> Exclusion:
-        """Return the exclusion of these videos."""
+    def of(
+        cls, store: TargetStore, source: str, videos: Iterable[int], num_named: int
+    ) -> Exclusion:
+        """Exclude these videos."""
         ids = np.array(sorted(set(videos)), np.int64)
         lines = "\n".join(sorted("/".join(store.place(int(video))) for video in ids))
         digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
-        return cls(store, source, ids, wanted, digest)
+        return cls(store, source, ids, num_named, digest)
 
     def describe(self) -> str:
-        """For the log: how many of how many."""
-        among = f", which names {self.wanted}" if self.wanted != len(self.videos) else ""
-        never = f"{len(self.videos)} of {self.store.n_videos} videos are never drawn"
-        return f"exclude: {never} (named by {self.source}{among})"
+        """Return the numbers of excluded and of all videos as text for the log."""
+        num_named = f", which names {self.num_named}" if self.num_named != len(self.videos) else ""
+        excluded = f"{len(self.videos)} of {self.store.n_videos} videos are never drawn"
+        return f"exclude: {excluded} (named by {self.source}{num_named})"
 
     def remove_from(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the videos that are not excluded; UsageError if none is left."""
-        kept = videos[~np.isin(videos, self.videos)]
-        if len(kept) == 0:
+        remaining = videos[~np.isin(videos, self.videos)]
+        if len(remaining) == 0:
             raise UsageError(
                 f"exclude: {self.source} names every video of {self.store.name} that could be drawn"
             )
-        return kept
+        return remaining
 
 
 def exclude_list(store: TargetStore, path: str) -> Exclusion:
-    """Return the videos that a list names, as CORPUS/PATH.
+    """Return the exclusion of the videos that a list names as CORPUS/PATH.
 
     A line that begins with # is a comment unless the store has that video.
 
     Raises:
-        UsageError: The list names nothing, or a line names no video of the store: a list with a
-            typing error would leave a test video in.
+        UsageError: The list is empty, or a line names no video of the store. Otherwise a typing
+            error would let a student see a test video.
     """
-    named = dict.fromkeys(_lines("exclude:", path))
+    unmatched = dict.fromkeys(_lines("exclude:", path))
     videos = []
     for video in range(store.n_videos):
         name = "/".join(store.place(video))
-        if name in named:
+        if name in unmatched:
             videos.append(video)
-            del named[name]
-    unknown = [line for line in named if not line.startswith("#")]
+            del unmatched[name]
+    unknown = [line for line in unmatched if not line.startswith("#")]
     example = "/".join(store.place(0)) if store.n_videos else "CORPUS/PATH"
     if unknown:
         raise UsageError(
@@ -148,7 +150,7 @@ def exclude_list(store: TargetStore, path: str) -> Exclusion:
 
 
 def _lines(option: str, path: str) -> list[str]:
-    """Return the lines of a list that are not blank; UsageError if it cannot be read."""
+    """Return the non-blank lines of a list; UsageError if it cannot be read."""
     try:
         return [line for text in read_text(path).split("\n") if (line := text.strip())]
     except OSError as error:

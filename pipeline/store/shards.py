@@ -1,11 +1,11 @@
 """Read rows straight from local shard files: one `pread` per chunk, its crc32c checked.
 
-zarr-python needs 2 ms for a row, this 0.02 (docs/benchmarks.md); a loader asks for thousands per
-second. The file stays plain Zarr v3: `sharding_indexed` with the index at the end (offset and
-length of every chunk as uint64 pairs, then a crc32c), inner codecs `bytes` little-endian and
-`crc32c`.
+zarr-python needs 2 ms per row, this module 0.02 ms (docs/benchmarks.md); a loader reads thousands
+of rows per second. The files are plain Zarr v3: `sharding_indexed` with the index at the end
+(offset and length of every chunk as uint64 pairs, then a crc32c), inner codecs `bytes`
+little-endian and `crc32c`.
 
-Shapes: n rows asked for, R rows of a shard.
+Shapes: n requested rows, R rows of a shard.
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ from numpy.typing import ArrayLike, NDArray
 from ..common.errors import StoreError, in_one_line
 
 MISSING = 2**64 - 1
-FEW = 16
-OPEN_SHARDS = 128  # descriptors and indices kept per array
+# Up to this many rows are read one after the other, without NumPy's grouping.
+MAX_SINGLE_READS = 16
+# Descriptors and indices that are kept open per array.
+MAX_OPEN_SHARDS = 128
 
 
 class ShardedRows:
     """Rows of one sharded local array; opens shards lazily and keeps the most recent ones open.
 
-    path: the array's folder, or what messages call it where a subclass reads elsewhere. meta: the
-    array's zarr.json. Picklable and fork-safe: descriptors belong to the process that opened them.
+    It is picklable and fork-safe: descriptors belong to the process that opened them.
+
+    Args:
+        path: The array's folder, or its name in messages if a subclass reads it elsewhere.
+        meta: The array's zarr.json.
     """
 
     def __init__(self, path: Path | str, meta: Mapping[str, Any]) -> None:
@@ -63,88 +68,91 @@ class ShardedRows:
             self.close()
 
     def close(self) -> None:
-        """Close the shards this process has open."""
+        """Close the shards that this process has opened."""
         while self._open:
             os.close(self._open.popitem()[1][0])
 
     def read(self, rows: ArrayLike) -> NDArray[Any]:
-        """Return the rows [n, …] in the order asked for.
+        """Return the rows [n, …] in the requested order.
 
         Raises:
-            StoreError: A crc is wrong, a file is too short, or a shard does not exist.
+            StoreError: A crc32c is wrong, a file is too short, or a shard does not exist.
         """
         requested = np.asarray(rows, np.int64)
         out = np.empty((len(requested), *self.shape[1:]), self.dtype)
-        if len(requested) <= FEW:
+        if len(requested) <= MAX_SINGLE_READS:
             self._read_few(requested.tolist(), out)
             return out
-        if np.min(requested) < 0 or np.max(requested) >= self.shape[0]:
-            wrong = np.min(requested) if np.min(requested) < 0 else np.max(requested)
-            raise StoreError(f"{self.path}: row {int(wrong)} of {self.shape[0]}")
+        lowest, highest = int(np.min(requested)), int(np.max(requested))
+        if lowest < 0 or highest >= self.shape[0]:
+            raise StoreError(
+                f"{self.path}: row {lowest if lowest < 0 else highest} of {self.shape[0]}"
+            )
         chunks = requested // self.chunk_rows
         for chunk in np.unique(chunks):
-            at = np.flatnonzero(chunks == chunk)
-            out[at] = self._chunk(int(chunk))[requested[at] % self.chunk_rows]
+            positions = np.flatnonzero(chunks == chunk)
+            out[positions] = self._chunk(int(chunk))[requested[positions] % self.chunk_rows]
         return out
 
     def read_range(self, first: int, count: int) -> NDArray[Any]:
-        """Rows `first` … `first` + `count` - 1, [count, …]; raises as `read`."""
+        """Return rows `first` … `first` + `count` - 1, [count, …]; raises like `read`."""
         out = np.empty((count, *self.shape[1:]), self.dtype)
         if not 0 <= first <= first + count <= self.shape[0]:
             raise StoreError(f"{self.path}: rows {first} … {first + count - 1} of {self.shape[0]}")
-        done = 0
-        while done < count:
-            chunk, at = divmod(first + done, self.chunk_rows)
-            part = self._chunk(chunk)[at : at + count - done]
-            out[done : done + len(part)] = part
-            done += len(part)
+        num_read = 0
+        while num_read < count:
+            chunk, offset = divmod(first + num_read, self.chunk_rows)
+            values = self._chunk(chunk)[offset : offset + count - num_read]
+            out[num_read : num_read + len(values)] = values
+            num_read += len(values)
         return out
 
     def _read_few(self, rows: list[int], out: NDArray[Any]) -> None:
         """Read the rows of a pick into `out`.
 
-        For so few rows NumPy's grouping would cost more than the reading.
+        For so few rows NumPy's grouping would take longer than reading.
         """
-        last, values = -1, out
+        current_chunk, values = -1, out
         for i, row in enumerate(rows):
             if not 0 <= row < self.shape[0]:
                 raise StoreError(f"{self.path}: row {row} of {self.shape[0]}")
-            chunk, at = divmod(row, self.chunk_rows)
-            if chunk != last:
-                last, values = chunk, self._chunk(chunk)
-            out[i] = values[at]
+            chunk, offset = divmod(row, self.chunk_rows)
+            if chunk != current_chunk:
+                current_chunk, values = chunk, self._chunk(chunk)
+            out[i] = values[offset]
 
     def _chunk(self, chunk: int) -> NDArray[Any]:
-        shard, inside = divmod(chunk, self.shard_rows // self.chunk_rows)
+        shard, position = divmod(chunk, self.shard_rows // self.chunk_rows)
         fd, index = self._shard(shard)
-        offset, length = index[inside].tolist()
+        offset, length = index[position].tolist()
         shape = (self.chunk_rows, *self.shape[1:])
         if offset == MISSING and length == MISSING:
             return np.full(shape, self.fill, self.dtype)
         size = math.prod(shape) * self.dtype.itemsize
         data = os.pread(fd, length, offset)
         if not intact(data, size):
-            data = self._again(shard, fd, offset, length)
+            data = self._reread(shard, fd, offset, length)
             if not intact(data, size):
                 raise StoreError(
-                    f"{self._file(shard)}: chunk {inside} fails its crc32c; see `distinit targets verify`"
+                    f"{self._file(shard)}: chunk {position} fails its crc32c; see `distinit targets verify`"
                 )
         return np.frombuffer(data, self.dtype, math.prod(shape)).reshape(shape)
 
     def _shard(self, shard: int) -> tuple[int, NDArray[np.uint64]]:
-        if self._owner != os.getpid():  # a forked worker: the descriptors belong to the parent
+        # In a forked worker the descriptors belong to the parent process.
+        if self._owner != os.getpid():
             self._open, self._owner = OrderedDict(), os.getpid()
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         fd = self._open_file(shard)
         try:
-            n = 16 * (self.shard_rows // self.chunk_rows)
-            start = max(os.fstat(fd).st_size - n - 4, 0)
-            tail = os.pread(fd, n + 4, start)
-            if not intact(tail, n):
-                tail = self._again(shard, fd, start, n + 4)
-                if not intact(tail, n):
+            num_bytes = 16 * (self.shard_rows // self.chunk_rows)
+            start = max(os.fstat(fd).st_size - num_bytes - 4, 0)
+            tail = os.pread(fd, num_bytes + 4, start)
+            if not intact(tail, num_bytes):
+                tail = self._reread(shard, fd, start, num_bytes + 4)
+                if not intact(tail, num_bytes):
                     raise StoreError(
                         f"{self._file(shard)}: the shard's index is damaged or cut off"
                     )
@@ -153,7 +161,7 @@ class ShardedRows:
             raise
         index = np.frombuffer(tail[:-4], "<u8").reshape(-1, 2)
         self._open[shard] = (fd, index)
-        if len(self._open) > OPEN_SHARDS:
+        if len(self._open) > MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])
         return fd, index
 
@@ -165,8 +173,8 @@ class ShardedRows:
         except OSError as error:
             raise StoreError(f"{file}: a committed shard is missing ({error.strerror})") from error
 
-    def _again(self, shard: int, fd: int, start: int, length: int) -> bytes:
-        """Read bytes again whose crc32c failed; a local file has no others."""
+    def _reread(self, shard: int, fd: int, start: int, length: int) -> bytes:
+        """Read bytes again whose crc32c failed; a local file has no other copy of them."""
         return b""
 
     def _file(self, shard: int) -> str:
@@ -178,20 +186,20 @@ class ShardedRows:
 
 def chunk_crcs_hold(data: bytes, chunks: int) -> bool:
     """Return whether the index and every chunk of a whole shard file pass their crc32c."""
-    n = 16 * chunks
-    tail = data[-n - 4 :]
-    if not intact(tail, n):
+    num_bytes = 16 * chunks
+    tail = data[-num_bytes - 4 :]
+    if not intact(tail, num_bytes):
         return False
     index = np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
     return all(
-        intact(data[at : at + size], size - 4)
-        for at, size in index
-        if (at, size) != (MISSING, MISSING)
+        intact(data[offset : offset + length], length - 4)
+        for offset, length in index
+        if (offset, length) != (MISSING, MISSING)
     )
 
 
 def intact(data: bytes, size: int) -> bool:
-    """Return whether `data` has `size` bytes and passes its crc32c."""
+    """Return whether `data` is `size` bytes followed by their crc32c."""
     return (
         len(data) == size + 4
         and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]

@@ -1,6 +1,6 @@
-"""One shard as a worker makes it: rows in memory, then files in a staging folder.
+"""Stage one shard as a worker makes it: rows in memory, then files in a staging folder.
 
-The client alone moves the files to their final place and commits (writer.py), so a late or
+Only the client moves the files to their final paths and commits (writer.py), so a late or
 superseded attempt changes nothing.
 
 Shapes: R rows of a shard, K classes of a teacher.
@@ -25,7 +25,7 @@ from .encoding import Sums, error_record
 
 @dataclass(frozen=True)
 class StagedFile:
-    """A shard file that waits for its commit: where it is, where it goes, what it must hold."""
+    """A shard file before its commit: its current path, final path, size and digest."""
 
     staged: str
     final: str
@@ -52,8 +52,8 @@ class FramesPart:
 class TeacherPart:
     """One teacher's rows of one shard.
 
-    error: what `encoding.error_record` returns for them. sums: for the statistics, of features
-    alone.
+    error: the result of `encoding.error_record` for the rows. sums: for the statistics of
+    features, None for logits.
     """
 
     rows: int = 0
@@ -65,7 +65,7 @@ class TeacherPart:
 
 @dataclass
 class HashPart:
-    """The hashes of the frames of one shard; failed: segments without."""
+    """The hashes of the frames of one shard; failed: reasons by segment without hashes."""
 
     rows: int = 0
     failed: dict[int, str] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class HashPart:
 
 @dataclass
 class ShardResult:
-    """What a worker hands to the client; `frames` is None if the store had the frame tables."""
+    """A worker's result for the client; `frames` is None if the store has the frame tables."""
 
     shard: int
     frames: FramesPart | None
@@ -84,7 +84,7 @@ class ShardResult:
 
     @property
     def rows(self) -> int:
-        """Rows written, of the frame tables or else of any teacher."""
+        """Number of rows written to the frame tables or, without those, for a teacher."""
         if self.frames is not None:
             return sum(self.frames.rows)
         rows = [t.rows for t in self.teachers.values()]
@@ -92,7 +92,10 @@ class ShardResult:
 
 
 def new_staging(root: Path, shard: int) -> Path:
-    """Make a folder for this attempt, inside the store: its file system is that of the rename."""
+    """Return the path of a new folder for this attempt.
+
+    It is inside the store, so that files can be renamed to their final paths.
+    """
     return root / fmt.STAGING / f"{shard:06d}-{uuid.uuid4().hex[:12]}"
 
 
@@ -101,8 +104,8 @@ def stage_array(
 ) -> list[StagedFile]:
     """Write `values` [rows ≤ R, …] as shard 0 of a one-shard array in `folder`, synced to disk.
 
-    A shard file does not depend on its place in the array, so it becomes shard `shard` by a rename.
-    Rows beyond `values` are fill and take no space; a shard of fill alone has no file.
+    A shard file does not depend on its position in the array, so a rename makes it shard `shard`.
+    Rows beyond `values` have the fill value and take no space; a shard of only fill has no file.
     """
     if not (folder / "zarr.json").exists():
         zarr.open_group(folder, mode="a")

@@ -1,4 +1,4 @@
-"""Statistics of one teacher over all rows of a store or, if large, over evenly spread rows."""
+"""Statistics of one teacher over all rows of a store, or over evenly spread rows of a large one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from numpy.typing import NDArray
 from .reader import TargetStore
 from .storage import LocalFiles
 
-SURVEYED = 200_000  # rows read of a store in a folder; all of a small one
-REMOTE_SURVEYED, RUN = 16_384, 128  # of a remote store fewer, in runs that share a request
+# At most this many rows of a store in a folder are read.
+MAX_ROWS = 200_000
+# Fewer rows of a remote store are read, in runs of consecutive rows that share a request.
+MAX_REMOTE_ROWS, REMOTE_RUN_ROWS = 16_384, 128
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-BINS = 24  # of the entropy histogram, from 0 to ln K
+# Bins of the entropy histogram, from 0 to ln K.
+BINS = 24
 
 
 @dataclass(frozen=True)
 class TeacherStats:
     """Statistics of one teacher.
 
-    rows int64 [n] of the store that were read, ascending, of `total`; their entropy float32 [n] in
-    nats and the index of their best class, top int64 [n].
+    total: number of the teacher's rows. rows int64 [n]: the rows that were read, ascending. entropy
+    float32 [n]: their entropies in nats. top int64 [n]: the class with the largest logit of each.
     """
 
     teacher: str
@@ -35,13 +38,13 @@ class TeacherStats:
 
     def histogram(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return counts of finite entropies in BINS equal bins from 0 to ln K nats, and edges."""
-        highest = max(float(np.log(len(self.classes))), 1e-9)
+        max_entropy = max(float(np.log(len(self.classes))), 1e-9)
         values = self.entropy[np.isfinite(self.entropy)].astype(np.float64)
-        counts, edges = np.histogram(np.clip(values, 0, highest), BINS, (0.0, highest))
+        counts, edges = np.histogram(np.clip(values, 0, max_entropy), BINS, (0.0, max_entropy))
         return counts.astype(np.int64), edges
 
     def quantiles(self) -> dict[float, float]:
-        """Entropy in nats at QUANTILES; nan where there is none."""
+        """Return the entropies in nats at QUANTILES; nan without rows."""
         values = self.entropy[np.isfinite(self.entropy)]
         quantiles = (
             np.quantile(values, QUANTILES).tolist()
@@ -51,14 +54,14 @@ class TeacherStats:
         return dict(zip(QUANTILES, quantiles, strict=True))
 
     def most_frequent(self, count: int) -> list[tuple[str, float]]:
-        """Return the classes that are most often the best one, each with its share of the rows."""
+        """Return the classes that are most often the top class, each with its share of the rows."""
         counts = Counter(self.top.tolist()).most_common(count)
         return [(self.classes[k], n / len(self.top)) for k, n in counts]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A video without rows, or without rows of one teacher, and why."""
+    """A video without rows, or without rows of one teacher, and the reason."""
 
     corpus: str
     path: str
@@ -66,22 +69,22 @@ class Failure:
 
 
 def teacher_stats(store: TargetStore, teacher: str) -> TeacherStats:
-    """Read a teacher's rows, at most SURVEYED of them (REMOTE_SURVEYED behind a URL).
+    """Read a teacher's rows, at most MAX_ROWS of them (MAX_REMOTE_ROWS behind a URL).
 
     Raises:
         StoreError: A row cannot be read.
     """
     rows = store.committed_rows(teacher)
     total, local = len(rows), isinstance(store.files, LocalFiles)
-    most, run = (SURVEYED, 1) if local else (REMOTE_SURVEYED, RUN)
-    if total > most:
-        starts = np.linspace(0, total - run, most // run).astype(np.int64)
-        rows = rows[(starts[:, None] + np.arange(run)).ravel()]
+    max_rows, run_rows = (MAX_ROWS, 1) if local else (MAX_REMOTE_ROWS, REMOTE_RUN_ROWS)
+    if total > max_rows:
+        starts = np.linspace(0, total - run_rows, max_rows // run_rows).astype(np.int64)
+        rows = rows[(starts[:, None] + np.arange(run_rows)).ravel()]
     entropies, tops = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
-    for at in range(0, len(rows), 4096):
-        some = rows[at : at + 4096]
-        entropies.append(store.entropy(teacher, some))
-        tops.append(store.logits(teacher, some).argmax(1).astype(np.int64))
+    for start in range(0, len(rows), 4096):
+        block = rows[start : start + 4096]
+        entropies.append(store.entropy(teacher, block))
+        tops.append(store.logits(teacher, block).argmax(1).astype(np.int64))
     classes = store.teachers[teacher].classes
     return TeacherStats(
         teacher, classes, total, rows, np.concatenate(entropies), np.concatenate(tops)
@@ -89,9 +92,9 @@ def teacher_stats(store: TargetStore, teacher: str) -> TeacherStats:
 
 
 def failures(store: TargetStore) -> Iterator[Failure]:
-    """Return videos that failed, and those without rows of one teacher alone.
+    """Yield the videos that failed, and those that failed only for one teacher.
 
-    The reason of the second kind begins with the teacher's name.
+    A reason of the second kind begins with the teacher's name.
     """
     reasons = store.index.video_reasons()
     texts = {i: [text] for i, text in reasons.items()}

@@ -1,7 +1,7 @@
-"""Where the files of a store are: a folder is read in place, a URL through `remote.py`.
+"""Read the files of a store: from a folder, or from a URL through `remote.py`.
 
-Every file of a store has a name that follows from its nodes (docs/store-format.md), so nothing here
-lists a folder: many HTTP servers cannot.
+The name of every file of a store follows from its nodes (docs/store-format.md). No folder is listed
+here, because many HTTP servers cannot do that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .shards import ShardedRows
 from .validation import check_array
 
 Record = Callable[[str, int], Mapping[str, Any] | None]
-"""(array path, shard) → size and digest of the shard's file as committed, None if it has none."""
+"""(array path, shard) → committed size and digest of the shard's file, None without a file."""
 
 
 class StoreFiles(ABC):
@@ -33,28 +33,32 @@ class StoreFiles(ABC):
 
     name: str
     sealed = False
-    """Whether every node and array metadata file of the store has a digest; known when its root was
+    """Whether every node and array metadata file of the store has a digest; set when its root is
     read."""
 
     @property
     def address(self) -> str:
-        """Return what opens the same store again.
+        """Path or URL that opens the same store again.
 
-        It is a URL with the password that `name` lacks, and must not be written to files or
-        messages.
+        A URL includes the password that `name` omits, and must not be written to files or messages.
         """
         return self.name
 
     @abstractmethod
     def read(self, path: str) -> bytes:
-        """Return the whole file; FileNotFoundError or, if it is unreadable, StoreError."""
+        """Return the content of a file.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            StoreError: It cannot be read.
+        """
 
     @abstractmethod
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
-        """Those of the files that exist, by path, in the order asked for."""
+        """Return the contents of the files that exist, by path, in the requested order."""
 
     def pin(self, store_id: str, plans: Sequence[Mapping[str, Any]]) -> None:
-        """Set which state of the tables is meant from now on, for those that cache."""
+        """Set the state of the tables to read from now on; only caching subclasses need it."""
         return
 
     @abstractmethod
@@ -62,10 +66,7 @@ class StoreFiles(ABC):
         """Open an unsharded array for reading; StoreError if that fails."""
 
     def forget(self, path: str) -> bool:
-        """Drop an unsharded array from the cache.
-
-        Returns whether `table` may return other values now.
-        """
+        """Drop an unsharded array from the cache; return whether it may now be read differently."""
         return False
 
     @abstractmethod
@@ -79,12 +80,12 @@ class LocalFiles(StoreFiles):
     def __init__(self, root: Path) -> None:
         self.root, self.name = root, str(root)
         self._folders: set[str] = {""}
-        """Folders of the store that were found to be no links."""
+        """Folders of the store that were checked and are not links."""
         self._tables: set[str] = set()
-        """Tables in whose folders there is none."""
+        """Tables whose folders were checked and contain no links."""
 
     def read(self, path: str) -> bytes:
-        """Return the whole file; FileNotFoundError if there is none."""
+        """Return the content of a file; FileNotFoundError if it does not exist."""
         descriptor = self.open(path)
         try:
             with open(descriptor, "rb", buffering=0) as file:
@@ -95,7 +96,7 @@ class LocalFiles(StoreFiles):
             ) from error
 
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
-        """Return the contents of those files that exist, by path."""
+        """Return the contents of the files that exist, by path."""
         contents = {}
         for path in paths:
             try:
@@ -110,9 +111,9 @@ class LocalFiles(StoreFiles):
         Every file of a local store is opened here.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            StoreError: A name leaves the store, or is a link, a device or a pipe, which would wait
-                for ever.
+            FileNotFoundError: The file does not exist.
+            StoreError: The path leaves the store, or is a link, a device or a pipe. Reading a pipe
+                would block for ever.
         """
         folder, _, name = path.rpartition("/")
         if folder not in self._folders:
@@ -124,12 +125,12 @@ class LocalFiles(StoreFiles):
             raise
         except (OSError, ValueError) as error:
             link = isinstance(error, OSError) and error.errno == errno.ELOOP
-            why = (
+            reason = (
                 "a link, which a store does not have"
                 if link
                 else f"cannot be read ({in_one_line(error)})"
             )
-            raise StoreError(f"{where}: {why}") from error
+            raise StoreError(f"{where}: {reason}") from error
         if name == ".." or not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise StoreError(f"{where}: not a regular file")
@@ -168,11 +169,11 @@ class _LocalRows(ShardedRows):
 
     def __init__(self, files: LocalFiles, path: str) -> None:
         super().__init__(files.root / path, files.metadata(path))
-        self._files, self._place = files, path
+        self._files, self._array_path = files, path
 
     def _open_file(self, shard: int) -> int:
         try:
-            return self._files.open(f"{self._place}/{self._key(shard)}")
+            return self._files.open(f"{self._array_path}/{self._key(shard)}")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(
                 f"{self._file(shard)}: a committed shard is missing ({error.strerror})"
@@ -182,7 +183,7 @@ class _LocalRows(ShardedRows):
 def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
     """Parse the zarr.json of the array `path` of a store.
 
-    sealed: it must have a digest.
+    sealed: whether it must have a digest.
 
     Raises:
         StoreError: Its digest or form is wrong.
@@ -193,40 +194,40 @@ def array_metadata(where: str, path: str, text: bytes, *, sealed: bool = False) 
 
 
 def inside(root: str | os.PathLike[str], path: str, *, below: bool = False) -> Path:
-    """Return the path of a file or folder of a local store, which need not exist.
+    """Return the checked path of a file or folder of a local store; it need not exist.
 
-    below: what is in that folder is checked too.
+    below: whether the content of that folder is checked too.
 
     Raises:
-        StoreError: A name leaves the store, or a part of it, or anything below, is a link or
+        StoreError: The path leaves the store; or a part of it, or an entry below it, is a link or
             neither a file nor a folder.
     """
     names = path.split("/")
     if {"", ".", ".."}.intersection(names) or "\0" in path:
-        raise StoreError(f"{os.fspath(root)}: {path!r} is no name of a file in a store")
-    place = os.fspath(root)
+        raise StoreError(f"{os.fspath(root)}: {path!r} is not a valid name of a file in a store")
+    current = os.fspath(root)
     for name in names:
-        place = f"{place}/{name}"
+        current = f"{current}/{name}"
         try:
-            mode = os.lstat(place).st_mode
+            mode = os.lstat(current).st_mode
         except (FileNotFoundError, NotADirectoryError):
             break
         except OSError as error:
-            raise StoreError(f"{place}: cannot be read ({error.strerror})") from error
-        _check_mode(place, mode)
+            raise StoreError(f"{current}: cannot be read ({error.strerror})") from error
+        _check_mode(current, mode)
     else:
         if below and stat.S_ISDIR(mode):
-            for parent, folders, files in os.walk(place):
+            for parent, folders, files in os.walk(current):
                 for name in (*folders, *files):
                     _check_mode(f"{parent}/{name}", os.lstat(f"{parent}/{name}").st_mode)
     return Path(root, path)
 
 
-def _check_mode(place: str, mode: int) -> None:
+def _check_mode(path: str, mode: int) -> None:
     if stat.S_ISLNK(mode):
-        raise StoreError(f"{place}: a link, which a store does not have")
+        raise StoreError(f"{path}: a link, which a store does not have")
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise StoreError(f"{place}: neither a file nor a folder")
+        raise StoreError(f"{path}: neither a file nor a folder")
 
 
 def store_files(
@@ -239,8 +240,8 @@ def store_files(
 
     Args:
         where: A path or URL.
-        cache: Folder for what is read from a URL (default: see `cache.cache_folder`).
-        storage_options: For the fsspec file system of the URL.
+        cache: Folder that caches data read from a URL (default: see `cache.cache_folder`).
+        storage_options: Options of the fsspec file system of the URL.
 
     Raises:
         UsageError: The URL may not be opened.
@@ -257,5 +258,5 @@ def store_files(
 
 
 def absolute(where: str) -> str:
-    """Return a store's address that holds in any working folder."""
+    """Return a store's address that is valid in any working folder."""
     return where if is_url(where) else os.path.abspath(local_path(where))

@@ -180,9 +180,9 @@ def redirect(to: str) -> Trick:
 def small_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small stores take the ways of large ones, and a failed request is made again at once."""
     for name, value in (
-        ("WHOLE", 1500),
-        ("BLOCK", 1024),
-        ("LARGEST", LIMIT),
+        ("WHOLE_FILE_BYTES", 1500),
+        ("BLOCK_BYTES", 1024),
+        ("MAX_FILE_BYTES", LIMIT),
         ("WAITS_S", (0.0,)),
     ):
         monkeypatch.setattr(remote, name, value)
@@ -323,7 +323,7 @@ def test_https_is_not_left_for_http() -> None:
         ("https://h/a", "file:///a"),
         ("http://h/a", "s3://b/a"),
     ):
-        with pytest.raises(web.AnswerError):
+        with pytest.raises(web.ResponseError):
             web._redirected(yarl.URL(at), to)
     assert str(web._redirected(yarl.URL("http://h/a"), "https://u:p@h/b")) == "https://h/b"
     assert web._same_host(yarl.URL("http://h/a"), yarl.URL("https://h/b"))
@@ -491,7 +491,7 @@ def other_rows(shard: Path) -> None:
 def test_a_store_that_claims_the_digests_of_another_gives_it_no_rows(
     make_store: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
 ) -> None:
-    monkeypatch.setattr(remote, "WHOLE", whole)
+    monkeypatch.setattr(remote, "WHOLE_FILE_BYTES", whole)
     _, root = make_store(videos=range(12))
     evil = shutil.copytree(root, tmp_path / "evil" / "s.zarr")
     other_rows(evil / "teachers/t/logits/c/0/0")

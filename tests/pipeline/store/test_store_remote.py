@@ -86,8 +86,8 @@ def serve(root: Path, **changes: Any) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def small_files_and_no_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes of these stores take the ways that large stores take."""
-    monkeypatch.setattr(remote, "WHOLE", 1500)
-    monkeypatch.setattr(remote, "BLOCK", 1024)
+    monkeypatch.setattr(remote, "WHOLE_FILE_BYTES", 1500)
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 1024)
     monkeypatch.setattr(remote, "WAITS_S", (0.0, 0.0))
     monkeypatch.setenv("DISTINIT_CACHE", str(tmp_path / "cache"))
 
