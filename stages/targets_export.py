@@ -22,7 +22,7 @@ from ..pipeline.common.hdf5 import STRING, Hdf5Writer, open_hdf5
 from ..pipeline.common.locks import locked
 from ..pipeline.common.run_dir import config_next_to
 from ..pipeline.common.urls import check_local
-from ..pipeline.store.layout import is_ours
+from ..pipeline.store.layout import is_started_store
 from ..pipeline.store.reader import TargetStore
 from ..pipeline.store.reencode import codecs_for
 from ..pipeline.store.selection import choose_videos
@@ -240,7 +240,7 @@ def _sweep(part: Path) -> None:
     """Remove what a killed export left behind; StoreError while another one is at work there."""
     if not part.exists():
         return
-    if not is_ours(part):
+    if not is_started_store(part):
         raise UsageError(f"--out: {part} is in the way, and is no part of an export; move it")
     with locked(part, StoreError(f"{part}: another export is writing it")):
         shutil.rmtree(part)

@@ -65,7 +65,7 @@ def targets_verify(options: VerifyConfig, console: Console) -> dict[str, Any]:
         for finding in findings:
             console.info(str(finding))
         dropped = 0
-        if writer is not None and by_video and not index.broken:
+        if writer is not None and by_video and not index.faults:
             identify_again(store, writer, list(by_video), options.video_roots)
         if options.repair and any(finding.shard is not None for finding in findings):
             dropped = drop_commits(Path(store.path), findings)

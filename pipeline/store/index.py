@@ -1,11 +1,11 @@
-"""Plans and commits of a store as arrays: which rows of which video exist, and every status.
+"""Load plans and commits of a store as arrays: which rows of which video exist, and each status.
 
 Shapes: S segments, V videos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
@@ -24,13 +24,14 @@ from .store_options import Encoding, Output
 from .validation import SEGMENT_LISTS, known_files
 
 PENDING, OK, FAILED, OVERFLOWED = 0, 1, 2, 3
-MANY_LOST = 100
+# Most losses of each kind that are reported.
+MAX_LOSSES = 100
 STATUS = {PENDING: "pending", OK: "ok", FAILED: "failed"}
 
 
 @dataclass
 class TeacherCommits:
-    """Shards of one teacher that exist, and its own failures by segment."""
+    """Committed shards of one teacher, and the reasons of its failures by segment."""
 
     encoding: Encoding = DEFAULT
     output: Output = "logits"
@@ -41,7 +42,13 @@ class TeacherCommits:
 
 @dataclass
 class StoreIndex:
-    """Tables of the planned segments [S] and what became of each."""
+    """Tables of the planned segments [S] and the state of each.
+
+    row: first row in the store. frames: frames of the file, −1 where a segment does not reach its
+    end. hashes: commits of hashes of frames, by shard. unhashed: the reason for each segment of
+    these shards that could not be hashed. faults: the fault, shard and teacher of damaged nodes and
+    tables, if the store was loaded with `damaged`.
+    """
 
     n_videos: int
     n_shards: int
@@ -55,9 +62,9 @@ class StoreIndex:
     bound: NDArray[np.int64]
     replaces: NDArray[np.int64]
     state: NDArray[np.int8]
-    row: NDArray[np.int64]  # absolute first row
+    row: NDArray[np.int64]
     rows: NDArray[np.int64]
-    frames: NDArray[np.int64]  # frames in the file, −1 where a segment does not reach its end
+    frames: NDArray[np.int64]
     reason: dict[int, str]
     note: dict[int, str]
     overflow: dict[int, int]
@@ -67,17 +74,13 @@ class StoreIndex:
     ranges: Ranges
     version: int = 1
     hashes: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Commits of the hashes of frames, by shard."""
     unhashed: dict[int, str] = field(default_factory=dict)
-    """Segments in such shards that could not be hashed, with the reason."""
-    broken: list[tuple[str, int | None, str | None]] = field(default_factory=list)
-    """Of a store opened as damaged: what is wrong with its nodes and tables, in which shard, of
-    which teacher."""
+    faults: list[tuple[str, int | None, str | None]] = field(default_factory=list)
 
     def file_record(self, path: str, shard: int) -> dict[str, Any] | None:
-        """Return the size and digest that commits record for the file of a shard of `path`.
+        """Return the size and digest that commits record for a shard file, None without a record.
 
-        None if they record none. path: that of an array.
+        path: the path of the array.
         """
         _, name, *_ = path.split("/")
         if path.startswith("frames/"):
@@ -93,22 +96,22 @@ class StoreIndex:
     def live(self) -> NDArray[np.bool_]:
         """Segments that no later attempt replaces [S]."""
         live = np.ones(len(self.video), bool)
-        old = self.replaces[self.replaces >= 0]
-        live[old] = False
+        replaced = self.replaces[self.replaces >= 0]
+        live[replaced] = False
         return live
 
     def order(self) -> NDArray[np.int64]:
-        """Live segments by video, then by first frame."""
+        """Return the ids of live segments, sorted by video and first frame."""
         ids = np.flatnonzero(self.live)
         return ids[np.lexsort((self.first[ids], self.video[ids]))]
 
     def video_state(self) -> NDArray[np.int8]:
-        """ok, failed or pending of each video's frames [V]: the worst of its live segments."""
+        """Return ok, failed or pending for each video [V]: the worst state of its live segments."""
         state = np.full(self.n_videos, OK, np.int8)
         ids = np.flatnonzero(self.live)
-        has = np.zeros(self.n_videos, bool)
-        has[self.video[ids]] = True
-        state[~has] = PENDING
+        has_segment = np.zeros(self.n_videos, bool)
+        has_segment[self.video[ids]] = True
+        state[~has_segment] = PENDING
         state[self.video[ids[(self.state[ids] == PENDING) | (self.state[ids] == OVERFLOWED)]]] = (
             PENDING
         )
@@ -141,77 +144,97 @@ class StoreIndex:
         return {int(self.video[s]): text for s, text in sorted(failed.items()) if live[s]}
 
 
-def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex:
-    """Read plans and commits of a store; StoreError where they contradict the arrays.
+class _NodeReader:
+    """Read plans and commits of a store; with `damaged`, collect errors in `faults`."""
 
-    StoreError also for a store in a folder of which `losses` tells, unless `damaged`: for those who
-    look for damage.
-    """
-    files = store_files(where)
-    attributes = fmt.check_root(files)
-    broken: list[tuple[str, int | None, str | None]] = []
+    def __init__(self, files: StoreFiles, *, damaged: bool) -> None:
+        self.files, self.damaged = files, damaged
+        self.faults: list[tuple[str, int | None, str | None]] = []
 
     @contextmanager
-    def noting(shard: int | None, teacher: str | None = None) -> Iterator[None]:
-        """Enter a StoreError of the block in `broken`, if `damaged`."""
+    def collect_faults(self, shard: int | None, teacher: str | None = None) -> Iterator[None]:
+        """Append a StoreError of the block to `faults` if `damaged`, otherwise raise it."""
         try:
             yield
         except StoreError as error:
-            if not damaged:
+            if not self.damaged:
                 raise
-            broken.append((str(error), shard, teacher))
+            self.faults.append((str(error), shard, teacher))
 
-    def read(
-        group: str, names: Iterable[str], teacher: str | None = None
+    def nodes(
+        self, group: str, names: Iterable[str], teacher: str | None = None
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield nodes by name; a damaged one is an error, or an entry of `broken` if `damaged`."""
-        wrong: dict[str, str] | None = {} if damaged else None
-        yield from fmt.read_nodes(files, group, names, broken=wrong).items()
-        for name, what in (wrong or {}).items():
-            broken.append(
-                (what, int(name), teacher) if group.startswith("commits/") else (what, None, name)
-            )
+        """Yield the existing nodes of a group by name."""
+        node_faults: dict[str, str] | None = {} if self.damaged else None
+        yield from fmt.read_nodes(self.files, group, names, faults=node_faults).items()
+        for name, fault in (node_faults or {}).items():
+            if group.startswith("commits/"):
+                self.faults.append((fault, int(name), teacher))
+            else:
+                self.faults.append((fault, None, name))
 
-    wrong: dict[str, str] | None = {} if damaged else None
-    plans = fmt.read_plans(files, broken=wrong)
-    broken += [(what, None, None) for what in (wrong or {}).values()]
-    lost = (
-        list(islice(losses(files, plans), 1 if not damaged else None))
-        if isinstance(files, LocalFiles)
-        else []
-    )
-    if lost and not damaged:
-        raise StoreError(
-            f"{files.name}: {lost[0]}; `distinit targets verify {files.name}` reports what else is damaged"
-        )
-    broken += [(what, None, None) for what in lost]
-    if len(lost) >= MANY_LOST:  # no numbers of plans without data are made into arrays
-        plans = []
+    def plans(self) -> list[dict[str, Any]]:
+        """Return the plans; StoreError if a store in a folder has lost a plan or a chunk."""
+        plan_faults: dict[str, str] | None = {} if self.damaged else None
+        plans = fmt.read_plans(self.files, faults=plan_faults)
+        self.faults += [(fault, None, None) for fault in (plan_faults or {}).values()]
+        if not isinstance(self.files, LocalFiles):
+            return plans
+        lost = list(islice(losses(self.files, plans), None if self.damaged else 1))
+        if lost and not self.damaged:
+            name = self.files.name
+            raise StoreError(
+                f"{name}: {lost[0]}; `distinit targets verify {name}` reports all damage"
+            )
+        self.faults += [(loss, None, None) for loss in lost]
+        # Plans whose data is lost must not determine the sizes of arrays.
+        return plans if len(lost) < MAX_LOSSES else []
+
+
+def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex:
+    """Read plans and commits of a store.
+
+    Args:
+        where: The store.
+        damaged: Whether the store may be damaged: `faults` of the index then lists the errors that
+            otherwise are raised.
+
+    Raises:
+        StoreError: Plans and commits contradict the arrays, or a plan or a chunk of a store in a
+            folder is lost (see `losses`).
+    """
+    files = store_files(where)
+    attributes = fmt.check_root(files)
+    reader = _NodeReader(files, damaged=damaged)
+    plans = reader.plans()
     files.pin(attributes["store_id"], plans)
-    n_videos, planned = num_planned(plans, "videos"), num_planned(plans, "shards")
+    n_videos, num_planned_shards = num_planned(plans, "videos"), num_planned(plans, "shards")
     corpora: list[dict[str, str]] = max((p.get("corpora", []) for p in plans), key=len, default=[])
     teachers: list[str] = max((p.get("teachers", []) for p in plans), key=len, default=[])
     ranges = ranges_of(plans)
-    # Without its segments nothing is known of any shard.
+    # Without the segment table no shard can be read.
     n_shards, table = 0, {spec.name: np.zeros(0, np.int64) for spec in fmt.segment_specs()}
-    with noting(None):
-        n_shards, table = planned, _segments(files, plans, n_videos, planned, ranges)
+    with reader.collect_faults(None):
+        table = _segments(files, plans, n_videos, num_planned_shards, ranges)
+        n_shards = num_planned_shards
     zeros = np.zeros(len(table["video"]), np.int64)
     index = StoreIndex(
         n_videos=n_videos, n_shards=n_shards, shard_rows=int(attributes.get("shard_rows") or 0),
         n_plans=len(plans), corpora=corpora, **table,
         state=np.zeros(len(zeros), np.int8), row=zeros.copy(), rows=zeros.copy(), frames=zeros - 1,
-        reason={}, note={}, overflow={}, counted=set(), frame_commits={}, teachers={}, ranges=ranges, broken=broken,
-        version=attributes["version"], hashes={}, unhashed={},
+        reason={}, note={}, overflow={}, counted=set(), frame_commits={}, teachers={}, ranges=ranges,
+        faults=reader.faults, version=attributes["version"], hashes={}, unhashed={},
     )  # fmt: skip
     shards = [f"{i:06d}" for i in range(n_shards)]
-    for name, node in read("commits/frames", shards):
-        with noting(int(name)):
-            add_frame_commit(index, int(name), node, f"{files.name}/")
-    for name, node in read("commits/hashes", shards if index.version >= 2 else [], fmt.HASHES):
-        with noting(int(name), fmt.HASHES):
-            add_hash_commit(index, int(name), node, f"{files.name}/")
-    nodes = dict(read("teachers", teachers))
+    root = f"{files.name}/"
+    for shard, node in reader.nodes("commits/frames", shards):
+        with reader.collect_faults(int(shard)):
+            add_frame_commit(index, int(shard), node, root)
+    hash_shards = shards if index.version >= 2 else []
+    for shard, node in reader.nodes("commits/hashes", hash_shards, fmt.HASHES):
+        with reader.collect_faults(int(shard), fmt.HASHES):
+            add_hash_commit(index, int(shard), node, root)
+    nodes = dict(reader.nodes("teachers", teachers))
     for name in teachers:
         if name not in nodes:
             if damaged:
@@ -219,20 +242,29 @@ def load_index(where: Path | StoreFiles, *, damaged: bool = False) -> StoreIndex
             raise StoreError(
                 f"{files.name}/teachers/{name}: a plan names this teacher, but it is missing"
             )
-        place = f"{files.name}/teachers/{name}/zarr.json"
-        output = check_output(nodes[name].get("output", "logits"), place)
-        encoding = check_encoding(nodes[name].get("encoding"), place, output)
-        needed = set(fmt.requirements(output, encoding, nodes[name]))
-        if missing := needed.difference(attributes.get("requires", [])):
-            raise StoreError(
-                f"{place}: its output {output!r} in {encoding} needs {', '.join(sorted(missing))} among "
-                f"the requirements of the store, got {attributes.get('requires')}"
-            )
-        index.teachers[name] = TeacherCommits(encoding, output)
-        for shard, node in read(f"commits/teachers/{name}", shards, name):
-            with noting(int(shard), name):
-                add_teacher_commit(index, name, int(shard), node, f"{files.name}/")
+        node_path = f"{files.name}/teachers/{name}/zarr.json"
+        index.teachers[name] = _teacher(node_path, nodes[name], attributes.get("requires", []))
+        for shard, node in reader.nodes(f"commits/teachers/{name}", shards, name):
+            with reader.collect_faults(int(shard), name):
+                add_teacher_commit(index, name, int(shard), node, root)
     return index
+
+
+def _teacher(where: str, node: Mapping[str, Any], requires: Sequence[str]) -> TeacherCommits:
+    """Return a teacher without commits from the node of its group.
+
+    Raises:
+        StoreError: Output or encoding is unknown, or the store does not list it in `requires`.
+    """
+    output = check_output(node.get("output", "logits"), where)
+    encoding = check_encoding(node.get("encoding"), where, output)
+    required = set(fmt.requirements(output, encoding, node))
+    if missing := required.difference(requires):
+        raise StoreError(
+            f"{where}: its output {output!r} in {encoding} requires {', '.join(sorted(missing))} among "
+            f"the requirements of the store, got {requires}"
+        )
+    return TeacherCommits(encoding, output)
 
 
 def _segments(
@@ -250,7 +282,7 @@ def _segments(
     }
     for kind, count in (("video", n_videos), ("shard", n_shards), ("replaces", n_segments)):
         if ((table[kind] < (-1 if kind == "replaces" else 0)) | (table[kind] >= count)).any():
-            # Mostly a chunk that is lost.
+            # The usual cause is a lost chunk.
             raise StoreError(
                 f"{files.name}/segments/{kind}: damaged, names a {kind} that is not planned"
             )
@@ -258,39 +290,40 @@ def _segments(
 
 
 def losses(files: LocalFiles, plans: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield what a store in a folder has lost of its plans and tables.
+    """Yield the missing plans and table chunks of a store in a folder.
 
-    To a reader neither is an error: rows of a missing plan do not exist, and a missing chunk is
-    fill, a video without a name. At most `MANY_LOST` of each kind are yielded.
+    A reader would not notice them: rows of a missing plan do not exist, and a missing chunk reads
+    as the fill value, such as a video without a path. At most `MAX_LOSSES` of each kind are
+    yielded.
     """
     folders = [p for p in (files.root / "plans").glob("*") if p.name.isascii() and p.name.isdigit()]
     numbers = sorted({int(p.name) for p in folders if (p / "zarr.json").exists()})
     last = max((int(p.name) for p in folders), default=-1)
     gaps = (range(a + 1, b) for a, b in pairwise([-1, *numbers, last + 1]))
     yield from (
-        f"plans/{number:06d} is missing" for number in islice(chain.from_iterable(gaps), MANY_LOST)
+        f"plans/{number:06d} is missing" for number in islice(chain.from_iterable(gaps), MAX_LOSSES)
     )
     for column, count in (
         ("videos/path", "videos"),
         ("videos/corpus", "videos"),
         ("segments/video", "segments"),
     ):
-        # No video and no segment has fill here.
+        # No row of these columns has the fill value, so every chunk must have a file.
         array = files.table(column)
         chunks = range(-(-num_planned(plans, count) // array.chunks[0]))
         keys = map(array.key, chunks)
         missing = (key for key in keys if not (files.root / column / key).exists())
-        yield from (f"{column}/{key} is missing" for key in islice(missing, MANY_LOST))
+        yield from (f"{column}/{key} is missing" for key in islice(missing, MAX_LOSSES))
 
 
 def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: str = "") -> None:
-    """Enter one commit of frame tables.
+    """Add a commit of frame tables to the index.
 
     Raises:
-        StoreError: Its segments, rows or files are not those of the shard.
+        StoreError: Its segments, rows or files do not belong to the shard.
     """
     where = f"{root}commits/frames/{shard:06d}/zarr.json"
-    # As arrays: of a million videos the lists would take 200 MB.
+    # For a million videos, lists would take 200 MB more than arrays.
     node = {**node, **{key: np.asarray(node[key], np.int64) for key in SEGMENT_LISTS}}
     node = _with_known_files(index, where, node, fmt.FRAME_TABLES, shard, "frames")
     ids = node["segment"]
@@ -304,7 +337,7 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
         key: {int(s): v for s, v in node[key].items()} for key in ("failed", "notes", "overflow")
     }
     _check_planned(
-        index, where, shard, [s for of in (*texts.values(), node["counted"]) for s in of]
+        index, where, shard, list(chain.from_iterable((*texts.values(), node["counted"])))
     )
     index.row[ids] = node["first_row"] + shard * index.shard_rows
     index.rows[ids] = node["rows"]
@@ -320,7 +353,7 @@ def add_frame_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: 
 
 
 def add_hash_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: str = "") -> None:
-    """Enter one commit of hashes of frames; StoreError as `add_frame_commit`."""
+    """Add a commit of hashes of frames; StoreError as in `add_frame_commit`."""
     where = f"{root}commits/hashes/{shard:06d}/zarr.json"
     node = _with_known_files(index, where, node, fmt.HASH_TABLES, shard, "frames")
     index.unhashed.update(_failed(index, where, shard, node))
@@ -330,7 +363,7 @@ def add_hash_commit(index: StoreIndex, shard: int, node: dict[str, Any], root: s
 def add_teacher_commit(
     index: StoreIndex, name: str, shard: int, node: dict[str, Any], root: str = ""
 ) -> None:
-    """Enter one commit of a teacher's rows; StoreError as `add_frame_commit`."""
+    """Add a commit of a teacher's rows; StoreError as in `add_frame_commit`."""
     teacher = index.teachers[name]
     where = f"{root}commits/teachers/{name}/{shard:06d}/zarr.json"
     arrays = row_arrays(teacher.encoding, teacher.output)
@@ -346,7 +379,7 @@ def add_teacher_commit(
 
 
 def _failed(index: StoreIndex, where: str, shard: int, node: dict[str, Any]) -> dict[int, str]:
-    """Return why segments of a commit of rows or hashes failed; StoreError as above."""
+    """Return the reasons of failed segments of a commit of rows or hashes, checked."""
     if node["rows"] > index.shard_rows:
         raise StoreError(f"{where}: records {node['rows']} rows, its shard has {index.shard_rows}")
     failed = {int(s): reason for s, reason in node["failed"].items()}
@@ -362,12 +395,13 @@ def _with_known_files(
     shard: int,
     folder: str,
 ) -> dict[str, Any]:
-    """Return a commit whose `files` are those that this version knows; the rest: `other_files`."""
-    known, others = known_files(where, node["files"], arrays, shard, folder, index.version)
-    return {**node, "files": known, "other_files": others}
+    """Return a commit whose `files` are those of `arrays`; `other_files` has the others."""
+    files, other_files = known_files(where, node["files"], arrays, shard, folder, index.version)
+    return {**node, "files": files, "other_files": other_files}
 
 
 def _check_planned(index: StoreIndex, where: str, shard: int, segments: ArrayLike) -> None:
+    """Raise StoreError unless all segments are planned in the shard."""
     ids: NDArray[Any] = np.asarray(segments, np.int64)
     if len(ids) and (
         ids.min() < 0 or ids.max() >= len(index.video) or (index.shard[ids] != shard).any()

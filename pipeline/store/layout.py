@@ -2,9 +2,8 @@
 
 docs/store-format.md is the contract. A store is one Zarr v3 group. Two kinds of node make something
 exist: a *plan* (rows of the video and segment tables) and a *commit* (one shard of the frame tables
-or of one teacher). Both are Zarr groups whose attributes are written in one atomic replacement of
-their zarr.json, so a reader sees either all of it or nothing. Array data without a node does not
-exist.
+or of one teacher). Both are Zarr groups whose zarr.json is replaced atomically, so a reader sees
+either the whole node or none. Array data without a node does not exist.
 """
 
 from __future__ import annotations
@@ -36,18 +35,26 @@ from .validation import check_root as check_root_form
 
 FORMAT = "distinit-targets"
 VERSIONS = (1, 2)
-VERSION = 2  # of new stores
+# Version of new stores.
+VERSION = 2
 REQUIREMENTS = ("features", "pca", "grid", "flip")
-"""What a store of version 2 can require of its readers: teachers with features, in pca:D, of cells
-of a frame, of mirrored frames."""
-STAGING = "staging"  # a group that exists only while a store is written
-VALUES_CHUNK = 16  # rows read for one pick: 32 kB at 1000 classes
-TABLE_CHUNK = 256  # rows of the frame tables read together
-VIDEO_CHUNK = 16384  # rows of the video and segment tables
-FINGERPRINT = "fingerprint"  # a node in the teacher's group
-STATISTICS = "statistics"  # the group of a teacher's nodes of sums, one per shard
+"""Abilities that a store of version 2 can require of its readers: teachers with features, in pca:D,
+with cells of a frame, with mirrored frames."""
+STAGING = "staging"
+"""A group that exists only while a store is written."""
+# Rows per chunk of a teacher's values, which are read together for one pick: 32 kB at 1000 classes.
+VALUES_CHUNK = 16
+# Rows per chunk of the frame tables.
+TABLE_CHUNK = 256
+# Rows per chunk of the video and segment tables.
+VIDEO_CHUNK = 16384
+FINGERPRINT = "fingerprint"
+"""A node in a teacher's group."""
+STATISTICS = "statistics"
+"""A group in a teacher's group: one node of sums per shard."""
 FRAME_TABLES = ("video", "index", "pts")
-HASHES = "frames/hashes"  # what findings call the hashes of frames; no name of a teacher
+HASHES = "frames/hashes"
+"""Name of the hashes of frames in findings; it cannot be the name of a teacher."""
 HASH_TABLES = ("hash_p", "hash_r", "hash_rms")
 GROUPS = (
     "videos",
@@ -63,9 +70,9 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array: its row shape, type and fill.
+    """One array: its type, fill value, dimensions, row shape and chunk size.
 
-    `rows` arrays are sharded, tables are plain chunks.
+    Arrays over cached frames are sharded, tables have plain chunks.
     """
 
     path: str
@@ -78,12 +85,12 @@ class ArraySpec:
 
     @property
     def name(self) -> str:
-        """The array's own name, without its groups."""
+        """The array's name without its groups."""
         return self.path.rpartition("/")[2]
 
 
 def video_specs() -> list[ArraySpec]:
-    """Return the video table: one row per listed file, whatever its status."""
+    """Return the arrays of the video table: one row per listed file, of any status."""
     cols: list[tuple[str, str, float | int | str]] = [
         ("corpus", "int32", -1),
         ("path", "str", ""),
@@ -101,19 +108,19 @@ def video_specs() -> list[ArraySpec]:
 
 
 def segment_specs() -> list[ArraySpec]:
-    """Return the segment table: which range of which video is planned into which shard."""
+    """Return the arrays of the segment table: ranges of videos and their shards."""
     cols = (("video", -1), ("shard", -1), ("first", 0), ("end", -1), ("bound", 0), ("replaces", -1))
     return [ArraySpec(f"segments/{n}", "int64", f, ("segment",)) for n, f in cols]
 
 
 def frame_specs() -> list[ArraySpec]:
-    """Return the frame tables: which frame of which video each row is."""
+    """Return the frame tables: video, frame index and pts of each row."""
     kinds = (("video", "int32", -1), ("index", "int64", -1), ("pts", "int64", -1))
     return [ArraySpec(f"frames/{n}", t, f, ("frame",), (), TABLE_CHUNK, True) for n, t, f in kinds]
 
 
 def hash_specs() -> list[ArraySpec]:
-    """Return the perceptual hashes of cached frames, of version 2 alone."""
+    """Return the arrays of the perceptual hashes of cached frames, which only version 2 has."""
     kinds = (("p", "uint64", 0), ("r", "uint64", 0), ("rms", "float16", float("nan")))
     return [
         ArraySpec(f"frames/hash_{n}", t, f, ("frame",), (), TABLE_CHUNK, True) for n, t, f in kinds
@@ -125,16 +132,16 @@ def teacher_specs(
 ) -> list[ArraySpec]:
     """Return the arrays over rows of one teacher with `width` classes or features.
 
-    They are those of `encoding` for the values [frame, class or feature], and of logits the entropy
-    [frame] in nats.
+    They are those of `encoding` for the values [frame, class or feature], and for logits the
+    entropy [frame] in nats.
     """
-    nan, kind = float("nan"), value_type(encoding)
+    nan, dtype = float("nan"), value_type(encoding)
     values, *others = row_arrays(encoding, output)
     return [
         ArraySpec(
             f"teachers/{name}/{values}",
-            kind,
-            0 if kind == "int8" else nan,
+            dtype,
+            0 if dtype == "int8" else nan,
             ("frame", "class" if output == "logits" else "feature"),
             (pca_components(encoding) or width,),
             VALUES_CHUNK,
@@ -148,7 +155,7 @@ def teacher_specs(
 
 
 def basis_specs(name: str, width: int, components: int) -> list[ArraySpec]:
-    """Return the tables of a teacher in pca:D: the basis, a component per row, and the mean."""
+    """Return the tables of a teacher in pca:D: the basis, one component per row, and the mean."""
     group = f"teachers/{name}"
     return [
         ArraySpec(
@@ -159,18 +166,22 @@ def basis_specs(name: str, width: int, components: int) -> list[ArraySpec]:
 
 
 def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> None:
-    """Create the array under `root`; sharded arrays of `rows` (a multiple of `shard_rows`) rows."""
-    import zarr  # takes 0.3 s, which readers do without
+    """Create an array below `root`; `rows` of a sharded array is a multiple of `shard_rows`."""
+    # Importing zarr takes 0.3 s, and readers do not need it.
+    import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
     inside(root, spec.path)
     group = zarr.open_group(root, mode="a")
-    # Tables are compressed; the crc behind that finds a flipped bit wherever a chunk is read.
-    extra: dict[str, Any] = {"compressors": [ZstdCodec(), Crc32cCodec()]}
+    # Tables are compressed; the crc32c detects a flipped bit whenever a chunk is read.
+    options: dict[str, Any] = {"compressors": [ZstdCodec(), Crc32cCodec()]}
     if spec.sharded:
-        # No compression: logits shrink by 8 % at most, and reading takes three times as long. A crc
-        # in every chunk finds a flipped bit.
-        extra = {"shards": (shard_rows, *spec.row), "compressors": [Crc32cCodec()], "filters": None}
+        # Compression would save at most 8 % of logits, and make reading take three times as long.
+        options = {
+            "shards": (shard_rows, *spec.row),
+            "compressors": [Crc32cCodec()],
+            "filters": None,
+        }
     group.create_array(
         spec.path,
         shape=(rows, *spec.row),
@@ -178,13 +189,13 @@ def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> Non
         chunks=(min(spec.chunk, shard_rows) if spec.sharded else spec.chunk, *spec.row),
         fill_value=spec.fill,
         dimension_names=spec.dims,
-        **extra,
+        **options,
     )
     seal_array(root / spec.path)
 
 
 def codec_attributes(codec: Codec) -> dict[str, Any]:
-    """Return what the node of a teacher records of how its rows are stored."""
+    """Return the attributes of a teacher's node that record its codec."""
     if codec.output == "logits":
         return {"encoding": codec.encoding}
     attributes = {"encoding": codec.encoding, "output": codec.output, "width": codec.width}
@@ -213,7 +224,7 @@ def create_tables(group: Path, codec: Codec, classes: Sequence[str]) -> None:
 
 
 def seal_array(folder: Path, **changes: Any) -> None:
-    """Replace an array's zarr.json atomically, with changed members and a digest of itself."""
+    """Replace an array's zarr.json atomically, with changed members and its digest."""
     file = folder / "zarr.json"
     document = check_document(str(file), file.read_bytes())
     write_whole(file, seal({**document, **changes}), StoreError)
@@ -232,12 +243,12 @@ def shard_file(root: Path, spec: ArraySpec, shard: int) -> Path:
 
 
 def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
-    """Write a group node (`.` is the root) in one atomic step, synced."""
+    """Write a group node (`.` is the root) atomically and sync it to disk."""
     folder = root if node == "." else inside(root, node)
     if folder.exists():
         write_whole(folder / "zarr.json", _group(attributes), StoreError)
         return
-    # A folder without its zarr.json would not be a part of the hierarchy, so both appear at once.
+    # A folder without zarr.json would not belong to the hierarchy, so both must appear at once.
     scratch = inside(root, STAGING) / f"node-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -252,7 +263,7 @@ def write_node(root: Path, node: str, attributes: Mapping[str, Any]) -> None:
 
 
 def make_group(folder: Path, record: Mapping[str, Any]) -> None:
-    """Make a folder a Zarr group with this record and its digest: where nobody reads yet."""
+    """Make a folder a Zarr group with this record and its digest; not atomic."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "zarr.json").write_bytes(_group(record))
 
@@ -264,7 +275,7 @@ def _group(record: Mapping[str, Any]) -> bytes:
 def parse_node(where: str, text: bytes, *, sealed: bool = False) -> dict[str, Any]:
     """Return the attributes of a node.
 
-    sealed: the node must have a digest.
+    sealed: whether the node must have a digest.
 
     Raises:
         StoreError: The node is of another program or damaged; the message names `where`.
@@ -280,15 +291,15 @@ def parse_node(where: str, text: bytes, *, sealed: bool = False) -> dict[str, An
 
 
 def read_nodes(
-    files: StoreFiles, group: str, names: Iterable[str], *, broken: dict[str, str] | None = None
+    files: StoreFiles, group: str, names: Iterable[str], *, faults: dict[str, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return the existing nodes of a group among `names`, in their order, each of a valid form.
+    """Return the existing nodes of a group among `names`, in that order, checked.
 
-    broken: receives, by name, what is wrong with nodes of another form; without it a StoreError is
+    faults: receives the error messages of damaged nodes by name; if it is None, a StoreError is
         raised.
     """
     paths = {f"{group}/{name}/zarr.json": name for name in names}
-    if broken is None:
+    if faults is None:
         return {
             paths[path]: _node(files, group, path, text)
             for path, text in files.read_many(paths).items()
@@ -298,7 +309,7 @@ def read_nodes(
         try:
             nodes[name] = _node(files, group, path, files.read(path))
         except StoreError as error:
-            broken[name] = str(error)
+            faults[name] = str(error)
         except (FileNotFoundError, NotADirectoryError):
             continue
     return nodes
@@ -315,7 +326,7 @@ def read_fingerprint(files: StoreFiles, teacher: str) -> dict[str, Any] | None:
 
 
 def read_codec(files: StoreFiles, teacher: str, node: Mapping[str, Any]) -> Codec:
-    """Return how a teacher's rows are stored; `node`: that of its group.
+    """Return the codec of a teacher's rows; `node`: the node of its group.
 
     Raises:
         StoreError: Output or encoding are unknown, or the basis of pca:D is damaged.
@@ -333,7 +344,7 @@ def read_codec(files: StoreFiles, teacher: str, node: Mapping[str, Any]) -> Code
             f"{where}: encoding {encoding!r}: a basis of {components} components of {width} "
             f"features, expected at most {min(width, MAX_BASIS // width)} components"
         )
-    found = check_basis(where, node)
+    digests = check_basis(where, node)
     tables = []
     for spec, shape in zip(
         basis_specs(teacher, width, components), ((components, width), (width,)), strict=True
@@ -343,51 +354,52 @@ def read_codec(files: StoreFiles, teacher: str, node: Mapping[str, Any]) -> Code
                 f"{files.name}/{spec.path}/zarr.json: has the shape {files.table(spec.path).shape}, "
                 f"expected {shape}"
             )
-        ranges = {spec.path: {(0, shape[0]): {found[spec.name]}}}
+        ranges = {spec.path: {(0, shape[0]): {digests[spec.name]}}}
         tables.append(read_rows(files, spec.path, 0, shape[0], ranges))
     if not all(np.isfinite(table).all() for table in tables):
         raise StoreError(f"{files.name}/teachers/{teacher}/basis: is not finite")
     return Codec(output, encoding, width, *tables)
 
 
-def read_plans(files: StoreFiles, *, broken: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """Return the nodes of `plans/`: they are numbered, and the last is the one with none behind it.
+def read_plans(files: StoreFiles, *, faults: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Return the nodes of `plans/`, which are numbered; the last is followed by a missing number.
 
     Args:
         files: The store.
-        broken: As in `read_nodes`; a broken plan is empty, and one that is missing is passed over.
+        faults: As in `read_nodes`; a damaged plan is then returned empty, a missing one skipped.
 
     Raises:
-        StoreError: A plan is damaged, or missing in the middle of a remote store, and `broken` is
-            not given.
+        StoreError: `faults` is None and a plan is damaged, or missing in the middle of a remote
+            store.
     """
     plans: list[dict[str, Any]] = []
-    ask = 8
+    batch_size = 8
     while True:
-        names = [f"{i:06d}" for i in range(len(plans), len(plans) + ask)]
-        nodes = read_nodes(files, "plans", names, broken=broken)
-        exists = [name in nodes or name in (broken or ()) for name in names]
+        names = [f"{i:06d}" for i in range(len(plans), len(plans) + batch_size)]
+        nodes = read_nodes(files, "plans", names, faults=faults)
+        exists = [name in nodes or name in (faults or ()) for name in names]
         count = [*exists, False].index(False)
         plans += [nodes.get(name, {}) for name in names[:count]]
-        if not nodes:  # where `plans` itself is damaged, no number is the last
+        # Where the group `plans` is damaged, every number is a fault and none would be the last.
+        if not nodes:
             return plans
-        if count == ask:
-            ask *= 2
+        if count == batch_size:
+            batch_size *= 2
         elif count:
-            # The missing number is asked for again, with some behind it: a server may have failed
-            # once.
+            # Request the missing number again, with those after it: a server may have failed once.
             continue
-        elif broken is not None or isinstance(files, LocalFiles):
-            # What a folder has lost, `index.losses` finds.
+        elif faults is not None or isinstance(files, LocalFiles):
+            # `index.losses` reports the plans that a folder has lost.
             return plans + [
-                nodes.get(n, {}) for n, known in zip(names, exists, strict=True) if known
+                nodes.get(n, {}) for n, is_plan in zip(names, exists, strict=True) if is_plan
             ]
-        elif not read_nodes(files, "plans", names[:1]):  # a writer may have added it since
+        # A writer may have added the plan since it was first requested.
+        elif not read_nodes(files, "plans", names[:1]):
             raise StoreError(f"{files.name}/plans/{names[0]}: is missing, but {max(nodes)} exists")
 
 
-def is_ours(folder: Path) -> bool:
-    """Return whether a folder next to a store was begun as a store, or is empty."""
+def is_started_store(folder: Path) -> bool:
+    """Return whether a folder is an unfinished store or empty."""
     try:
         check_root(folder)
     except StoreError:
@@ -399,13 +411,13 @@ def check_root(where: Path | StoreFiles) -> dict[str, Any]:
     """Return the attributes of the store at `where`.
 
     Raises:
-        StoreError: It is not a store that this version reads; the message names what it is.
+        StoreError: It is not a store that this version reads; the message describes it.
     """
     files = store_files(where)
     try:
         text = files.read("zarr.json")
     except FileNotFoundError:
-        raise StoreError(f"{files.name}: {_instead(files)}") from None
+        raise StoreError(f"{files.name}: {_describe_missing_root(files)}") from None
     except NotADirectoryError:
         raise StoreError(
             f"{files.name}: is a file, expected a target store, which is a folder"
@@ -420,7 +432,7 @@ def parse_root(where: str, text: bytes) -> dict[str, Any]:
     """Return the attributes of a store's root.
 
     Raises:
-        StoreError: It is no store, of another version or damaged.
+        StoreError: It is not a store, or damaged, or its format version is not supported.
     """
     attributes = load_json(where, text).get("attributes")
     record = attributes.get(KEY) if isinstance(attributes, dict) else None
@@ -428,7 +440,7 @@ def parse_root(where: str, text: bytes) -> dict[str, Any]:
         raise StoreError(
             f"{where}: a Zarr node, but not a target store (attribute {KEY}.format is missing)"
         )
-    # The version comes first: another one may have other digests.
+    # The version is checked first, because other versions may have other digests.
     version = record.get("version")
     if type(version) is not int or version not in VERSIONS:
         raise StoreError(
@@ -442,7 +454,7 @@ def parse_root(where: str, text: bytes) -> dict[str, Any]:
 
 
 def _check_requirements(where: str, record: Mapping[str, Any]) -> None:
-    """Raise StoreError for what a store of version 2 requires and this version cannot do."""
+    """Raise StoreError if a store of version 2 requires an ability that this version lacks."""
     check_requires(where, record)
     unknown = [name for name in record["requires"] if name not in REQUIREMENTS]
     if unknown:
@@ -453,30 +465,32 @@ def _check_requirements(where: str, record: Mapping[str, Any]) -> None:
 
 
 def requirements(output: Output, encoding: Encoding, node: Mapping[str, Any]) -> list[str]:
-    """Return what a teacher of this kind requires of readers; `node`: that of its group."""
-    needed = {
+    """Return the abilities that a teacher requires of readers; `node`: the node of its group."""
+    is_required = {
         "features": output == "features",
         "pca": bool(pca_components(encoding)),
         "grid": "grid" in node,
         "flip": "mirror_of" in node,
     }
-    return [name for name, is_needed in needed.items() if is_needed]
+    return [name for name, required in is_required.items() if required]
 
 
 def check_view(where: str, name: str, node: Mapping[str, Any], teachers: Container[str]) -> None:
-    """Check the view of a frame that a teacher's rows are of.
+    """Check the view of the frames that a teacher's rows belong to.
 
     Raises:
-        StoreError: It is mirrored of no other teacher, or its cells are not of features.
+        StoreError: `mirror_of` is not another teacher, or cells do not hold features.
     """
-    grid, of = node.get("grid"), node.get("mirror_of")
-    if of is not None and (of == name or of not in teachers):
-        raise StoreError(f"{where}: mirror_of: expected another teacher of the store, got {of!r}")
+    grid, original = node.get("grid"), node.get("mirror_of")
+    if original is not None and (original == name or original not in teachers):
+        raise StoreError(
+            f"{where}: mirror_of: expected another teacher of the store, got {original!r}"
+        )
     if grid is None:
         return
     if node.get("output") != "features" or node["encoding"] not in get_args(PlainEncoding):
         raise StoreError(
-            f"{where}: grid: is of features in {' or '.join(get_args(PlainEncoding))}, got "
+            f"{where}: grid: expected features in {' or '.join(get_args(PlainEncoding))}, got "
             f"{node.get('output')!r} in {node['encoding']!r}"
         )
     if check_width(where, node) % grid["cells"] ** 2:
@@ -485,17 +499,17 @@ def check_view(where: str, name: str, node: Mapping[str, Any], teachers: Contain
         )
 
 
-def _instead(files: StoreFiles) -> str:
-    """Describe what exists where a store's zarr.json was expected."""
+def _describe_missing_root(files: StoreFiles) -> str:
+    """Describe a folder or URL without the zarr.json of a store."""
     if isinstance(files, LocalFiles) and not files.root.exists():
         return "no such target store"
     if files.read_many([".zgroup"]):
         return "a Zarr v2 group; a store is made by `distinit extract-targets`"
     if isinstance(files, LocalFiles):
         return "not a target store (no zarr.json); a store is made by `distinit extract-targets`"
-    return "no such target store (no zarr.json there)"
+    return "no such target store (no zarr.json at this URL)"
 
 
 def as_numpy(spec: ArraySpec, values: Any) -> np.ndarray:
-    """Return values of a column in the array's type."""
+    """Return values of a column as an array of the column's type."""
     return np.asarray(values, dtype=object if spec.dtype == "str" else spec.dtype)

@@ -1,10 +1,10 @@
-"""Put finished stores into one: tables one behind the other, shard files copied bit by bit.
+"""Merge finished stores: tables are concatenated, shard files are copied bit by bit.
 
-Videos, segments and shards of each part keep their order and are counted on from those of the parts
-before, so all that changes in a shard is the number of its videos: `frames/video` is written anew,
-every other file is copied and its digest checked on the way. The result is planned as a whole
-before the first shard is copied and each shard has its commit, as in an extraction: an interrupted
-merge is a store with pending videos, and the same command copies what is missing.
+Videos, segments and shards of each part keep their order, and their ids continue those of the parts
+before. So the only change in a shard is the ids of its videos: `frames/video` is written again, and
+every other file is copied and its digest checked. The result is planned as a whole before the first
+shard is copied, and each shard has its commit, as in an extraction. An interrupted merge is a store
+with pending videos, and the same command copies the missing shards.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from .writer import StoreWriter, same_attributes
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A part, the first of its numbers in the result, and its corpora there.
+class PlacedPart:
+    """A part with the first video, segment and shard that it has in the result.
 
     `corpus` maps the part's corpora to those of the result.
     """
@@ -53,7 +53,7 @@ class Placed:
 
 @contextmanager
 def reading(store: TargetStore) -> Iterator[None]:
-    """Keep writers away from a local store; StoreError if one is at work."""
+    """Lock a local store against writers; StoreError if one is active."""
     if not isinstance(store.files, LocalFiles):
         yield
         return
@@ -63,13 +63,15 @@ def reading(store: TargetStore) -> Iterator[None]:
 
 
 def check_parts(stores: Sequence[TargetStore], *, allow_different_numerics: bool = False) -> None:
-    """Raise StoreMismatchError naming both sides if two stores do not fit each other.
+    """Check that stores can be merged.
 
-    These must be equal: sampling, shard size, teachers and for each its identity, encoding, classes
-    and, unless accepted, run. These must differ: the stores themselves, and all videos (a path in a
-    corpus).
+    Sampling, shard size and teachers must be equal, and for each teacher its identity, encoding,
+    classes and, unless different numerics are allowed, run. No store and no video (a path in a
+    corpus) may occur twice.
 
     Raises:
+        StoreMismatchError: Two stores do not fit each other; the message names both.
+        UsageError: A store occurs twice.
         StoreError: A store is unfinished.
     """
     first = stores[0]
@@ -102,22 +104,22 @@ def check_parts(stores: Sequence[TargetStore], *, allow_different_numerics: bool
     _check_disjoint(stores)
 
 
-def place(stores: Sequence[TargetStore]) -> tuple[list[Placed], list[dict[str, str]]]:
-    """Return where each part begins in the result, and the result's corpora.
+def place(stores: Sequence[TargetStore]) -> tuple[list[PlacedPart], list[dict[str, str]]]:
+    """Return the parts with their positions in the result, and the result's corpora.
 
-    A corpus of several parts has the first part's folder.
+    A corpus that several parts share has the first part's folder.
     """
     corpora: list[dict[str, str]] = []
-    placed: list[Placed] = []
+    placed: list[PlacedPart] = []
     video = segment = shard = 0
     for store in stores:
         index = store.index
-        for c in index.corpora:
-            if c["name"] not in [entry["name"] for entry in corpora]:
-                corpora.append(c)
-        names = [entry["name"] for entry in corpora]
-        corpus = np.array([names.index(c["name"]) for c in index.corpora], np.int32)
-        placed.append(Placed(store, video, segment, shard, corpus))
+        for entry in index.corpora:
+            if entry["name"] not in [merged["name"] for merged in corpora]:
+                corpora.append(entry)
+        names = [merged["name"] for merged in corpora]
+        corpus = np.array([names.index(entry["name"]) for entry in index.corpora], np.int32)
+        placed.append(PlacedPart(store, video, segment, shard, corpus))
         video, segment, shard = (
             video + index.n_videos,
             segment + len(index.video),
@@ -128,11 +130,11 @@ def place(stores: Sequence[TargetStore]) -> tuple[list[Placed], list[dict[str, s
 
 def plan_merge(
     writer: StoreWriter,
-    placed: Sequence[Placed],
+    placed: Sequence[PlacedPart],
     corpora: list[dict[str, str]],
     fingerprints: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write the tables and teachers of the result that a killed merge has not written yet."""
+    """Write the tables and teachers of the result, unless an interrupted merge has written them."""
     if not writer.index.n_videos:
         columns: dict[str, Any] = {}
         for spec in fmt.video_specs():
@@ -159,27 +161,32 @@ def plan_merge(
 
 
 def copy_shards(
-    writer: StoreWriter, placed: Sequence[Placed], advance: Callable[[int], Any] = lambda n: None
+    writer: StoreWriter,
+    placed: Sequence[PlacedPart],
+    advance: Callable[[int], Any] = lambda n: None,
 ) -> int:
-    """Copy and commit every shard that the result lacks; returns how many.
+    """Copy and commit every shard that the result lacks; return their number.
 
-    StoreError names a file of a part that differs from what was committed.
+    Raises:
+        StoreError: A file of a part differs from its commit; the message names it.
     """
-    copied = 0
+    num_copied = 0
     for part in placed:
         for shard in range(part.store.index.n_shards):
-            copied += _copy_shard(writer, part, shard)
+            num_copied += _copy_shard(writer, part, shard)
             advance(1)
-    return copied
+    return num_copied
 
 
-def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
+def _copy_shard(writer: StoreWriter, part: PlacedPart, shard: int) -> bool:
+    """Copy and commit the tables of a shard that the result lacks; return whether it lacked any."""
     index, target = part.store.index, part.shard + shard
-    new = target not in writer.index.frame_commits
-    if new:
+    is_new = target not in writer.index.frame_commits
+    if is_new:
         folder, node = new_staging(writer.root, target), index.frame_commits[shard]
         files = _copy_files(folder, part, node, shard, target)
-        if part.video:  # videos have other numbers there
+        # In the result the videos of all parts but the first have other ids.
+        if part.video:
             rows = shard * index.shard_rows + np.arange(node["rows"].sum())
             video = part.store.read_table("video", rows) + part.video
             spec = fmt.frame_specs()[0]
@@ -190,9 +197,9 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
             first_row=node["first_row"].tolist(),
             rows=node["rows"].tolist(),
             frames=node["frames"].tolist(),
-            failed=_moved(node["failed"], part.segment),
-            notes=_moved(node["notes"], part.segment),
-            overflow=_moved(node["overflow"], part.segment),
+            failed=_shifted(node["failed"], part.segment),
+            notes=_shifted(node["notes"], part.segment),
+            overflow=_shifted(node["overflow"], part.segment),
             counted=[s + part.segment for s in node["counted"]],
             files=files,
         )
@@ -200,37 +207,38 @@ def _copy_shard(writer: StoreWriter, part: Placed, shard: int) -> bool:
     if shard in index.hashes and target not in writer.index.hashes:
         folder, node = new_staging(writer.root, target), index.hashes[shard]
         files = _copy_files(folder, part, node, shard, target)
-        hashes = HashPart(node["rows"], _moved(node["failed"], part.segment), files)
+        hashes = HashPart(node["rows"], _shifted(node["failed"], part.segment), files)
         writer.commit(ShardResult(target, None, {}, str(folder), hashes), {})
-    for teacher, of in index.teachers.items():
-        if target in writer.index.teachers[teacher].shards:
+    for name, teacher in index.teachers.items():
+        if target in writer.index.teachers[name].shards:
             continue
-        new = True
-        folder, node = new_staging(writer.root, target), of.commits[shard]
+        is_new = True
+        folder, node = new_staging(writer.root, target), teacher.commits[shard]
         files = _copy_files(folder, part, node, shard, target)
-        failed = _moved(node["failed"], part.segment)
-        rows_of = TeacherPart(node["rows"], node["error"], failed, files)
-        if of.output == "features":
-            (rows_of.sums,) = part.store.sums(teacher, [shard])
-        writer.commit(ShardResult(target, None, {teacher: rows_of}, str(folder)), node["run"])
-    return new
+        failed = _shifted(node["failed"], part.segment)
+        teacher_part = TeacherPart(node["rows"], node["error"], failed, files)
+        if teacher.output == "features":
+            (teacher_part.sums,) = part.store.sums(name, [shard])
+        writer.commit(ShardResult(target, None, {name: teacher_part}, str(folder)), node["run"])
+    return is_new
 
 
 def _copy_files(
-    folder: Path, part: Placed, node: Mapping[str, Any], shard: int, target: int
+    folder: Path, part: PlacedPart, node: Mapping[str, Any], shard: int, target: int
 ) -> list[StagedFile]:
-    """Stage the files of a commit of a part, to become those of the shard `target`."""
+    """Stage copies of the files of a part's commit, for the shard `target` of the result."""
     files = []
     for name, record in node["files"].items():
-        data, (array, _, rest) = _checked(part.store, name, record), name.partition(f"/c/{shard}")
+        data = _read_checked(part.store, name, record)
+        array, _, suffix = name.partition(f"/c/{shard}")
         file = folder / name.replace("/", "-")
         write_whole(file, data, StoreError)
-        final = f"{array}/c/{target}{rest}"
+        final = f"{array}/c/{target}{suffix}"
         files.append(StagedFile(str(file), final, record["size"], record["blake2b"]))
     return files
 
 
-def _segments(part: Placed) -> dict[str, np.ndarray]:
+def _segments(part: PlacedPart) -> dict[str, np.ndarray]:
     index = part.store.index
     return {
         "video": index.video + part.video,
@@ -242,8 +250,8 @@ def _segments(part: Placed) -> dict[str, np.ndarray]:
     }
 
 
-def _checked(store: TargetStore, name: str, record: dict[str, Any]) -> bytes:
-    """Return a shard file of a part, compared with its commit."""
+def _read_checked(store: TargetStore, name: str, record: dict[str, Any]) -> bytes:
+    """Return a shard file of a part; StoreError if it differs from its commit."""
     try:
         data = store.files.read(name)
     except FileNotFoundError as error:
@@ -255,8 +263,9 @@ def _checked(store: TargetStore, name: str, record: dict[str, Any]) -> bytes:
     return data
 
 
-def _moved(values: dict[str, Any], by: int) -> dict[int, Any]:
-    return {int(s) + by: value for s, value in values.items()}
+def _shifted(values: dict[str, Any], offset: int) -> dict[int, Any]:
+    """Return values by segment with `offset` added to the segments' ids."""
+    return {int(s) + offset: value for s, value in values.items()}
 
 
 def _same(a: TargetStore, b: TargetStore, what: str, first: Any, other: Any) -> None:
@@ -269,10 +278,10 @@ def _check_finished(store: TargetStore) -> None:
         raise StoreError(
             f"{store.name}: {int(pending.sum())} of {len(pending)} videos are pending; finish it first"
         )
-    lacking = store.index.n_shards - len(store.index.frame_commits)
-    lacking += sum(store.index.n_shards - len(t.shards) for t in store.index.teachers.values())
-    if lacking:
-        raise StoreError(f"{store.name}: {lacking} shards are not committed; finish it first")
+    num_missing = store.index.n_shards - len(store.index.frame_commits)
+    num_missing += sum(store.index.n_shards - len(t.shards) for t in store.index.teachers.values())
+    if num_missing:
+        raise StoreError(f"{store.name}: {num_missing} shards are not committed; finish it first")
 
 
 def _check_disjoint(stores: Sequence[TargetStore]) -> None:

@@ -1,7 +1,7 @@
 """Read a target store: its videos, their cached frames, and the outputs of teachers.
 
-Only what is committed exists here. Reading never writes, and a store object can be handed to loader
-workers: it is picklable, and forked or spawned processes open their own files.
+Only committed rows are read. Reading never writes to the store. A store object can be passed to
+loader workers: it is picklable, and forked or spawned processes open their own files.
 
 Shapes: V videos, N cached frames of a video, n rows, K classes of a teacher.
 """
@@ -41,11 +41,12 @@ from .store_options import Encoding, Output, pca_components
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """A teacher in a store and the identity it was extracted under.
+    """A teacher in a store and the identity under which it was extracted.
 
-    classes: their names [K]; none of features. codec: how its rows are stored. mirror_of: the
-    teacher of whose frames it holds the mirrored ones. grid: cells per side of the feature map, 0
-    where it was pooled as a whole; plain_mean: whether the mean of all cells is the feature itself.
+    classes: class names [K], empty for features. codec: encoding and width of its rows. mirror_of:
+    the teacher whose frames it holds mirrored, None if its frames are not mirrored. grid: cells per
+    side of the feature map, 0 where it was pooled as a whole. plain_mean: whether the mean of all
+    cells equals the feature of the whole frame.
     """
 
     name: str
@@ -59,34 +60,34 @@ class TeacherRecord:
 
     @property
     def output(self) -> Output:
-        """What its rows hold."""
+        """Kind of output in its rows."""
         return self.codec.output
 
     @property
     def encoding(self) -> Encoding:
-        """How they are stored."""
+        """Encoding of its rows."""
         return self.codec.encoding
 
     @property
     def width(self) -> int:
-        """Values of a target: classes or features; of cells, those of one."""
+        """Number of classes or features; with a grid, of one cell."""
         return self.codec.width // max(self.grid, 1) ** 2
 
     @property
     def view(self) -> str:
-        """Which view of a frame its rows are of, as `--views` names it."""
+        """View of a frame that its rows hold, as `--views` names it."""
         grid = f"grid:{self.grid}" if self.grid else "center" if self.mirror_of is None else ""
         return ",".join(filter(None, (grid, "flip" if self.mirror_of is not None else "")))
 
     @property
     def basis_digests(self) -> dict[str, Any]:
-        """What identifies the basis and mean of pca:D; empty of any other encoding."""
+        """Digests of the basis and mean of pca:D; empty for other encodings."""
         return dict(fmt.codec_attributes(self.codec).get("pca", {}))
 
 
 @dataclass(frozen=True)
 class VideoRecord:
-    """One row of the video table and what became of it. Paths are relative to the corpus."""
+    """One row of the video table and its status. Paths are relative to the corpus."""
 
     id: int
     corpus: str
@@ -117,15 +118,16 @@ class TargetStore:
             try:
                 codec, classes = read_teacher(files, name, node, self.index.teachers)
             except StoreError:
-                if damaged:  # which `verify` reports
+                # `verify` reports the fault.
+                if damaged:
                     continue
                 raise
             if (
                 codec.output == "logits"
                 and not damaged
-                and (wrong := other_classes(classes, node["identity"]))
+                and (mismatch := classes_mismatch(classes, node["identity"]))
             ):
-                raise StoreError(f"{files.name}/teachers/{name}/class: {wrong}")
+                raise StoreError(f"{files.name}/teachers/{name}/class: {mismatch}")
             grid = node.get("grid", {"cells": 0, "plain_mean": False})
             self.teachers[name] = TeacherRecord(
                 name,
@@ -148,11 +150,17 @@ class TargetStore:
         cache: str | os.PathLike[str] | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> TargetStore:
-        """Open the store in a folder, or at any URL that fsspec knows (`https://…`, `s3://…`).
+        """Open the store in a folder, or at any URL that fsspec supports (`https://…`, `s3://…`).
 
-        Of a remote store, what is read is kept in `cache` (default: $DISTINIT_CACHE, else
-        `distinit` in the user's cache folder); `storage_options` go to fsspec. StoreError if the
-        store is missing, foreign, corrupt or of another version, or if its place cannot be read.
+        Args:
+            path: The folder or URL.
+            cache: Folder that caches data read from a URL (default: $DISTINIT_CACHE, else
+                `distinit` in the user's cache folder).
+            storage_options: Options of the fsspec file system of the URL.
+
+        Raises:
+            StoreError: The store is missing, unreadable or corrupt, was written by another program,
+                or has a format version that is not supported.
         """
         return cls(store_files(path, cache=cache, storage_options=storage_options))
 
@@ -175,9 +183,9 @@ class TargetStore:
     # -- contents
 
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint records of the store.
+        """Return the identity of the store that a checkpoint records.
 
-        These are its id, format, sampling and the identities of its teachers.
+        It consists of the store's id, format version, sampling and the identities of its teachers.
         """
         return {
             "store_id": self.attributes["store_id"],
@@ -188,12 +196,12 @@ class TargetStore:
 
     @property
     def n_videos(self) -> int:
-        """Videos listed, whatever their status."""
+        """Number of listed videos, of any status."""
         return self.index.n_videos
 
     @property
     def n_rows(self) -> int:
-        """Cached frames."""
+        """Number of cached frames."""
         return int(self.row_counts.sum())
 
     @property
@@ -211,7 +219,7 @@ class TargetStore:
 
     @cached_property
     def frame_counts(self) -> NDArray[np.int64]:
-        """Frames in each video's file [V], 0 where not known."""
+        """Frames in each video's file [V], 0 where unknown."""
         segments, _ = self._by_video
         counts = np.zeros(self.n_videos, np.int64)
         np.maximum.at(counts, self.index.video[segments], self.index.frames[segments])
@@ -219,9 +227,9 @@ class TargetStore:
 
     @cached_property
     def _by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return live segments that hold rows, by video and first frame.
+        """Return live segments with rows, sorted by video and first frame.
 
-        Also returns where each video's begin, [V + 1].
+        Also return the position of each video's first segment, [V + 1].
         """
         order = self._live_by_video[0]
         order = order[self.index.state[order] == OK]
@@ -229,9 +237,9 @@ class TargetStore:
 
     @cached_property
     def _live_by_video(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return live segments of any state, by video and first frame.
+        """Return live segments of any state, sorted by video and first frame.
 
-        Also returns where each video's begin, [V + 1].
+        Also return the position of each video's first segment, [V + 1].
         """
         order = self.index.order()
         return order, self._starts(order)
@@ -245,7 +253,7 @@ class TargetStore:
         return self.index.video_state()
 
     def teacher(self, name: str) -> TeacherRecord:
-        """Return the teacher of this name; UsageError lists those the store has."""
+        """Return the teacher of this name; UsageError lists the store's teachers."""
         if name not in self.teachers:
             raise UsageError(
                 f"teacher {name!r} is not in {self.name}; it has: {', '.join(self.teachers) or 'none'}"
@@ -257,54 +265,55 @@ class TargetStore:
         return next((n for n, record in self.teachers.items() if record.mirror_of == teacher), None)
 
     def with_mirrors(self, teachers: Sequence[str]) -> tuple[str, ...]:
-        """Return all whose rows targets of these teachers are made of."""
+        """Return these teachers followed by those that hold their mirrored frames."""
         return (*teachers, *filter(None, map(self.mirror, teachers)))
 
-    def target_names(self, asked: Sequence[str] | None = None) -> tuple[str, ...]:
-        """Return the names of teachers to learn from: those asked for, else all.
+    def target_names(self, names: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Return the teachers to learn from: those named, by default all.
 
-        Mirrored frames belong to the teacher of the frames, which takes them itself.
+        Teachers of mirrored frames are not among them: mirrored clips of the original teacher use
+        their rows.
 
         Raises:
-            UsageError: The store has none of a name, or it is of mirrored frames.
+            UsageError: The store has no teacher of a name, or one of mirrored frames.
         """
-        for name in asked or ():
-            if (of := self.teacher(name).mirror_of) is not None:
+        for name in names or ():
+            if (original := self.teacher(name).mirror_of) is not None:
                 raise UsageError(
                     f"teacher {name!r} of {self.name} holds mirrored frames, which mirrored clips of "
-                    f"{of!r} take: name {of!r}"
+                    f"{original!r} use: name {original!r}"
                 )
         return tuple(
-            asked or (name for name, record in self.teachers.items() if record.mirror_of is None)
+            names or (name for name, record in self.teachers.items() if record.mirror_of is None)
         )
 
     def teachers_of(self, output: Output) -> list[str]:
-        """Return the names of the teachers to learn from whose rows hold this output."""
+        """Return the names of the teachers to learn from that have this output."""
         return [name for name in self.target_names() if self.teachers[name].output == output]
 
     def fingerprint(self, teacher: str) -> dict[str, Any] | None:
-        """Return the content of a teacher's node of that name (`teachers.fingerprint`), if any."""
+        """Return the fingerprint of a teacher (`teachers.fingerprint`), None if it has none."""
         return fmt.read_fingerprint(self.files, self.teacher(teacher).name)
 
     def usable(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
-        """Return ids of the videos with at least one row under every one of the teachers.
+        """Return the ids of videos with at least one row of every teacher in `teachers`.
 
-        By default all teachers count, and of none rows alone. Where the store has a teacher's
-        mirrored frames, they count as well.
+        The default is all teachers; with an empty list, cached frames suffice. If the store has a
+        teacher's mirrored frames, they are required as well.
         """
-        good = (self.video_state == OK) & (self.row_counts > 0)
+        is_usable = (self.video_state == OK) & (self.row_counts > 0)
         names = list(self.teachers) if teachers is None else list(teachers)
         for name in self.with_mirrors([self.teacher(name).name for name in names]):
-            good &= self.index.teacher_state(name) == OK
-        return np.flatnonzero(good)
+            is_usable &= self.index.teacher_state(name) == OK
+        return np.flatnonzero(is_usable)
 
     def pending(self, teachers: Sequence[str]) -> NDArray[np.bool_]:
-        """Return whether each video [V] has no status yet, or none under one of the teachers."""
+        """Return whether each video [V] has no status yet, or none for one of the teachers."""
         states = [self.video_state, *map(self.index.teacher_state, teachers)]
         return np.any([state == PENDING for state in states], axis=0)
 
     def video(self, i: int) -> VideoRecord:
-        """Everything the store knows of video `i`."""
+        """Return the record of video `i`."""
         if not 0 <= i < self.n_videos:
             raise IndexError(f"video {i} of {self.n_videos}")
         order, start = self._live_by_video
@@ -332,34 +341,31 @@ class TargetStore:
 
     def place(self, i: int) -> tuple[str, str]:
         """Return the corpus of video `i` and its path in the corpus."""
-        return self.index.corpora[int(self.column("corpus")[i])]["name"], unescape_path(
-            self._path_at(i)
-        )
+        corpus = self.index.corpora[int(self.column("corpus")[i])]["name"]
+        return corpus, unescape_path(self._path_at(i))
 
     def digest(self, i: int) -> str:
         """Return the digest of the head and tail of video `i` (`video.container.digest`).
 
-        '' if it could not be read.
+        It is empty if the video could not be read.
         """
         raw = bytes(np.asarray(self.column("digest")[i], np.uint8))
         return raw.hex() if any(raw) else ""
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return a numeric column of the video table [V], read once."""
+        """Return a numeric column of the video table [V], which is read once."""
         if name not in self._columns:
             values = read_rows(self.files, f"videos/{name}", 0, self.n_videos, self.index.ranges)
             if name == "corpus" and ((values < 0) | (values >= len(self.index.corpora))).any():
-                raise StoreError(
-                    f"{self.name}/videos/corpus: names a corpus that no plan speaks of"
-                )
+                raise StoreError(f"{self.name}/videos/corpus: names a corpus that no plan has")
             self._columns[name] = values
         return self._columns[name]
 
     @cached_property
     def _paths(self) -> tuple[bytes, NDArray[np.int64]]:
-        """Return all paths in one buffer with their ends.
+        """Return all paths in one buffer, and the end of each.
 
-        10⁶ Python strings would cost ten times the memory.
+        10⁶ Python strings would take ten times the memory.
         """
         blocks: list[bytes] = []
         lengths: list[NDArray[np.int64]] = []
@@ -372,13 +378,13 @@ class TargetStore:
         return b"".join(blocks), ends
 
     def _path_at(self, i: int) -> str:
-        blob, ends = self._paths
-        return blob[int(ends[i - 1]) if i else 0 : int(ends[i])].decode()
+        buffer, ends = self._paths
+        return buffer[int(ends[i - 1]) if i else 0 : int(ends[i])].decode()
 
     def video_path(self, i: int, video_roots: Mapping[str, str] | None = None) -> str:
-        """Return the path of video `i`, below the folder of its corpus.
+        """Return the path of video `i` in the folder of its corpus.
 
-        video_roots: corpus → its current folder.
+        video_roots: current folders by corpus.
         """
         corpus = self.index.corpora[int(self.column("corpus")[i])]
         root = (video_roots or {}).get(corpus["name"], unescape_path(corpus["root"]))
@@ -387,7 +393,7 @@ class TargetStore:
     # -- rows
 
     def segments(self, video: int) -> NDArray[np.int64]:
-        """Return ids of the segments that hold the rows of a video, in order of their frames."""
+        """Return the ids of the segments with rows of a video, in order of their frames."""
         segments, start = self._by_video
         return segments[start[video] : start[video + 1]]
 
@@ -398,7 +404,7 @@ class TargetStore:
             zip(self.index.row[segments].tolist(), self.index.rows[segments].tolist(), strict=True)
         )
         owner, index, pts = (
-            _joined([self._table(name).read_range(*each) for each in ranges])
+            _joined([self._table(name).read_range(first, count) for first, count in ranges])
             for name in ("video", "index", "pts")
         )
         if (owner != video).any():
@@ -412,17 +418,17 @@ class TargetStore:
         )
 
     def rows_of(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows [N] of all cached frames of these videos, by video and frame.
+        """Return the rows [N] of all cached frames of these videos, sorted by video and frame.
 
-        They are the rows that `frames` returns, without reading any file: for a whole store at
-        once.
+        They are the rows that `frames` returns, but no file is read, so this is fast for a whole
+        store.
         """
         segments, start = self._by_video
         counts = start[videos + 1] - start[videos]
         return self.rows_of_segments(segments[runs(start[videos], counts)])
 
     def read_table(self, name: str, rows: ArrayLike) -> NDArray[np.int64]:
-        """Return a frame table's values (`video`, `index` or `pts`) of rows, [n]."""
+        """Return values [n] of the frame table `video`, `index` or `pts`."""
         return self._table(name).read(rows).astype(np.int64)
 
     def hashes(
@@ -430,7 +436,7 @@ class TargetStore:
     ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float16]]:
         """Return the perceptual hashes P [n] and R [n] of rows, and R's root mean square [n].
 
-        Rows of `hashed_rows` have them.
+        Only the rows of `hashed_rows` have hashes.
         """
         p, r, rms = (self._table(name).read(rows) for name in fmt.HASH_TABLES)
         return p, r, rms
@@ -440,37 +446,40 @@ class TargetStore:
         return self._rows_in(set(self.index.hashes), self.index.unhashed)
 
     def outputs(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Return a teacher's logits or features of rows, [n, K] float32, in any encoding.
+        """Return a teacher's logits or features, [n, K] float32, from any encoding.
 
-        Of cells it is their mean.
+        For a teacher with cells, it is their mean.
         """
         record = self.teacher(teacher)
         return self.cells(teacher, rows).mean((1, 2)) if record.grid else self.values(teacher, rows)
 
     def values(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Return a teacher's rows decoded, [n, K] float32; of cells all of them."""
+        """Return decoded rows of a teacher, [n, K] float32; with a grid, [n, G · G · K]."""
         codec = self.teacher(teacher).codec
         return codec.read(lambda name: self.read_stored(teacher, name, rows))
 
     def cells(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Return the G × G cells of rows, [n, G, G, K] float32, of a teacher that has them."""
+        """Return the G × G cells of rows, [n, G, G, K] float32, for a teacher with cells."""
         record = self.teacher(teacher)
         return self.values(teacher, rows).reshape(-1, record.grid, record.grid, record.width)
 
     def logits(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Return logits of rows, [n, K] float32; UsageError of a teacher of features."""
-        self._needs_logits(teacher, "logits")
+        """Return the logits of rows, [n, K] float32; UsageError for a teacher with features."""
+        self._require_logits(teacher, "logits")
         return self.outputs(teacher, rows)
 
     def entropy(self, teacher: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Entropy of rows in nats at τ = 1, [n] float32, from the teacher's float32 logits.
+        """Return the entropies of rows in nats at τ = 1, [n] float32.
 
-        UsageError of a teacher of features.
+        They were computed from the teacher's float32 logits.
+
+        Raises:
+            UsageError: The teacher has features.
         """
-        self._needs_logits(teacher, "entropies")
+        self._require_logits(teacher, "entropies")
         return self.read_stored(teacher, "entropy", rows).astype(np.float32)
 
-    def _needs_logits(self, teacher: str, what: str) -> None:
+    def _require_logits(self, teacher: str, what: str) -> None:
         if self.teacher(teacher).output != "logits":
             logits = self.teachers_of("logits")
             raise UsageError(
@@ -481,9 +490,9 @@ class TargetStore:
     def statistics(self, teacher: str) -> tuple[NDArray[np.float32], float]:
         """Return the mean [K] of a teacher's stored rows, and one scale for all dimensions.
 
-        The scale is the root of the mean of (x − mean)² over rows and dimensions, as PHI-S has it;
-        each cell counts as a row. Read from what was added up when the shards were written; where
-        nothing was, of logits always, all rows of the shard are read.
+        The scale is the square root of the mean of (x − mean)² over rows and dimensions, as in
+        PHI-S; each cell counts as a row. They are computed from the sums that were stored with the
+        shards. For a shard without sums, and for logits, all rows are read.
         """
         record = self.teacher(teacher)
         shards = sorted(self.index.teachers[teacher].shards)
@@ -491,10 +500,10 @@ class TargetStore:
         return mean_and_scale(sums, record.width)
 
     def sums(self, teacher: str, shards: Sequence[int]) -> Iterator[Sums]:
-        """Yield what `statistics` adds up, of each of these shards that the teacher has.
+        """Yield the sums over a teacher's rows in each of these shards.
 
         Raises:
-            StoreError: The sums of a shard are not of its rows.
+            StoreError: The stored sums of a shard have another number of rows or values.
         """
         record, commits = self.teacher(teacher), self.index.teachers[teacher].commits
         group, names = f"teachers/{teacher}/{fmt.STATISTICS}", [f"{s:06d}" for s in shards]
@@ -513,38 +522,39 @@ class TargetStore:
                 width = record.codec.width
                 if node["rows"] != commits[shard]["rows"] or len(node["sum"]) != width:
                     raise StoreError(
-                        f"{self.name}/{group}/{name}: is of {node['rows']} rows of "
+                        f"{self.name}/{group}/{name}: has the sums of {node['rows']} rows of "
                         f"{len(node['sum'])} values, expected {commits[shard]['rows']} of {width}"
                     )
                 yield Sums(node["rows"], np.array(node["sum"], np.float64), node["square"])
 
     def read_stored(self, teacher: str, name: str, rows: ArrayLike) -> NDArray[Any]:
-        """Return rows of one of a teacher's arrays as stored (`encoding.arrays_of`, `entropy`)."""
+        """Return rows of a teacher's array as stored (`encoding.arrays_of`, `entropy`)."""
         return self._array(f"teachers/{self.teacher(teacher).name}/{name}").read(rows)
 
     def encoding_error(self, teacher: str) -> dict[str, Any]:
-        """Return how far the stored rows are off the teacher's own.
+        """Return the error of the stored rows compared with the teacher's outputs.
 
-        Of logits the KL in nats of the softmax, of features 1 − cosine: the mean, and a bound of
-        the 99th percentile.
+        It is the mean, and an upper bound of the 99th percentile, of the KL divergence of the
+        softmax in nats for logits, and of 1 − cosine for features.
         """
         record = self.teacher(teacher)
         commits = self.index.teachers[record.name].commits.values()
         return total_error([(c["rows"], c["error"]) for c in commits], record.output)
 
     def committed_rows(self, teacher: str) -> NDArray[np.int64]:
-        """Return all rows that exist under a teacher, ascending."""
+        """Return all rows of a teacher, ascending."""
         commits = self.index.teachers[self.teacher(teacher).name]
         return self._rows_in(commits.shards, commits.failed)
 
     def _rows_in(self, shards: Collection[int], failed: Collection[int]) -> NDArray[np.int64]:
-        """Return the rows that exist in these shards, without those of failed segments."""
+        """Return the rows in these shards, ascending, without those of failed segments."""
         segments, _ = self._by_video
-        kept = np.isin(self.index.shard[segments], list(shards)) & ~np.isin(segments, list(failed))
-        return np.sort(self.rows_of_segments(segments[kept]))
+        in_shards = np.isin(self.index.shard[segments], list(shards))
+        ok = in_shards & ~np.isin(segments, list(failed))
+        return np.sort(self.rows_of_segments(segments[ok]))
 
     def rows_of_segments(self, segments: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows [N] of segments that hold rows, one segment after the other."""
+        """Return the rows [N] of segments with rows, one segment after the other."""
         return runs(self.index.row[segments], self.index.rows[segments])
 
     def _table(self, name: str) -> ShardedRows:
@@ -573,7 +583,7 @@ def check_values(where: str, codec: Codec, rows: ShardedRows) -> None:
     width = pca_components(codec.encoding) or codec.width
     if rows.dtype.name != value_type(codec.encoding) or rows.shape[1] != width:
         raise StoreError(
-            f"{where}: is {rows.dtype.name} with rows of {rows.shape[1]}, the teacher has "
+            f"{where}: has rows of {rows.shape[1]} values in {rows.dtype.name}, the teacher has "
             f"rows of {width} in {codec.encoding}"
         )
 
@@ -581,9 +591,16 @@ def check_values(where: str, codec: Codec, rows: ShardedRows) -> None:
 def read_teacher(
     files: StoreFiles, name: str, node: Mapping[str, Any], teachers: Container[str]
 ) -> tuple[Codec, tuple[str, ...]]:
-    """Return how a teacher's rows are stored and the names of its classes [K], none of features.
+    """Return a teacher's codec and the names of its classes [K], which are empty for features.
 
-    StoreError if that, or the view of its rows, is not valid in a store of these `teachers`.
+    Args:
+        files: The store.
+        name: The teacher's name.
+        node: The node of its group.
+        teachers: Names of all teachers of the store.
+
+    Raises:
+        StoreError: The codec or the view of its rows is not valid.
     """
     codec = fmt.read_codec(files, name, node)
     fmt.check_view(f"{files.name}/teachers/{name}/zarr.json", name, node, teachers)
@@ -594,8 +611,8 @@ def read_teacher(
     return codec, tuple(map(str, names))
 
 
-def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | None:
-    """Describe how class names contradict the digest in a teacher's identity, if they do."""
+def classes_mismatch(classes: Sequence[str], identity: Mapping[str, Any]) -> str | None:
+    """Describe how class names contradict a teacher's identity, None if they agree."""
     expected = identity.get("classes_sha256")
     if expected is None or hashlib.sha256("\n".join(classes).encode()).hexdigest() == expected:
         return None
@@ -603,12 +620,12 @@ def other_classes(classes: Sequence[str], identity: Mapping[str, Any]) -> str | 
 
 
 def runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return `first[i]` … `first[i] + count[i] - 1` of every i, one run after the other."""
+    """Return the concatenated runs `first[i]` … `first[i] + count[i] - 1` for all i."""
     return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
-    """Concatenate arrays."""
+    """Concatenate arrays of integers, of which there may be none."""
     if len(parts) == 1:
         return parts[0].astype(np.int64, copy=False)
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)

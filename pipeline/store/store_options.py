@@ -1,4 +1,4 @@
-"""Options of the commands `distinit targets …`. Imports no torch."""
+"""Options of the commands `distinit targets …`. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..common.settings import (
 from ..common.urls import StoreAddress, public_url
 
 Output = Literal["logits", "features"]
-"""What a teacher gives for an image: a logit per class, or a feature vector."""
+"""Output of a teacher for an image: one logit per class, or a feature vector."""
 PlainEncoding = Literal["float16", "int8"]
-"""How extraction can store a teacher's rows."""
+"""Encodings in which extraction can store a teacher's rows."""
 Encoding = str
-"""How a store can hold them: a PlainEncoding, or `pca:D` of features (see `pca_components`)."""
+"""Encoding of rows in a store: a PlainEncoding, or `pca:D` for features (see `pca_components`)."""
 SEED = CliOption(metavar="S")
 
 
@@ -33,7 +33,7 @@ class InfoConfig(Options):
 
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder or a URL")
     list_failed: Annotated[bool, CliOption("--failed", "Output")] = Field(
-        default=False, description="list the videos that failed, with the reason of each"
+        default=False, description="list the failed videos with their reasons"
     )
 
 
@@ -47,7 +47,7 @@ class BrowseConfig(Options):
     sample: Annotated[int, CliOption(metavar="N")] = Field(
         default=12, ge=0, description="videos shown as strips of frames"
     )
-    seed: Annotated[int, SEED] = Field(default=0, description="which videos those are")
+    seed: Annotated[int, SEED] = Field(default=0, description="seed of the choice of these videos")
     video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
         default={}, description=VIDEO_ROOTS_HELP
     )
@@ -71,7 +71,7 @@ class VerifyConfig(Options):
     store: Annotated[StoreAddress, CliOption("STORE")] = Field(description="a folder")
     repair: Annotated[bool, CliOption(group="Output")] = Field(
         default=False,
-        description="drop what is damaged, so that extract-targets (for hashes: targets hash) fills it again",
+        description="drop damaged shards, so that extract-targets (for hashes: targets hash) fills them again",
     )
     frames: Annotated[bool, CliOption()] = Field(
         default=False,
@@ -80,7 +80,7 @@ class VerifyConfig(Options):
     deep: Annotated[int, CliOption(metavar="N")] = Field(
         default=0, ge=0, description="decode N random videos again and run the teachers"
     )
-    seed: Annotated[int, SEED] = Field(default=0, description="which videos those are")
+    seed: Annotated[int, SEED] = Field(default=0, description="seed of the choice of these videos")
     video_roots: Annotated[dict[str, str], VIDEO_ROOTS] = Field(
         default={}, description=VIDEO_ROOTS_HELP
     )
@@ -100,7 +100,7 @@ class VerifyConfig(Options):
     device: Annotated[str, DEVICE] = Field(default="auto", description=DEVICE_HELP)
 
     @model_validator(mode="after")
-    def _needs(self) -> VerifyConfig:
+    def _check_options(self) -> VerifyConfig:
         teachers = self.weights or self.allow_teachers
         if (self.video_roots and not (self.deep or self.frames)) or (teachers and not self.deep):
             raise UsageError(
@@ -117,22 +117,22 @@ class MergeConfig(Options):
         min_length=1, repr=False, description="finished stores of the same teachers and sampling"
     )
     out: Annotated[str, CliOption(group="Output", metavar="STORE")] = Field(
-        description="the store to make, or to continue"
+        description="the store to create or continue"
     )
     allow_different_numerics: Annotated[bool, CliOption(group="Hardware")] = Field(
         default=False,
-        description="merge parts of different batch size, precision, torch or device kind",
+        description="merge parts with different batch size, precision, torch or device kind",
     )
 
 
 def pca_components(encoding: object) -> int:
-    """Return the D of the encoding `pca:D`, 0 of any other."""
+    """Return D of the encoding `pca:D`, 0 for any other encoding."""
     match = re.fullmatch(r"pca:([1-9][0-9]{0,5})", encoding) if isinstance(encoding, str) else None
     return int(match[1]) if match else 0
 
 
 def _check_encoding(value: str | None) -> str | None:
-    """Raise UsageError for an encoding that no store has."""
+    """Return a valid encoding or None; UsageError for any other value."""
     plain = get_args(PlainEncoding)
     if value is None or value in plain or pca_components(value):
         return value
@@ -154,7 +154,7 @@ class ExportConfig(Options):
     )
     videos_from: Annotated[str | None, CliOption(metavar="LIST")] = Field(
         default=None,
-        description="only the videos of a text file: a path in its corpus, CORPUS=PATH or an absolute "
+        description="only the videos of a text file: one path in its corpus, CORPUS=PATH or absolute "
         "path per line",
     )
     encoding: Annotated[
@@ -163,7 +163,7 @@ class ExportConfig(Options):
         CliOption(group="Output", metavar="ENCODING", shown="as they are stored"),
     ] = Field(
         default=None,
-        description="how a new store holds the rows: float16, int8, or pca:D, which keeps D "
+        description="encoding of the rows of a new store: float16, int8, or pca:D, which stores D "
         "components of features in D + 8 bytes",
     )
     shard_rows: Annotated[
@@ -176,7 +176,7 @@ class VocabularyConfig(Options):
     """Options of `distinit targets vocabulary`."""
 
     classes: Annotated[str, CliOption("CLASSES", metavar="FILE")] = Field(
-        description="a text file with the name of a class per line"
+        description="a text file with one class name per line"
     )
     out: Annotated[str, CliOption(group="Output", metavar="FILE")] = Field(
         description="the head to write, NAME.safetensors"
@@ -185,17 +185,17 @@ class VocabularyConfig(Options):
         description="open_clip:ARCH@WEIGHTS, the teacher whose features are in the store"
     )
     weights: Annotated[str | None, CliOption("--teacher-weights", "Teacher", "FILE")] = Field(
-        default=None, description="its weights, a safetensors file"
+        default=None, description="weights of the teacher, a safetensors file"
     )
     prompts: Annotated[list[str], CliOption("--prompt", "Inputs", "TEXT")] = Field(
         default=["a photo of {}."],
         min_length=1,
-        description="a text in which {} is the class; the embeddings of several are averaged; "
+        description="a text in which {} is replaced by the class; the embeddings of several are averaged; "
         "repeatable",
     )
 
     @model_validator(mode="after")
-    def _check(self) -> VocabularyConfig:
+    def _check_values(self) -> VocabularyConfig:
         for text in self.prompts:
             if text.count("{}") != 1:
                 raise ValueError(f"prompts: expected {{}} once, for the class, got {text!r}")

@@ -1,6 +1,6 @@
-"""Make a store of some videos and teachers of another; rows are copied as stored.
+"""Make a store of some videos and teachers of another.
 
-They are packed into new shards.
+Rows are packed into new shards, as they are stored or in another encoding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from .staging import (
 )
 from .writer import StoreWriter
 
-BLOCK = 1024  # rows encoded at a time
+# Rows encoded at a time.
+BLOCK = 1024
 
 
 def write_subset(
@@ -43,10 +44,18 @@ def write_subset(
     codecs: Mapping[str, Codec] | None = None,
     advance: Callable[[int], Any] = lambda n: None,
 ) -> int:
-    """Write `videos` (ids of `source`, none pending) and their rows to a new store.
+    """Write videos and their rows to a new store.
 
-    Failed videos are included with their reasons. codecs: how teachers' rows are to be stored, by
-    name; the others' as they are.
+    Failed videos are included with their reasons.
+
+    Args:
+        source: The store to copy from.
+        path: Folder of the new store.
+        videos: Ids of videos of `source`, of which none is pending.
+        teachers: Names of the teachers to copy.
+        shard_rows: Rows per shard; None chooses by the number of rows.
+        codecs: New encodings by teacher; rows of other teachers are copied as stored.
+        advance: Called with the number of rows after each shard.
 
     Returns:
         The number of rows.
@@ -57,16 +66,16 @@ def write_subset(
     """
     index = source.index
     order = index.order()
-    begin = np.searchsorted(index.video[order], videos)
-    end = np.searchsorted(index.video[order], videos, side="right")
+    starts = np.searchsorted(index.video[order], videos)
+    stops = np.searchsorted(index.video[order], videos, side="right")
     old = np.concatenate(
-        [order[a:b] for a, b in zip(begin, end, strict=True)] or [np.empty(0, np.int64)]
+        [order[a:b] for a, b in zip(starts, stops, strict=True)] or [np.empty(0, np.int64)]
     )
-    owner = np.repeat(np.arange(len(videos)), end - begin)
+    new_videos = np.repeat(np.arange(len(videos)), stops - starts)
     bounds = np.where(index.state[old] == OK, index.rows[old], 0)
     ranges = [
         FrameRange(int(v), int(index.first[s]), int(index.end[s]), int(n))
-        for v, s, n in zip(owner, old, bounds, strict=True)
+        for v, s, n in zip(new_videos, old, bounds, strict=True)
     ]
     with StoreWriter(
         path,
@@ -77,14 +86,14 @@ def write_subset(
         _list_videos(source, writer, videos)
         segments = writer.add_segments(ranges)
         nodes = fmt.read_nodes(source.files, "teachers", teachers)
-        wanted = {name: source.teacher(name).codec for name in teachers} | dict(codecs or {})
+        new_codecs = {name: source.teacher(name).codec for name in teachers} | dict(codecs or {})
         for name in teachers:
             record = source.teacher(name)
             writer.add_teacher(
                 name,
                 record.classes,
                 nodes[name],
-                codec=wanted[name],
+                codec=new_codecs[name],
                 fingerprint=source.fingerprint(name),
             )
         pairs = zip(segments, old.tolist(), strict=True)
@@ -96,13 +105,13 @@ def write_subset(
             copy.frames(np.array([new.frames.video for new, _ in members]))
             copy.hashes()
             for name in teachers:
-                copy.teacher(name, wanted[name])
+                copy.teacher(name, new_codecs[name])
             advance(len(copy.rows))
     return int(bounds.sum())
 
 
 class ShardCopy:
-    """One shard of the store that `writer` writes: segments `new`, which are `old` of `source`."""
+    """Copy of one shard: segments `old` of `source` become segments `new` of the written store."""
 
     def __init__(
         self, source: TargetStore, writer: StoreWriter, shard: int, new: list[int], old: list[int]
@@ -113,7 +122,7 @@ class ShardCopy:
         self.rows = runs(index.row[old], self.counts)
 
     def frames(self, video: NDArray[np.int64]) -> None:
-        """Stage and commit the frame tables; `video`: new numbers of the segments' videos."""
+        """Stage and commit the frame tables; `video`: new ids of the segments' videos."""
         index = self.source.index
         first = np.where(self.counts > 0, np.cumsum(self.counts) - self.counts, 0)
         part = FramesPart(
@@ -121,8 +130,8 @@ class ShardCopy:
             first_row=first.tolist(),
             rows=self.counts.tolist(),
             frames=index.frames[self.old].tolist(),
-            failed=self._of(index.reason),
-            notes=self._of(index.note),
+            failed=self._renumbered(index.reason),
+            notes=self._renumbered(index.note),
             counted=[new for new, s in zip(self.new, self.old, strict=True) if s in index.counted],
         )
         values = {
@@ -137,61 +146,65 @@ class ShardCopy:
         self.writer.commit(ShardResult(self.shard, part, {}, folder), run)
 
     def hashes(self) -> None:
-        """Stage and commit the hashes of frames, unless those of a segment are missing."""
+        """Stage and commit the hashes of frames, unless a source shard has none."""
         index = self.source.index
         shards = index.shard[self.old][self.counts > 0].tolist()
         if not set(shards) <= index.hashes.keys():
             return
-        good = np.array([s not in index.unhashed for s in self.old], bool)
-        kept = np.repeat(good, self.counts)
+        hashed_segments = np.array([s not in index.unhashed for s in self.old], bool)
+        hashed = np.repeat(hashed_segments, self.counts)
         values: dict[str, NDArray[Any]] = {}
-        if kept.any():
-            values.update(zip(fmt.HASH_TABLES, self.source.hashes(self.rows[kept]), strict=True))
-        folder, files = self._stage(fmt.hash_specs(), values, kept)
-        part = HashPart(int(kept.sum()), self._of(index.unhashed), files)
+        if hashed.any():
+            values.update(zip(fmt.HASH_TABLES, self.source.hashes(self.rows[hashed]), strict=True))
+        folder, files = self._stage(fmt.hash_specs(), values, hashed)
+        part = HashPart(int(hashed.sum()), self._renumbered(index.unhashed), files)
         self.writer.commit(ShardResult(self.shard, None, {}, folder, part), {})
 
     def teacher(self, name: str, codec: Codec | None = None) -> None:
-        """Stage and commit a teacher's rows, as they are stored or in another form."""
+        """Stage and commit a teacher's rows, as they are stored or in another encoding."""
         index, record = self.source.index, self.source.teacher(name)
-        of = index.teachers[name]
-        good = np.where(np.isin(self.old, list(of.failed)), 0, self.counts).tolist()
+        teacher = index.teachers[name]
+        num_rows = np.where(np.isin(self.old, list(teacher.failed)), 0, self.counts).tolist()
         shards = index.shard[self.old].tolist()
-        errors = [(n, of.commits[shard]["error"]) for n, shard in zip(good, shards, strict=True)]
-        part = TeacherPart(sum(good), total_error(errors, record.output), self._of(of.failed))
+        errors = [
+            (n, teacher.commits[shard]["error"]) for n, shard in zip(num_rows, shards, strict=True)
+        ]
+        part = TeacherPart(
+            sum(num_rows), total_error(errors, record.output), self._renumbered(teacher.failed)
+        )
         codec = record.codec if codec is None else codec
-        # A shard of which every segment failed may have no file.
-        kept = np.repeat(np.array(good) > 0, self.counts)
-        stored, row_errors = self._rows(name, record.codec, codec, self.rows[kept])
+        # A shard in which every segment failed may have no file.
+        has_row = np.repeat(np.array(num_rows) > 0, self.counts)
+        stored, row_errors = self._rows(name, record.codec, codec, self.rows[has_row])
         if row_errors is not None:
             part.error = error_record(row_errors, codec.output)
         specs = fmt.teacher_specs(name, codec.width, codec.encoding, codec.output)
-        folder, part.files = self._stage(specs, stored, kept)
+        folder, part.files = self._stage(specs, stored, has_row)
         part.sums = Sums.of(codec, stored) if codec.output == "features" else None
-        run = _common([of.commits[shard]["run"] for shard in sorted(set(shards))])
+        run = _common([teacher.commits[shard]["run"] for shard in sorted(set(shards))])
         self.writer.commit(ShardResult(self.shard, None, {name: part}, folder), run)
 
     def _stage(
         self,
         specs: Sequence[fmt.ArraySpec],
         values: Mapping[str, NDArray[Any]],
-        kept: NDArray[np.bool_] | slice = slice(None),
+        has_row: NDArray[np.bool_] | slice = slice(None),
     ) -> tuple[str, list[StagedFile]]:
-        """Stage the `kept` rows of arrays by name, the others as fill; return folder and files."""
+        """Stage arrays and return their folder and files; rows without `has_row` become fill."""
         folder, files = new_staging(self.writer.root, self.shard), list[StagedFile]()
         for spec in specs:
             full = np.full((len(self.rows), *spec.row), spec.fill, spec.dtype)
-            full[kept] = values[spec.name] if values else spec.fill
+            full[has_row] = values[spec.name] if values else spec.fill
             files += stage_array(folder, spec, self.shard, full, self.writer.shard_rows)
         return str(folder), files
 
     def _rows(
         self, name: str, old: Codec, new: Codec, rows: NDArray[np.int64]
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32] | None]:
-        """Return a teacher's arrays in their new form, and the error in each row if it is another.
+        """Return a teacher's arrays in the new encoding, and each row's error if it differs.
 
-        The error is measured against what the source has; memory beyond the arrays does not grow
-        with the rows.
+        The error is measured against the values in the source. Memory beyond the arrays does not
+        grow with the number of rows.
         """
         read = self.source.read_stored
         if old.encoding == new.encoding:
@@ -199,8 +212,8 @@ class ShardCopy:
             return {array: read(name, array, rows) for array in arrays}, None
         parts: dict[str, list[NDArray[Any]]] = {}
         errors: list[NDArray[np.float32]] = []
-        for at in range(0, max(len(rows), 1), BLOCK):
-            values = self.source.values(name, rows[at : at + BLOCK])
+        for start in range(0, max(len(rows), 1), BLOCK):
+            values = self.source.values(name, rows[start : start + BLOCK])
             encoded = new.encode(values)
             errors.append(new.error(values, new.decode(encoded)))
             for array in arrays_of(new.encoding, new.output):
@@ -210,18 +223,19 @@ class ShardCopy:
             stored["entropy"] = read(name, "entropy", rows)
         return stored, np.concatenate(errors)
 
-    def _of(self, texts: dict[int, str]) -> dict[int, str]:
+    def _renumbered(self, texts: dict[int, str]) -> dict[int, str]:
+        """Return the texts of the segments of this shard, by their new ids."""
         return {new: texts[s] for new, s in zip(self.new, self.old, strict=True) if s in texts}
 
 
-def _shard_rows(source: TargetStore, bounds: NDArray[np.int64], asked: int | None) -> int:
-    """Return the size asked for, or one by the number of rows that holds the longest range."""
+def _shard_rows(source: TargetStore, bounds: NDArray[np.int64], shard_rows: int | None) -> int:
+    """Return the requested shard size, or one for the number of rows and the longest range."""
     longest = int(np.max(bounds, initial=0))
-    if asked is not None:
-        if asked < longest:
-            raise UsageError(f"--shard-rows {asked}: a segment has {longest} rows, the store {source.name} "
+    if shard_rows is not None:
+        if shard_rows < longest:
+            raise UsageError(f"--shard-rows {shard_rows}: a segment has {longest} rows, the store {source.name} "
                              f"has shards of {source.index.shard_rows}")  # fmt: skip
-        return asked
+        return shard_rows
     rows = auto_shard_rows(int(bounds.sum()))
     while rows < longest:
         rows *= 2
@@ -236,6 +250,6 @@ def _list_videos(source: TargetStore, writer: StoreWriter, videos: NDArray[np.in
 
 
 def _common(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the run of rows that come from several commits."""
+    """Return the numerics of rows from several commits."""
     distinct = [run for i, run in enumerate(runs) if run not in runs[:i]]
     return distinct[0] if len(distinct) == 1 else {"mixed": distinct}

@@ -1,8 +1,8 @@
-"""The form of everything that a store says about itself, checked before anything uses it.
+"""Check the form of the nodes and array metadata of a store before they are used.
 
-A store may come from anybody: its names become paths, its numbers sizes and addresses.
-docs/store-format.md has the bounds. `read_nodes`, `check_root` and the readers of arrays call these
-functions, so that every reader and writer meets only values of the right type and size.
+A store may come from a third party: its names become paths, its numbers become sizes and addresses.
+docs/store-format.md lists the bounds. `read_nodes`, `check_root` and the readers of arrays call
+these functions, so that all other code gets values of the right type and size only.
 """
 
 from __future__ import annotations
@@ -31,15 +31,22 @@ if TYPE_CHECKING:
     from .layout import ArraySpec
 
 MAX_NODE_BYTES = 64 << 20
-MAX_DEPTH = 64  # of lists and objects in each other
-MAX_COUNT = 2**31 - 1  # videos, segments, shards: `frames/video` is int32
+# Depth of nested lists and objects.
+MAX_DEPTH = 64
+# Videos, segments or shards; `frames/video` is int32.
+MAX_COUNT = 2**31 - 1
 MAX_SHARD_ROWS = 1 << 20
-MAX_SHARD_BYTES = 1 << 34  # of one file of a shard
+# Bytes of one shard file.
+MAX_SHARD_BYTES = 1 << 34
 MAX_CLASSES = 1 << 20
-MAX_CHUNK_ROWS = 1 << 16  # of tables
-MAX_CHUNKS = 1 << 16  # of a table's column
-MAX_BASIS = 1 << 26  # values of the basis of pca:D
-MAX_TEXT_CHUNK = 1 << 26  # bytes of the texts of a chunk
+# Rows per chunk of a table.
+MAX_CHUNK_ROWS = 1 << 16
+# Chunks of a table's column.
+MAX_CHUNKS = 1 << 16
+# Values of the basis of pca:D.
+MAX_BASIS = 1 << 26
+# Bytes of the texts of a chunk.
+MAX_TEXT_CHUNK = 1 << 26
 MAX_NAME = 200
 MAX_TEXT = 1 << 16
 SHARD_UNIT = 256
@@ -52,21 +59,20 @@ _FILE = re.compile(r"[A-Za-z0-9_.-]{1,200}(/[A-Za-z0-9_.-]{1,200}){0,15}")
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 Form = tuple[str, Callable[[Any], bool]]
-"""What is allowed, in words and as a test."""
+"""Description of the allowed values, and a function that checks a value."""
 
 
 def load_json(where: str, text: bytes) -> dict[str, Any]:
     """Parse a zarr.json.
 
     Raises:
-        StoreError: It is not JSON of an object, too large or too deep; the message names `where`.
+        StoreError: It is not a JSON object, too large or too deep; the message names `where`.
     """
     if len(text) > MAX_NODE_BYTES:
         raise StoreError(f"{where}: has {len(text)} bytes, at most {MAX_NODE_BYTES} are allowed")
     try:
         document = _parse(text)
-        # As many brackets as levels are needed at least: nearly every document has too few to be
-        # too deep.
+        # A document needs at least one bracket per level, so most have too few to be too deep.
         if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
             _check_depth(document, MAX_DEPTH)
     except (ValueError, RecursionError) as error:
@@ -77,26 +83,27 @@ def load_json(where: str, text: bytes) -> dict[str, Any]:
 
 
 def _parse(text: bytes) -> Any:
+    # pydantic takes half the time of the standard library.
     try:
-        return from_json(text)  # takes half the time of the standard library
+        return from_json(text)
     except ValueError:
-        # It reads half a surrogate pair as well: a byte of a path that is not UTF-8.
+        # Only the standard library reads half a surrogate pair: a byte of a path that is not UTF-8.
         return json.loads(text)
 
 
-def _check_depth(value: Any, left: int) -> None:
-    if left < 0:
+def _check_depth(value: Any, max_depth: int) -> None:
+    if max_depth < 0:
         raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
     for inner in value.values() if isinstance(value, dict) else value:
         if isinstance(inner, dict | list):
-            _check_depth(inner, left - 1)
+            _check_depth(inner, max_depth - 1)
 
 
 # Values
 
 
 def is_teacher_name(value: Any) -> bool:
-    """Return whether a value can be the name of a teacher: it is a folder in `teachers/`."""
+    """Return whether a value can be the name of a teacher, which is a folder in `teachers/`."""
     return (
         isinstance(value, str)
         and len(value) <= MAX_NAME
@@ -105,22 +112,22 @@ def is_teacher_name(value: Any) -> bool:
     )
 
 
-def _is_int(value: Any, least: int = 0, most: int = MAX_COUNT) -> bool:
-    return type(value) is int and least <= value <= most
+def _is_int(value: Any, minimum: int = 0, maximum: int = MAX_COUNT) -> bool:
+    return type(value) is int and minimum <= value <= maximum
 
 
-def _is_text(value: Any, most: int = MAX_TEXT) -> bool:
-    return isinstance(value, str) and len(value) <= most and "\0" not in value
+def _is_text(value: Any, max_chars: int = MAX_TEXT) -> bool:
+    return isinstance(value, str) and len(value) <= max_chars and "\0" not in value
 
 
 def _is_name(value: Any) -> bool:
     return _is_text(value, MAX_NAME) and value not in ("", ".", "..") and "/" not in value
 
 
-def _is_unique(value: Any, holds: Callable[[Any], bool], key: Callable[[Any], Any]) -> bool:
+def _is_unique(value: Any, is_valid: Callable[[Any], bool], key: Callable[[Any], Any]) -> bool:
     return (
         isinstance(value, list)
-        and all(map(holds, value))
+        and all(map(is_valid, value))
         and len({key(v) for v in value}) == len(value)
     )
 
@@ -134,10 +141,10 @@ def is_digest(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
-def _is_by_segment(value: Any, holds: Callable[[Any], bool]) -> bool:
-    """Return whether a value is an object keyed by segment ids in decimal digits."""
+def _is_by_segment(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    """Return whether a value is an object of valid values by segment id in decimal digits."""
     return isinstance(value, dict) and all(
-        re.fullmatch(r"0|[1-9][0-9]{0,9}", key) is not None and holds(inner)
+        re.fullmatch(r"0|[1-9][0-9]{0,9}", key) is not None and is_valid(inner)
         for key, inner in value.items()
     )
 
@@ -156,7 +163,7 @@ def _is_run(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # A whole number of JSON may be beyond any float.
+    # A whole number in JSON may be larger than any float.
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
@@ -236,7 +243,7 @@ _GRID: Form = (
 )
 SEGMENT_LISTS = ("segment", "first_row", "rows", "frames")
 
-# Of each kind of node the keys that are used: the form of each, and whether it is required.
+# The keys that are used of each kind of node: their forms, and whether they are required.
 _NODES: dict[str, dict[str, tuple[Form, bool]]] = {
     "root": {
         "store_id": (("32 hexadecimal digits", is_digest), True),
@@ -333,12 +340,12 @@ def _kind(group: str) -> str:
 
 
 def check_node(where: str, group: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a node of a group of the store.
+    """Return the checked record of a node of a group of the store.
 
     In a commit of frames the lists become arrays [segments].
 
     Raises:
-        StoreError: The message names `where`, the key, what is allowed and the value.
+        StoreError: The message names `where`, the key, the allowed values and the value.
     """
     kind = _kind(group)
     _check(where, kind, record)
@@ -348,7 +355,7 @@ def check_node(where: str, group: str, record: dict[str, Any]) -> dict[str, Any]
 
 
 def check_root(where: str, record: dict[str, Any]) -> None:
-    """Raise StoreError unless the record of a store's root has its form."""
+    """Raise StoreError unless the record of a store's root is valid."""
     _check(where, "root", record)
     sampling = record["sampling"]
     try:
@@ -362,18 +369,18 @@ def check_root(where: str, record: dict[str, Any]) -> None:
 
 
 def check_requires(where: str, record: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the root of a version 2 store lists what it requires of readers."""
+    """Raise StoreError unless the root of a version 2 store lists the required abilities."""
     _check_value(where, "requires", record.get("requires"), _REQUIRES)
 
 
 def check_width(where: str, record: Mapping[str, Any]) -> int:
-    """Return the number of features of a teacher's rows; StoreError unless its node has it."""
+    """Return the number of features of a teacher; StoreError if its node has no valid one."""
     _check_value(where, "width", record.get("width"), _WIDTH)
     return int(record["width"])
 
 
 def check_basis(where: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of the tables of a teacher in pca:D; StoreError without them."""
+    """Return the digests of a teacher's basis and mean; StoreError if its node has none."""
     _check_value(where, "pca", record.get("pca"), ("an object with basis and mean", _is_pca))
     return dict(record["pca"])
 
@@ -395,25 +402,24 @@ def _segment_table(where: str, record: Mapping[str, Any]) -> NDArray[np.int64]:
     """Return the lists of a commit of frames as one array [4, segments]."""
     lists: list[Any] = [record.get(key) for key in SEGMENT_LISTS]
     table: Any = np.zeros((len(lists), 0), np.int64)
-    good = (
+    is_valid = (
         all(isinstance(values, list) for values in lists)
         and len({len(values or ()) for values in lists}) == 1
     )
-    if good and lists[0]:
+    if is_valid and lists[0]:
         try:
-            # An array of the standard library takes nothing but whole numbers, and takes them
-            # faster than NumPy.
+            # An array of the standard library accepts only whole numbers, and is faster than NumPy.
             table = np.frombuffer(array("q", [*chain.from_iterable(lists)]), np.int64).reshape(
                 len(lists), -1
             )
             # Frames are −1 where a segment does not reach the end of its file.
-            good = (
+            is_valid = (
                 bool((table.min(axis=1) >= (0, 0, 0, -1)).all())
                 and int(table[:3].max()) <= MAX_COUNT
             )
         except (TypeError, OverflowError):
-            good = False
-    if not good:
+            is_valid = False
+    if not is_valid:
         raise StoreError(
             f"{where}: {', '.join(SEGMENT_LISTS)}: expected lists of equal length of whole numbers "
             f"from 0 to {MAX_COUNT} (frames: from -1), got {short(lists)}"
@@ -430,24 +436,32 @@ def known_files(
     folder: str,
     version: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a commit's files that are those of shard `shard` of `arrays`, and its other files.
+    """Split a commit's files into those of known arrays and those of unknown arrays.
 
-    The others are of arrays that this version does not know, which nothing but `verify` looks at;
-    those without size and digest are passed over.
+    Only `verify` reads files of arrays that this version does not know; those without size and
+    digest are skipped.
+
+    Args:
+        where: Name of the commit in messages.
+        files: Size and digest by file name.
+        arrays: Names of the known arrays.
+        shard: The shard of the commit.
+        folder: Group of the arrays.
+        version: Format version of the store.
 
     Raises:
-        StoreError: One of the first has no size or digest; or another has a name that is none, is
-            of an array that the format has, or is in a store of version 1.
+        StoreError: A file of a known array has no size or digest; or another file has an invalid
+            name, belongs to an array of the format, or is in a store of version 1.
     """
     allowed = _file_names(folder, tuple(arrays), shard)
-    known, others = dict[str, Any](), dict[str, Any]()
+    known, unknown = dict[str, Any](), dict[str, Any]()
     for name, record in files.items():
-        good = (
+        is_valid = (
             isinstance(record, dict)
             and _is_int(record.get("size"), 0, MAX_SHARD_BYTES)
             and is_digest(record.get("blake2b"))
         )
-        if name in allowed and good:
+        if name in allowed and is_valid:
             known[name] = record
         elif name in allowed:
             raise StoreError(
@@ -458,22 +472,20 @@ def known_files(
             raise StoreError(
                 f"{where}: files: expected one of {', '.join(allowed)}, got {short(name)}"
             )
-        elif good:
-            others[name] = record
-    return known, others
+        elif is_valid:
+            unknown[name] = record
+    return known, unknown
 
 
 def _is_unknown_file(name: str) -> bool:
-    """Return whether a name can be that of a file of an array that this version does not know."""
+    """Return whether a name is valid for a file of an array that this version does not know."""
     if _FILE.fullmatch(name) is None or {".", ".."} & set(parts := name.split("/")):
         return False
     return all(_spec_of("/".join(parts[:end])) is None for end in range(len(parts) + 1))
 
 
 def _file_names(folder: str, arrays: tuple[str, ...], shard: int) -> tuple[str, ...]:
-    return tuple(
-        f"{folder}/{array}/c/{shard}{'/0' if array in OUTPUTS else ''}" for array in arrays
-    )
+    return tuple(f"{folder}/{name}/c/{shard}{'/0' if name in OUTPUTS else ''}" for name in arrays)
 
 
 # Arrays
@@ -494,10 +506,11 @@ def check_array(where: str, path: str, meta: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=4096)
 def _spec_of(path: str) -> ArraySpec | None:
-    from . import layout as fmt  # which reads files through functions that ask here
+    # `layout` imports this module.
+    from . import layout as fmt
 
-    tables = (fmt.video_specs, fmt.segment_specs, fmt.frame_specs, fmt.hash_specs)
-    specs = {s.path: s for of in tables for s in of()}
+    tables = (*fmt.video_specs(), *fmt.segment_specs(), *fmt.frame_specs(), *fmt.hash_specs())
+    specs = {spec.path: spec for spec in tables}
     if path in specs:
         return specs[path]
     _, name, array = (
@@ -511,13 +524,15 @@ def _spec_of(path: str) -> ArraySpec | None:
 
 
 def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with an array's metadata; None if nothing is."""
+    """Describe the first fault of an array's metadata, None if it is valid."""
     rows, *row = meta["shape"]
-    values = spec.path.endswith(tuple(f"/{output}" for output in OUTPUTS))
-    wide = bool(values or spec.path.endswith("/basis"))
-    types = ["float16", "int8"] if values else ["string" if spec.dtype == "str" else spec.dtype]
+    has_outputs = spec.path.endswith(tuple(f"/{output}" for output in OUTPUTS))
+    is_wide = bool(has_outputs or spec.path.endswith("/basis"))
+    types = (
+        ["float16", "int8"] if has_outputs else ["string" if spec.dtype == "str" else spec.dtype]
+    )
     fill = meta["fill_value"]
-    expected = ["NaN", 0] if values else ["NaN" if spec.fill != spec.fill else spec.fill]
+    fills = ["NaN", 0] if has_outputs else ["NaN" if spec.fill != spec.fill else spec.fill]
     grid, chunk = meta["chunk_grid"], meta["chunk_grid"]["configuration"]["chunk_shape"]
     keys = meta["chunk_key_encoding"]
     problems = {
@@ -525,57 +540,61 @@ def _array_problem(spec: ArraySpec, meta: Mapping[str, Any]) -> str | None:
             rows, 0, MAX_COUNT * (MAX_SHARD_ROWS if spec.sharded else 1)
         )
         or not (
-            len(row) == 1 and _is_int(row[0], 1, MAX_CLASSES) if wide else row == list(spec.row)
+            len(row) == 1 and _is_int(row[0], 1, MAX_CLASSES) if is_wide else row == list(spec.row)
         ),
         f"data_type {short(meta['data_type'])}, expected {' or '.join(types)}": meta["data_type"]
         not in types,
-        f"fill_value {short(fill)}": fill not in expected or type(fill) not in (int, float, str),
+        f"fill_value {short(fill)}": fill not in fills or type(fill) not in (int, float, str),
         f"chunk grid {short(grid)}": grid["name"] != "regular"
         or not isinstance(chunk, list)
         or chunk[1:] != row,
         f"chunk keys {short(keys)}": keys["name"] != "default"
         or keys.get("configuration", {}).get("separator", "/") != "/",
         "it has storage transformers": bool(meta.get("storage_transformers")),
-        "it is no Zarr v3 array": (meta["zarr_format"], meta["node_type"]) != (3, "array"),
+        "it is not a Zarr v3 array": (meta["zarr_format"], meta["node_type"]) != (3, "array"),
     }
-    problem = next((what for what, wrong in problems.items() if wrong), None)
+    problem = next((text for text, is_wrong in problems.items() if is_wrong), None)
     if problem or spec.sharded:
         return problem or _sharding_problem(meta["codecs"], chunk, [spec.chunk, *row])
-    most = MAX_CLASSES if spec.dims in (("class",), ("feature",)) else MAX_CHUNK_ROWS
-    if wide and chunk[0] * row[0] > MAX_BASIS:
+    max_chunk = MAX_CLASSES if spec.dims in (("class",), ("feature",)) else MAX_CHUNK_ROWS
+    if is_wide and chunk[0] * row[0] > MAX_BASIS:
         return f"{chunk[0]} rows of {row[0]} values per chunk, expected at most {MAX_BASIS} values"
-    if not _is_int(chunk[0], 1, most):
-        return f"{short(chunk[0])} rows per chunk, expected 1 to {most}"
+    if not _is_int(chunk[0], 1, max_chunk):
+        return f"{short(chunk[0])} rows per chunk, expected 1 to {max_chunk}"
     if rows > MAX_CHUNKS * chunk[0]:
         return f"{rows} rows in chunks of {chunk[0]}, expected at most {MAX_CHUNKS} chunks"
     for codec in meta["codecs"]:
         settings = codec.get("configuration", {})
         if not isinstance(settings, dict) or settings.get("endian", "little") not in ENDIAN:
             return f"codec {short(codec)}"
-    first, *codecs = (codec["name"] for codec in meta["codecs"])
-    if first != ("vlen-utf8" if spec.dtype == "str" else "bytes") or codecs not in _TABLE_CODECS:
-        return f"codecs {short([first, *codecs])}"
+    serializer, *codecs = (codec["name"] for codec in meta["codecs"])
+    expected = "vlen-utf8" if spec.dtype == "str" else "bytes"
+    if serializer != expected or codecs not in _TABLE_CODECS:
+        return f"codecs {short([serializer, *codecs])}"
     return None
 
 
 def largest_chunk(meta: Mapping[str, Any]) -> int:
-    """Return how many bytes a chunk file of a table's column may have, by valid metadata."""
+    """Return the largest size in bytes of a chunk file of a column with valid metadata."""
     shape: list[int] = meta["chunk_grid"]["configuration"]["chunk_shape"]
-    text = meta["data_type"] == "string"
-    values = MAX_TEXT_CHUNK if text else math.prod(shape) * np.dtype(meta["data_type"]).itemsize
-    return values * 257 // 256 + 1024  # what compression may add
+    is_text = meta["data_type"] == "string"
+    num_bytes = (
+        MAX_TEXT_CHUNK if is_text else math.prod(shape) * np.dtype(meta["data_type"]).itemsize
+    )
+    # Compression may add a little to incompressible data.
+    return num_bytes * 257 // 256 + 1024
 
 
 def unpacked_bytes(data: bytes) -> int | None:
-    """Return the size of a zstd frame's content by its header (RFC 8878, 3.1.1.1), if recorded.
+    """Return the content size in the header of a zstd frame (RFC 8878, 3.1.1.1), None without one.
 
     data: the first 18 bytes of the frame, or all of it.
     """
     if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 5:
         return None
-    single = data[4] >> 5 & 1
-    size = (single, 2, 4, 8)[data[4] >> 6]
-    start = 6 - single + (0, 1, 2, 4)[data[4] & 3]
+    single_segment = data[4] >> 5 & 1
+    size = (single_segment, 2, 4, 8)[data[4] >> 6]
+    start = 6 - single_segment + (0, 1, 2, 4)[data[4] & 3]
     if not size or len(data) < start + size:
         return None
     return int.from_bytes(data[start : start + size], "little") + (256 if size == 2 else 0)
@@ -586,14 +605,14 @@ def _sharding_problem(codecs: Any, shard: list[Any], chunk: list[int]) -> str | 
         return f"{short(shard[0])} rows per shard, expected a multiple of {SHARD_UNIT} up to {MAX_SHARD_ROWS}"
     if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed":
         return f"codecs {short(codecs)}, expected sharding_indexed"
-    inside = codecs[0]["configuration"]
-    if inside["chunk_shape"] != chunk:
-        return f"chunks {short(inside['chunk_shape'])} in a shard, expected {chunk}"
-    if inside.get("index_location", "end") != "end":
-        return f"index_location {short(inside['index_location'])}, expected end"
-    for which in ("codecs", "index_codecs"):
-        names = [codec["name"] for codec in inside[which]]
-        endian = inside[which][0].get("configuration", {}).get("endian", "little")
+    sharding = codecs[0]["configuration"]
+    if sharding["chunk_shape"] != chunk:
+        return f"chunks {short(sharding['chunk_shape'])} in a shard, expected {chunk}"
+    if sharding.get("index_location", "end") != "end":
+        return f"index_location {short(sharding['index_location'])}, expected end"
+    for key in ("codecs", "index_codecs"):
+        names = [codec["name"] for codec in sharding[key]]
+        endian = sharding[key][0].get("configuration", {}).get("endian", "little")
         if names != ["bytes", "crc32c"] or endian != "little":
-            return f"{which} {short(inside[which])}, expected bytes (little-endian) and crc32c"
+            return f"{key} {short(sharding[key])}, expected bytes (little-endian) and crc32c"
     return None

@@ -1,4 +1,7 @@
-"""The one process that changes a store: it creates, plans, moves finished shards and commits."""
+"""Write a store: create it, plan rows, move finished shards into place and commit them.
+
+Only one process writes a store at a time.
+"""
 
 from __future__ import annotations
 
@@ -42,19 +45,25 @@ from .store_options import Encoding, Output
 from .validation import is_teacher_name
 
 Tables = dict[str, list[tuple[int, int, str]]]
-"""Array path → (first row, end, digest) of rows that a plan adds."""
+"""Array path → (first row, end, digest) of the rows that a plan adds."""
 
 
 class StoreWriter:
-    """An open, locked store. Use as a context manager; the lock dies with the process.
+    """An open, locked store. Use as a context manager; the lock ends with the process.
 
-    `origin` are attributes that name the videos that the store is made of (`part`, `merged_from`,
-    `exported_from`). `damaged`: see `load_index`; nothing is added to such a store.
+    Args:
+        path: Folder of the store, which is created if it does not exist.
+        sampling: How frames are sampled.
+        shard_rows: Rows per shard; None leaves the choice to the first plan.
+        origin: Attributes that identify the store's videos (`part`, `merged_from`,
+            `exported_from`).
+        damaged: See `load_index`; nothing is added to such a store.
 
     Raises:
         UsageError: `path` is a URL.
-        StoreError: It is of another program, corrupt or being written by another process.
-        StoreMismatchError: The store was made with another sampling, shard size or origin.
+        StoreError: The store was written by another program, is corrupt or is being written by
+            another process.
+        StoreMismatchError: The store has another sampling, shard size or origin.
     """
 
     def __init__(
@@ -87,7 +96,8 @@ class StoreWriter:
                 same_attributes(str(self.root), key, self.attributes.get(key), value)
             self.index: StoreIndex = self._load_index(damaged)
             staging = inside(self.root, fmt.STAGING)
-            shutil.rmtree(staging, ignore_errors=True)  # what a killed run left behind
+            # Remove the files of a killed run.
+            shutil.rmtree(staging, ignore_errors=True)
             sweep_store(self.root)
             zarr.open_group(staging, mode="w")
             if not damaged:
@@ -100,24 +110,24 @@ class StoreWriter:
         except StoreError as error:
             repair = f"distinit targets verify --repair {shlex.quote(str(self.root))}"
             raise StoreError(
-                f"{error}; `{repair}` drops what is damaged and logs the command that fills it again"
+                f"{error}; `{repair}` drops damaged commits and logs the command that fills them again"
             ) from error
 
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
         interrupted = kind is not None and not issubclass(kind, Exception)
         for _ in range(3 if interrupted else 0):
-            # zarr's thread may finish what it writes, and make the folder again.
+            # A thread of zarr may still be writing, and create the folder again.
             time.sleep(0.1)
             shutil.rmtree(self.root / fmt.STAGING, ignore_errors=True)
         self._lock.close()
 
     @property
     def shard_rows(self) -> int:
-        """Rows of a shard; 0 until the first segments are planned."""
+        """Rows per shard; 0 until the first segments are planned."""
         return int(self.attributes["shard_rows"] or 0)
 
     # -- planning
@@ -125,7 +135,7 @@ class StoreWriter:
     def add_videos(
         self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], corpora: list[dict[str, str]]
     ) -> None:
-        """Append rows to the video table, then the plan.
+        """Append rows to the video table, then write the plan.
 
         columns: values by name of `layout.video_specs`.
         """
@@ -136,10 +146,10 @@ class StoreWriter:
         self._plan_node("videos", tables)
 
     def identify(self, videos: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> None:
-        """Replace the identity of the files of `videos`, of which no frame is stored.
+        """Replace the identity of the files of `videos`, which have no cached frames.
 
-        The plan with the new digests comes first. A kill before the rows are written leaves them as
-        they were, under the former digests, and the next attempt writes them again.
+        The plan with the new digests is written first. If the process is killed before it writes
+        the rows, they keep their old values and digests, and the next attempt writes them.
         """
         ids = np.asarray(videos, np.int64)
         blocks: list[tuple[zarr.Array, int, NDArray[Any]]] = []
@@ -151,11 +161,11 @@ class StoreWriter:
             new, array = fmt.as_numpy(spec, columns[spec.name]), zarr.open_array(folder, mode="r+")
             ranges = self.index.ranges.get(spec.path, {})
             for start, stop in split_ranges(0, self.index.n_videos, spec.chunk):
-                chosen = (ids >= start) & (ids < stop)
-                if not chosen.any():
+                in_range = (ids >= start) & (ids < stop)
+                if not in_range.any():
                     continue
                 values = read_rows(LocalFiles(self.root), spec.path, start, stop, self.index.ranges)
-                values[ids[chosen] - start] = new[chosen]
+                values[ids[in_range] - start] = new[in_range]
                 blocks.append((array, start, values))
                 tables[spec.path] = [
                     *tables.get(spec.path, []),
@@ -168,12 +178,12 @@ class StoreWriter:
         _sync_tree(self.root / "videos")
 
     def add_segments(self, ranges: Iterable[FrameRange]) -> list[Segment]:
-        """Give ranges their shards and append them to the segment table, in one act."""
+        """Assign ranges to shards and append them to the segment table, in one plan."""
         ranges = list(ranges)
         if not ranges:
             return []
         self.set_shard_rows_for(sum(frames.bound for frames in ranges))
-        placed = assign(
+        segments = assign(
             ranges,
             first_id=len(self.index.video),
             first_shard=self.index.n_shards,
@@ -183,12 +193,12 @@ class StoreWriter:
             name: [getattr(frames, name) for frames in ranges]
             for name in ("video", "first", "end", "bound", "replaces")
         }
-        shards = [segment.shard for segment in placed]
+        shards = [segment.shard for segment in segments]
         self.add_placed({**columns, "shard": shards}, shards[-1] + 1)
-        return placed
+        return segments
 
     def add_placed(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]], shards: int) -> None:
-        """Append segments that have their shards: `columns` by name of `layout.segment_specs`."""
+        """Append segments with assigned shards; `columns`: by name of `layout.segment_specs`."""
         start = len(self.index.video)
         stop = start + len(columns["video"])
         tables = self._append(fmt.segment_specs(), columns, start, stop)
@@ -197,13 +207,13 @@ class StoreWriter:
         self._grow()
 
     def set_shard_rows_for(self, rows: int) -> int:
-        """Fix the shard size for about `rows` rows if it is still open; returns it."""
+        """Choose the shard size for about `rows` rows unless it is set, and return it."""
         if not self.shard_rows:
             self._set_root(shard_rows=auto_shard_rows(rows))
         return self.shard_rows
 
     def numerics(self) -> dict[str, dict[str, Any]]:
-        """Return what the first rows of each teacher of the store were computed with."""
+        """Return the numerics of each teacher, which its first rows were computed with."""
         nodes = fmt.read_nodes(LocalFiles(self.root), "teachers", list(self.index.teachers))
         return {name: node["run"] for name, node in nodes.items()}
 
@@ -217,21 +227,30 @@ class StoreWriter:
         width: int | None = None,
         allow_different_numerics: bool = False,
     ) -> None:
-        """StoreMismatchError if the store has a teacher of this name that is another.
+        """Check that a teacher agrees with the one of its name in the store, if there is one.
 
-        `attributes` holds `identity` (what the teacher is) and `run` (batch size, precision, torch,
-        device kind: what makes equal rows equal bits). `allow_different_numerics` lets another
-        `run` continue the store; every commit records its own. `encoding` None is that of the
-        store, of a new teacher the default. `width`: the number of features; of logits no matter.
+        Args:
+            name: The teacher's name in the store.
+            attributes: `identity` of the teacher, and `run`: the numerics (batch size, precision,
+                torch, device kind), which must match for bit-equal rows.
+            encoding: Encoding of its rows; None means that of the store, or the default for a new
+                teacher.
+            output: Kind of output in its rows.
+            width: Number of features; ignored for logits.
+            allow_different_numerics: Whether another `run` may continue the store; every commit
+                records its own.
+
+        Raises:
+            StoreMismatchError: The store has a different teacher of this name.
         """
         if name not in self.index.teachers:
             return
         stored = fmt.read_nodes(LocalFiles(self.root), "teachers", [name])[name]
         for key in ("identity",) if allow_different_numerics else ("identity", "run"):
-            there, here = stored[key], attributes[key]
+            old, new = stored[key], attributes[key]
             if key == "run":
-                there, here = ({"engine": "torch", **run} for run in (there, here))
-            same_attributes(f"{self.root}: teacher {name!r}", key, there, here)
+                old, new = ({"engine": "torch", **run} for run in (old, new))
+            same_attributes(f"{self.root}: teacher {name!r}", key, old, new)
         where = f"{self.root}: teacher {name!r}"
         same_attributes(where, "output", stored.get("output", "logits"), output)
         if output == "features":
@@ -252,18 +271,18 @@ class StoreWriter:
         allow_different_numerics: bool = False,
         fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add a teacher, or check with `check_teacher` the one of this name and change nothing.
+        """Add a teacher; if the store has one of this name, only check it with `check_teacher`.
 
         Args:
-            name: Of the teacher in the store.
-            classes: The names of its classes; none of features.
+            name: The teacher's name in the store.
+            classes: Names of its classes; empty for features.
             attributes: As in `check_teacher`.
             encoding: As in `check_teacher`.
-            output: What its rows hold.
-            width: The number of features; of logits it is that of the classes.
-            codec: With the basis of pca:D; takes the place of encoding, output and width.
+            output: Kind of output in its rows.
+            width: Number of features; for logits it is the number of classes.
+            codec: Replaces encoding, output and width; required for pca:D, whose basis it has.
             allow_different_numerics: As in `check_teacher`.
-            fingerprint: The content of the teacher's node of that name.
+            fingerprint: Content of the teacher's node `fingerprint`.
         """
         if codec is not None:
             encoding, output, width = codec.encoding, codec.output, codec.width
@@ -274,7 +293,7 @@ class StoreWriter:
         if name in self.index.teachers:
             return
         if not is_teacher_name(name):
-            raise StoreError(f"{self.root}: {name!r} is no name of a teacher")
+            raise StoreError(f"{self.root}: {name!r} is not a valid name of a teacher")
         node = inside(self.root, f"teachers/{name}")
         encoding = check_encoding(encoding or DEFAULT, f"{self.root}: teacher {name!r}", output)
         if codec is None:
@@ -294,7 +313,7 @@ class StoreWriter:
             raise StoreError(
                 f"{self.root}: holds commits of teacher {name!r}, but no plan names it"
             )
-        # Of a run that was killed before the plan that names it.
+        # A run that was killed before it wrote the plan may have left this node.
         shutil.rmtree(node, ignore_errors=True)
         os.rename(staged, node)
         fsync_path(node.parent)
@@ -302,10 +321,10 @@ class StoreWriter:
         self.index = load_index(self.root)
 
     def _require(self, names: Sequence[str]) -> None:
-        """List what a reader must know at the root, before anything that needs it exists.
+        """List required abilities of readers in the root, before any node that requires them.
 
-        A store of version 1 becomes one of version 2: its root is replaced and nothing else, so
-        that version 0.1 refuses it by name. Nothing changes where the names are listed already.
+        A store of version 1 becomes one of version 2. Only its root is replaced, so that version
+        0.1 refuses it with a clear message. Nothing changes if the names are already listed.
         """
         listed = self.attributes.get("requires", [])
         if missing := [name for name in names if name not in listed]:
@@ -314,14 +333,14 @@ class StoreWriter:
             self._grow()
 
     def upgrade(self) -> None:
-        """Make a store of version 1 one of version 2, which also holds hashes of frames."""
+        """Convert a store of version 1 to version 2, which can hold hashes of frames."""
         if self.index.version < fmt.VERSION:
             self._set_root(version=fmt.VERSION, requires=[])
             self.index.version = fmt.VERSION
             self._grow()
 
     def drop_hashes(self, shard: int) -> None:
-        """Drop the commit of a shard's hashes, of which some failed, so that it is made again."""
+        """Drop the commit of a shard's hashes with failed segments, so that it is made again."""
         path = inside(self.root, f"commits/hashes/{shard:06d}")
         (path / "zarr.json").unlink(missing_ok=True)
         shutil.rmtree(path)
@@ -335,7 +354,7 @@ class StoreWriter:
         fmt.write_node(self.root, ".", self.attributes)
 
     def add_fingerprint(self, name: str, record: Mapping[str, Any]) -> None:
-        """Give a teacher without a fingerprint one, in a separate node: nothing else changes."""
+        """Add the fingerprint of a teacher as a separate node; nothing else changes."""
         fmt.write_node(self.root, f"teachers/{name}/{fmt.FINGERPRINT}", record)
 
     # -- committing
@@ -346,16 +365,16 @@ class StoreWriter:
         run: Mapping[str, Any],
         engines: Mapping[str, str] | None = None,
     ) -> None:
-        """Move a shard's files into place and make it exist: frames first, then each teacher.
+        """Move a shard's files into place and write its commits: frames, hashes, each teacher.
 
-        What is committed already is left alone, so that a superseded attempt changes nothing. A
-        kill between two nodes leaves a shard whose missing teachers the next run computes over its
+        Existing commits are not changed, so that a superseded attempt has no effect. If the process
+        is killed between two commits, the next run computes the missing teachers for the committed
         frames.
 
         Args:
             result: The shard.
-            run: The numerics, without the engine.
-            engines: Teacher → the engine that ran it; default torch.
+            run: The numerics without the engine.
+            engines: Engine by teacher; torch where none is named.
         """
         shard = result.shard
         frames = result.frames
@@ -397,7 +416,7 @@ class StoreWriter:
     # -- details
 
     def _write_in_group(self, group: str, name: str, node: Mapping[str, Any]) -> None:
-        """Write a node, after its group where that does not exist yet."""
+        """Write a node, and before it its group if that does not exist."""
         if not (self.root / group).exists():
             fmt.write_node(self.root, group, {})
         fmt.write_node(self.root, f"{group}/{name}", node)
@@ -416,7 +435,7 @@ class StoreWriter:
         start: int,
         stop: int,
     ) -> Tables:
-        """Write rows [start, stop) of the tables; return their digests for the plan."""
+        """Write rows [start, stop) of the tables and return their digests for the plan."""
         tables: Tables = {}
         for spec in specs:
             inside(self.root, spec.path, below=True)
@@ -426,8 +445,7 @@ class StoreWriter:
                 )
             fmt.resize_array(self.root, spec, stop)
             array = zarr.open_array(self.root / spec.path, mode="r+")
-            # Rows that no plan node names may be left here by a run that was killed: written
-            # over.
+            # Rows that no plan names, from a run that was killed, are overwritten.
             values = fmt.as_numpy(spec, columns[spec.name])
             array[start:stop] = values
             _sync_tree(self.root / spec.path)
@@ -454,9 +472,9 @@ class StoreWriter:
                 ranges.setdefault((first, end), set()).add(digest)
 
     def _grow(self) -> None:
-        """Bring every row array to the planned size.
+        """Resize every array over rows to the planned size.
 
-        It is idempotent, so a kill between two resizes is repaired.
+        This is idempotent, so the next writer completes it after a kill between two resizes.
         """
         rows = self.index.n_shards * self.shard_rows
         if not rows:
@@ -475,17 +493,17 @@ def _create(
     root: Path, sampling: Mapping[str, Any], shard_rows: int | None, origin: Mapping[str, Any]
 ) -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        fmt.check_root(root)  # names what it is instead
+        # This raises an error that describes the existing folder or file.
+        fmt.check_root(root)
     if shard_rows is not None and (shard_rows < fmt.TABLE_CHUNK or shard_rows % fmt.TABLE_CHUNK):
         raise StoreError(f"--shard-rows must be a multiple of {fmt.TABLE_CHUNK}, got {shard_rows}")
     root.parent.mkdir(parents=True, exist_ok=True)
-    # Of processes that were killed while they made one.
-    for left in root.parent.glob(f".{glob.escape(root.name)}.new-*"):
-        maker = left.name.rpartition("-")[2]
-        if maker.isdigit() and not process_exists(int(maker)) and fmt.is_ours(left):
-            shutil.rmtree(left, ignore_errors=True)
-    # A name of its own: threads of zarr may write on where one has failed, after the folder was
-    # removed.
+    # Remove unfinished stores of processes that were killed.
+    for folder in root.parent.glob(f".{glob.escape(root.name)}.new-*"):
+        process = folder.name.rpartition("-")[2]
+        if process.isdigit() and not process_exists(int(process)) and fmt.is_started_store(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    # The name is unique, because after an error threads of zarr may write to the removed folder.
     new = root.parent / f".{root.name}.new-{uuid.uuid4().hex[:8]}-{os.getpid()}"
     attributes: dict[str, Any] = {
         "format": fmt.FORMAT,
@@ -508,9 +526,10 @@ def _create(
         _sync_tree(new)
         try:
             os.rename(new, root)
-        except OSError as error:  # a link, a mount point, or another process was first
+        # The path may be a link or a mount point, or another process may have created the store.
+        except OSError as error:
             raise StoreError(
-                f"--out {root}: a store cannot be made there ({error.strerror}); give a folder that does not exist yet"
+                f"--out {root}: a store cannot be created at this path ({error.strerror}); name a new folder"
             ) from error
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -521,7 +540,7 @@ def _create(
 def with_engine(
     run: Mapping[str, Any], engines: Mapping[str, str] | None, name: str
 ) -> dict[str, Any]:
-    """Return the numerics of one teacher; the engine is torch where none is recorded."""
+    """Return the numerics of one teacher; they record no engine if it is torch."""
     engine = (engines or {}).get(name, "torch")
     return dict(run) if engine == "torch" else {**run, "engine": engine}
 
@@ -529,26 +548,31 @@ def with_engine(
 def same_attributes(
     where: str,
     what: str,
-    stored: Any,
-    given: Any,
-    place: str = "in the store",
-    other: str = "in this command",
+    expected: Any,
+    actual: Any,
+    expected_source: str = "in the store",
+    actual_source: str = "in this command",
 ) -> None:
     """Raise StoreMismatchError naming the first key in which two JSON-able values differ.
 
-    The message has the values of both sides.
+    The message has the values of both sides and their sources.
     """
-    stored, given = (json.loads(json.dumps(value)) for value in (stored, given))
-    if stored == given:
+    expected, actual = (json.loads(json.dumps(value)) for value in (expected, actual))
+    if expected == actual:
         return
-    if isinstance(stored, dict) and isinstance(given, dict):
-        for key in [*stored, *given]:
-            if stored.get(key) != given.get(key):
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        for key in [*expected, *actual]:
+            if expected.get(key) != actual.get(key):
                 same_attributes(
-                    where, f"{what}.{key}", stored.get(key), given.get(key), place, other
+                    where,
+                    f"{what}.{key}",
+                    expected.get(key),
+                    actual.get(key),
+                    expected_source,
+                    actual_source,
                 )
     raise StoreMismatchError(
-        f"{where}: {what} is {_short(stored)} {place}, {_short(given)} {other}"
+        f"{where}: {what} is {_short(expected)} {expected_source}, {_short(actual)} {actual_source}"
     )
 
 

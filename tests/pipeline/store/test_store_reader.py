@@ -228,7 +228,7 @@ def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
     flipped[37] ^= 4
     cases = {
         "digest": lambda: logits.write_bytes(bytes(flipped)),
-        "bytes, committed were": lambda: logits.write_bytes(good[:-9]),
+        "were committed": lambda: logits.write_bytes(good[:-9]),
         "is missing": lambda: logits.unlink(),
         "differs from what was committed": lambda: logits.write_bytes(
             (root / "teachers/t/logits/c/1/0").read_bytes()
@@ -308,12 +308,12 @@ def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
         ({"lost": "videos/corpus/c"}, f"videos/corpus: {V} videos are in no corpus that the plans name"),
         ({"lost": "videos/digest/c"}, f"videos/digest: {V - 6} videos have frames, but no digest"),
         ({"lost": "videos/size/c"}, f"videos/size: {V - 6} videos have frames, but no size"),
-        ({"lost": "plans/000001"}, "commits/frames/000002: no plan speaks of this shard"),
+        ({"lost": "plans/000001"}, "commits/frames/000002: no plan names this shard"),
         ({"lost": "plans/000002"}, "commits/teachers/t: no plan names this teacher"),
         ({"column": "videos/path", "at": 7, "value": ""}, "videos/path: 1 videos have no path"),
         ({"column": "videos/path", "at": 7, "value": "v05 ü%FF.mp4"}, "listed more than once, the first is v05"),
         ({"column": "videos/corpus", "at": 7, "value": 2}, "videos/corpus: 1 videos are in no corpus"),
-        ({"column": "segments/video", "at": 7, "value": 6}, "segments: 1 overlap the one before"),
+        ({"column": "segments/video", "at": 7, "value": 6}, "segments: 1 overlap the previous segment"),
     ],
 )  # fmt: skip
 def test_verify_reads_the_tables(root: Path, change: dict[str, Any], said: str) -> None:
