@@ -26,7 +26,8 @@ from .validation import largest_chunk, unpacked_bytes
 
 # A short text takes sixteen bytes instead of a Python object; NumPy 1 has no such type.
 TEXT: Any = np.dtypes.StringDType() if hasattr(np.dtypes, "StringDType") else np.dtype(object)
-ZSTD_HEADER = 18  # bytes, at most
+# Largest size of the header of a zstd frame in bytes.
+ZSTD_HEADER = 18
 
 
 class Column:

@@ -105,9 +105,9 @@ class Exclusion:
 
     def describe(self) -> str:
         """Return the numbers of excluded and of all videos as text for the log."""
-        num_named = f", which names {self.num_named}" if self.num_named != len(self.videos) else ""
+        listed = f", which names {self.num_named}" if self.num_named != len(self.videos) else ""
         excluded = f"{len(self.videos)} of {self.store.n_videos} videos are never drawn"
-        return f"exclude: {excluded} (named by {self.source}{num_named})"
+        return f"exclude: {excluded} (named by {self.source}{listed})"
 
     def remove_from(self, videos: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the videos that are not excluded; UsageError if none is left."""

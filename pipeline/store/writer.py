@@ -213,7 +213,7 @@ class StoreWriter:
         return self.shard_rows
 
     def numerics(self) -> dict[str, dict[str, Any]]:
-        """Return the numerics of each teacher, which its first rows were computed with."""
+        """Return the numerics of the first rows of each teacher."""
         nodes = fmt.read_nodes(LocalFiles(self.root), "teachers", list(self.index.teachers))
         return {name: node["run"] for name, node in nodes.items()}
 

@@ -1,4 +1,4 @@
-"""Columns read from their files are what zarr reads from them."""
+"""Columns are read from their files as zarr reads them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def column(folder: Path) -> Column:
     return Column(folder, "a/column", json.loads((folder / "zarr.json").read_bytes()))
 
 
-def make(folder: Path, kind: str, packing: str, **more: Any) -> zarr.Array:
+def make(folder: Path, kind: str, packing: str, **options: Any) -> zarr.Array:
     random = np.random.default_rng(5)
     row = {"float32": (3,), "uint8": (16,)}.get(kind, ())
     values = random.integers(0, 100, (ROWS, *row)).astype(np.float64)
@@ -39,7 +39,7 @@ def make(folder: Path, kind: str, packing: str, **more: Any) -> zarr.Array:
         dtype=str if kind == "str" else kind,
         fill_value={"str": "", "float64": np.nan}.get(kind, 0),
         compressors=PACKINGS[packing],
-        **more,
+        **options,
     )
     if kind == "str":
         array[:] = np.array([f"é{value:.0f}" * (i % 4) for i, value in enumerate(values)], object)
@@ -50,16 +50,17 @@ def make(folder: Path, kind: str, packing: str, **more: Any) -> zarr.Array:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("kind", ["str", "float64", "float32", "uint8", "int64"])
-def test_any_range_is_what_zarr_reads(tmp_path: Path, kind: str, packing: str) -> None:
+def test_any_range_is_read_as_zarr_reads_it(tmp_path: Path, kind: str, packing: str) -> None:
     array = make(tmp_path / "a", kind, packing)
-    (tmp_path / "a" / "c" / "/".join("1" + "0" * (array.ndim - 1))).unlink()  # rows of fill
-    read = column(tmp_path / "a")
-    assert read.shape == array.shape
+    # Rows of a missing chunk have the fill value.
+    (tmp_path / "a" / "c" / "/".join("1" + "0" * (array.ndim - 1))).unlink()
+    opened = column(tmp_path / "a")
+    assert opened.shape == array.shape
     for start, stop in RANGES:
         expected = np.asarray(array[start:stop])
-        found = read.read(start, stop)
-        assert found.dtype == expected.dtype
-        np.testing.assert_array_equal(found, expected)
+        actual = opened.read(start, stop)
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_big_endian_numbers_are_read(tmp_path: Path) -> None:
@@ -77,9 +78,10 @@ def test_big_endian_numbers_are_read(tmp_path: Path) -> None:
 def test_a_flipped_bit_names_its_chunk(tmp_path: Path, kind: str, packing: str) -> None:
     make(tmp_path / "a", kind, packing)
     file = tmp_path / "a" / "c" / "2"
-    sound = file.read_bytes()
-    for at in range(0, len(sound), 7):
-        file.write_bytes(sound[:at] + bytes([sound[at] ^ 4]) + sound[at + 1 :])
+    intact = file.read_bytes()
+    for position in range(0, len(intact), 7):
+        flipped = bytes([intact[position] ^ 4])
+        file.write_bytes(intact[:position] + flipped + intact[position + 1 :])
         with pytest.raises(StoreError, match="a/column/c/2"):
             column(tmp_path / "a").read(0, ROWS)
         assert len(column(tmp_path / "a").read(0, 2 * CHUNK)) == 2 * CHUNK
@@ -89,9 +91,9 @@ def test_a_flipped_bit_names_its_chunk(tmp_path: Path, kind: str, packing: str) 
 def test_a_chunk_of_other_rows_is_refused(tmp_path: Path, kind: str) -> None:
     make(tmp_path / "a", kind, "neither")
     file = tmp_path / "a" / "c" / "0"
-    sound = file.read_bytes()
-    # After the last text zarr ignores what follows, too.
-    for data in (b"", sound[:-1], *([sound + sound] if kind == "int64" else [])):
+    intact = file.read_bytes()
+    # zarr also ignores bytes after the last text.
+    for data in (b"", intact[:-1], *([intact + intact] if kind == "int64" else [])):
         file.write_bytes(data)
         with pytest.raises(StoreError, match="a/column/c/0"):
             column(tmp_path / "a").read(0, 1)

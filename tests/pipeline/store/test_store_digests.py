@@ -1,5 +1,5 @@
-"""Digests of nodes and tables: no flipped bit goes unseen, and stores without digests are read,
-checked and grown."""
+"""Digests of nodes and tables detect every flipped bit; stores without digests can be read, checked
+and extended."""
 
 from __future__ import annotations
 
@@ -46,29 +46,29 @@ def write(root: Path) -> StoreWriter:
 
 
 def content(store: TargetStore) -> dict[str, Any]:
-    """Everything that a reader gets from a store."""
-    found: dict[str, Any] = {"identity": store.identity(), "corpora": store.corpora}
-    found["videos"] = [repr(store.video(i)) for i in range(store.n_videos)]
+    """Return everything that a reader gets from a store."""
+    values: dict[str, Any] = {"identity": store.identity(), "corpora": store.corpora}
+    values["videos"] = [repr(store.video(i)) for i in range(store.n_videos)]
     for spec in video_specs():
         name = spec.path.split("/")[1]
-        found[name] = store.column(name).tolist()
+        values[name] = store.column(name).tolist()
     for name, record in store.teachers.items():
         rows = store.committed_rows(name)
-        found[name] = (
+        values[name] = (
             record,
             store.outputs(name, rows).tobytes(),
             store.entropy(name, rows).tobytes() if record.output == "logits" else None,
             store.statistics(name)[0].tobytes() if record.output == "features" else None,
         )
-        found[f"{name} fingerprint"] = store.fingerprint(name)
-        found[f"{name} frames"] = [
+        values[f"{name} fingerprint"] = store.fingerprint(name)
+        values[f"{name} frames"] = [
             store.read_table(table, rows).tolist() for table in ("video", "index", "pts")
         ]
-    return found
+    return values
 
 
 def read_or_refused(root: Path) -> dict[str, Any] | None:
-    """What a reader gets; None where it is refused."""
+    """Return the content of a store, None if a reader refuses it."""
     try:
         return content(TargetStore.open(root))
     except StoreError:
@@ -76,7 +76,7 @@ def read_or_refused(root: Path) -> dict[str, Any] | None:
 
 
 def findings(root: Path) -> str:
-    """What verify finds, or why it cannot begin; empty if all is good."""
+    """Return the findings of verify or its error as text; empty for an undamaged store."""
     try:
         result = targets_verify(VerifyConfig(store=str(root)), Console(quiet=True))
     except DistInitError as error:
@@ -93,47 +93,47 @@ def test_every_flipped_bit_is_found_with_its_file_and_never_read(
     with write(root) as writer:
         writer.add_fingerprint("t", {"probes": 1, "logits": [[0.0] * 10] * 6, "torch": "2", "device": "cpu",
                                      "basis": {"kind": "new"}})  # fmt: skip
-    expected, tried = content(TargetStore.open(root)), 0
+    expected, num_flips = content(TargetStore.open(root)), 0
     assert findings(root) == ""
     per_kind = 30 if is_thorough() else 1
     for flip in flips(root, tmp_path / "copy", seed=0, per_kind=per_kind):
-        found = findings(flip.path)
+        text = findings(flip.path)
         folder = flip.file.removesuffix("/zarr.json")
-        named = (
-            folder in found
-            or ("commits/" in folder and str(int(folder[-6:])) in found)
+        is_named = (
+            folder in text
+            or ("commits/" in folder and str(int(folder[-6:])) in text)
             or folder == "zarr.json"
         )
-        assert found, f"unseen: {flip}"
-        assert named, f"{flip}: {found}"
-        assert tried % 4 or read_or_refused(flip.path) in (expected, None), flip
-        tried += 1
-    assert tried > 30 * per_kind
+        assert text, f"not detected: {flip}"
+        assert is_named, f"{flip}: {text}"
+        assert num_flips % 4 or read_or_refused(flip.path) in (expected, None), flip
+        num_flips += 1
+    assert num_flips > 30 * per_kind
 
 
 @pytest.mark.slow
 def test_a_flipped_bit_of_features_their_basis_and_sums_is_found(
     make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:
-    """More bits than of every kind of file: in the values of a row, not in fill alone."""
+    """Flip so many bits that values of rows are changed, not only fill."""
     root = make_store(videos=range(2), shard_rows=256, features={"f": 3}, pca={"p": 5})[1]
     arrays = ("features", "scale", "offset", "basis", "mean")
     kinds = [f"teachers/[fp]/{array}/c/*" for array in arrays]
     kinds.append("teachers/[fp]/statistics/*/zarr.json")
     per_kind = 300 if is_thorough() else 5
-    tried = list[str]()
+    flipped_arrays = list[str]()
     for flip in flips(root, tmp_path / "copy", seed=0, per_kind=per_kind, kinds=kinds):
         # Chunks of tables are named by their array.
         assert flip.file.partition("/c/")[0].removesuffix("/zarr.json") in findings(flip.path), flip
-        tried.append(flip.file.split("/")[2])
-    assert {*arrays, "statistics"} == set(tried)
+        flipped_arrays.append(flip.file.split("/")[2])
+    assert {*arrays, "statistics"} == set(flipped_arrays)
 
 
 @pytest.mark.slow
 def test_sums_of_other_rows_are_found(
     make_store: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:
-    """Whoever changes a node can change its digest, too."""
+    """A changed node may have a valid digest."""
     root = make_store(videos=range(20), shard_rows=256, features={"f": 12}, pca={"p": 12})[1]
     for teacher in ("f", "p"):
         node = f"teachers/{teacher}/statistics/000001"
@@ -172,9 +172,8 @@ def test_a_store_without_digests_is_read_verified_and_grown(root: Path) -> None:
     result = targets_verify(VerifyConfig(store=str(root)), Console(quiet=True))
     assert result["ok"]
     assert result["unchecked_files"] > 0
-    zarr.open_array(root / "videos/fps", mode="r+")[before + 1] = (
-        77.0  # a row that a plan has a digest of
-    )
+    # A plan has a digest of this row.
+    zarr.open_array(root / "videos/fps", mode="r+")[before + 1] = 77.0
     assert "videos/fps" in findings(root)
 
 
@@ -211,12 +210,13 @@ def test_a_sealed_document_reads_back_and_no_flip_passes(
     document = {"zarr_format": 3, "node_type": "group", "attributes": {"distinit": record}}
     text = seal(document)
     assert is_sealed(text)
-    assert text == seal(json.loads(text))  # the digest does not depend on the former one
-    back = check_document("x", text, required=True)["attributes"]["distinit"]
-    assert {**back, "blake2b": 0} == {**record, "blake2b": 0}
-    at = data.draw(st.integers(0, 8 * len(text) - 1))
+    # The new digest does not depend on the old one.
+    assert text == seal(json.loads(text))
+    parsed = check_document("x", text, required=True)["attributes"]["distinit"]
+    assert {**parsed, "blake2b": 0} == {**record, "blake2b": 0}
+    bit = data.draw(st.integers(0, 8 * len(text) - 1))
     flipped = bytearray(text)
-    flipped[at // 8] ^= 1 << at % 8
+    flipped[bit // 8] ^= 1 << bit % 8
     with pytest.raises(StoreError, match=r"^x: "):
         check_document("x", bytes(flipped), required=True)
 
@@ -243,7 +243,7 @@ def test_renamed_classes_are_refused(root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("node", ["commits/frames/000000", "commits/teachers/t/000000"])
-def test_a_writer_says_how_a_damaged_commit_is_repaired(node: str, root: Path) -> None:
+def test_a_writer_names_the_command_that_repairs_a_damaged_commit(node: str, root: Path) -> None:
     sampling = TargetStore.open(root).attributes["sampling"]
     file = root / node / "zarr.json"
     file.write_bytes(file.read_bytes()[:-9])

@@ -29,9 +29,9 @@ from distinit.stages.targets_info import targets_info
 from distinit.tests.store_recipe import read_node
 
 
-def kl(z: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """KL(softmax z ‖ softmax kept) as it is written down, in float64."""
-    p, q = (np.exp(x.astype(np.float64) - x.max(1, keepdims=True)) for x in (z, kept))
+def kl(z: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    """Return KL(softmax z ‖ softmax decoded) by its definition, in float64."""
+    p, q = (np.exp(x.astype(np.float64) - x.max(1, keepdims=True)) for x in (z, decoded))
     p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(p > 0, p * np.log(p / q), 0).sum(1)
@@ -44,22 +44,24 @@ def kl(z: np.ndarray, kept: np.ndarray) -> np.ndarray:
     st.floats(-2, 4.5),
     st.integers(0, 99),
 )
-def test_no_logit_is_further_off_than_the_rounding_says(
+def test_errors_of_logits_are_within_the_rounding(
     name: PlainEncoding, k: int, log_spread: float, log_shift: float, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
     z = (random.normal(0, 10**log_spread, (5, k)) + random.choice([-1, 1]) * 10**log_shift).astype(
         np.float32
     )
-    z[0] = z[0, 0]  # all alike
+    z[0] = z[0, 0]
     codec = Codec("logits", name, k)
     stored = codec.encode(z)
-    kept = codec.decode(stored)
+    decoded = codec.decode(stored)
     scale = np.abs(z).max(1)
-    assert (np.abs(kept - z).max(1) <= codec.rounding(stored) * 1.001 + 4e-7 * scale + 1e-7).all()
+    assert (
+        np.abs(decoded - z).max(1) <= codec.rounding(stored) * 1.001 + 4e-7 * scale + 1e-7
+    ).all()
     if name == "int8":
-        assert (kept.argmax(1) == z.argmax(1)).all() or (
-            np.abs(kept.max(1) - z.max(1)) <= 1e-5 * scale + 1e-6
+        assert (decoded.argmax(1) == z.argmax(1)).all() or (
+            np.abs(decoded.max(1) - z.max(1)) <= 1e-5 * scale + 1e-6
         ).all()
         assert np.ptp(stored["logits"][1:].astype(int), axis=1).max() <= 255
 
@@ -68,13 +70,12 @@ def test_no_logit_is_further_off_than_the_rounding_says(
 def test_the_error_is_the_kl_divergence(log_error: float, seed: int) -> None:
     random = np.random.default_rng(seed)
     z = random.normal(0, 3, (4, 300)).astype(np.float32)
-    kept = (z + random.normal(0, 10**log_error, z.shape) + 5).astype(
-        np.float32
-    )  # a shift costs nothing
-    np.testing.assert_allclose(divergence(z, kept), kl(z, kept), rtol=2e-3, atol=1e-9)
+    # A shift of all logits does not change the softmax.
+    decoded = (z + random.normal(0, 10**log_error, z.shape) + 5).astype(np.float32)
+    np.testing.assert_allclose(divergence(z, decoded), kl(z, decoded), rtol=2e-3, atol=1e-9)
 
 
-def test_the_offset_is_worth_its_bytes_and_int8_its_promise() -> None:
+def test_int8_with_an_offset_is_more_accurate_than_without() -> None:
     z = np.random.default_rng(0).gumbel(0, 2, (500, 1000)).astype(np.float32)
     scale = np.abs(z).max(1, keepdims=True) / 127
     symmetric = divergence(z, np.rint(z / scale) * scale).mean()
@@ -94,14 +95,14 @@ def test_the_offset_is_worth_its_bytes_and_int8_its_promise() -> None:
 
 
 @pytest.mark.parametrize("name", get_args(PlainEncoding))
-def test_rows_that_cannot_be_kept_become_fill(name: PlainEncoding) -> None:
+def test_rows_that_cannot_be_stored_become_fill(name: PlainEncoding) -> None:
     z = np.random.default_rng(0).normal(0, 3, (6, 8)).astype(np.float32)
     z[1, 2], z[2, 0], z[3, 1], z[4, 4] = np.nan, np.inf, -np.inf, 7e4
     assert storable(z).tolist() == [True, False, False, False, False, True]
     codec = Codec("logits", name, 8)
-    kept = codec.decode(codec.encode(z))
-    assert np.isnan(kept[1:5]).all()
-    assert np.isfinite(kept[[0, 5]]).all()
+    decoded = codec.decode(codec.encode(z))
+    assert np.isnan(decoded[1:5]).all()
+    assert np.isfinite(decoded[[0, 5]]).all()
     huge = np.array([[65504, -65504, 0]], np.float32)
     assert np.isfinite(codec.decode(codec.encode(huge))).all()
     assert len(codec.decode(codec.encode(z[:0]))) == 0
@@ -144,20 +145,20 @@ def test_an_int8_store_reads_as_any_other(make_store: Callable[..., Any], tmp_pa
 def test_zarrs_other_codec_pipeline_reads_the_same(
     make_store: Callable[..., Any], encoding: PlainEncoding
 ) -> None:
-    """The one that users may switch on has read shards without checksums wrongly; ours have
-    them."""
+    """The pipeline that users may enable misread shards without checksums; those of a store have
+    checksums."""
     if not hasattr(pytest.importorskip("zarr.core.codec_pipeline"), "FusedCodecPipeline"):
         pytest.skip("zarr before 3.3")
     root = make_store(teachers={"t": 60}, encoding=encoding)[1]
     with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
         group = zarr.open_group(root, mode="r")
-        found = {
+        arrays = {
             name: group[f"teachers/t/{name}"][:] for name in (*enc.arrays_of(encoding), "entropy")
         }
-        parts = [group[f"teachers/t/{name}"][10:700] for name in found]
+        parts = [group[f"teachers/t/{name}"][10:700] for name in arrays]
     store = TargetStore.open(root)
     rows = store.committed_rows("t")
-    for (name, values), part in zip(found.items(), parts, strict=True):
+    for (name, values), part in zip(arrays.items(), parts, strict=True):
         np.testing.assert_array_equal(values[rows], store.read_stored("t", name, rows))
         np.testing.assert_array_equal(part, values[10:700])
 
@@ -168,7 +169,8 @@ def test_the_encoding_is_part_of_a_teacher_and_an_unknown_one_is_refused(
     recipe, root = make_store(encoding="int8")
     attributes = {"name": "t", "identity": {"w": 1}, "run": recipe.run}
     with StoreWriter(root, sampling=recipe.sampling) as writer:
-        writer.add_teacher("t", ["c"] * 10, attributes)  # not asked for: that of the store
+        # By default the encoding is that of the store.
+        writer.add_teacher("t", ["c"] * 10, attributes)
         with pytest.raises(
             StoreMismatchError,
             match=r'teacher \'t\': encoding is "int8" in the store, "float16" in',

@@ -40,7 +40,7 @@ def stored(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
 
 
 def everything(recipe: Any, store: TargetStore) -> np.ndarray:
-    """The features that went into a store, in the order of `rows_of(usable())`."""
+    """Return the original features of a store, in the order of `rows_of(usable())`."""
     return np.concatenate([recipe.logits(int(v), "t.features") for v in store.usable()])
 
 
@@ -49,20 +49,22 @@ def test_features_are_read_as_plain_zarr_has_them(stored: tuple[Any, Path]) -> N
     store = TargetStore.open(root)
     rows = store.rows_of(store.usable())
     features = everything(recipe, store)
-    kept = store.outputs("t.features", rows)
+    decoded = store.outputs("t.features", rows)
     group = zarr.open_group(root, mode="r")["teachers/t.features"]
     plain = group["features"][:][rows].astype(np.float32)
     if recipe.features_encoding == "int8":
         assert np.ptp(group["features"][:][rows].astype(int), axis=1).max() <= 255
         plain = plain * group["scale"][:][rows, None] + group["offset"][:][rows, None]
-    np.testing.assert_allclose(kept, plain, atol=1e-6)
-    assert np.abs(kept - features).max() < (0.01 if recipe.features_encoding == "float16" else 0.06)
+    np.testing.assert_allclose(decoded, plain, atol=1e-6)
+    assert np.abs(decoded - features).max() < (
+        0.01 if recipe.features_encoding == "float16" else 0.06
+    )
     assert "entropy" not in group
     assert "class" not in group
     record = store.teacher("t.features")
     assert (record.output, record.width, record.classes) == ("features", WIDTH, ())
     assert store.teacher("t").output == "logits"
-    a, b = features.astype(np.float64), kept.astype(np.float64)
+    a, b = features.astype(np.float64), decoded.astype(np.float64)
     cosine = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
     assert store.encoding_error("t.features")["cosine_mean"] == pytest.approx(
         (1 - cosine).mean(), rel=1e-3, abs=1e-10
@@ -80,8 +82,8 @@ def test_statistics_are_those_of_all_rows(stored: tuple[Any, Path], tmp_path: Pa
         assert scale == pytest.approx(np.sqrt(((values - values.mean(0)) ** 2).mean()), rel=1e-9)
     shutil.copytree(root, tmp_path / "s.zarr")
     shutil.rmtree(tmp_path / "s.zarr/teachers/t.features/statistics/000000")
-    again = TargetStore.open(tmp_path / "s.zarr").statistics("t.features")
-    np.testing.assert_allclose(again[0], mean, rtol=1e-6)
+    recomputed = TargetStore.open(tmp_path / "s.zarr").statistics("t.features")
+    np.testing.assert_allclose(recomputed[0], mean, rtol=1e-6)
     node = read_node(root / "teachers/t.features/statistics/000000/zarr.json")
     write_node(tmp_path / "s.zarr", "teachers/t.features/statistics", {})
     write_node(
@@ -154,9 +156,9 @@ def test_a_teacher_of_another_output_or_width_is_refused(stored: tuple[Any, Path
     recipe, root = stored
     attributes = {"identity": {"w": 1}, "run": recipe.run}
     with StoreWriter(root, sampling=recipe.sampling) as writer:
-        for wrong in ({"output": "features", "width": WIDTH + 1}, {"output": "logits"}):
+        for options in ({"output": "features", "width": WIDTH + 1}, {"output": "logits"}):
             with pytest.raises(StoreMismatchError, match=r"t\.features"):
-                writer.add_teacher("t.features", [], attributes, **wrong)
+                writer.add_teacher("t.features", [], attributes, **options)
         writer.add_teacher("t.features", [], attributes, output="features", width=WIDTH)
 
 
@@ -177,7 +179,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_what_a_reader_does_not_know_is_refused_by_name(
+def test_unknown_requirements_and_values_are_refused_by_name(
     make_store: Callable[..., Any], case: str
 ) -> None:
     root = make_store(videos=range(2), features={"t.features": WIDTH})[1]
@@ -196,7 +198,7 @@ def test_other_unknown_attributes_and_arrays_are_ignored(make_store: Callable[..
         write_node(root, node, {**record, "later": {"a": 1}})
     for array in ("frames/later", "teachers/t.features/later"):
         zarr.open_group(root, mode="r+").create_array(array, shape=(512,), dtype="int16")
-    # Files of such arrays in commits, with a digest or whatever a later version has in its place.
+    # Commits may hold files of such arrays, with a digest or with what a later version has instead.
     later = {
         "teachers/t.features/later/c/0": b"abc",
         "frames/later/c/0/0": b"d",
@@ -218,6 +220,6 @@ def test_other_unknown_attributes_and_arrays_are_ignored(make_store: Callable[..
         assert set(writer.index.file_record("frames/video", 0) or {}) == {"size", "blake2b"}
     assert {name: (root / name).read_bytes() for name in later} == later
     (root / "teachers/t.features/later/c/0").write_bytes(b"abd")
-    found = [finding for finding in verify(root, load_index(root)) if "later" in finding.what]
-    assert [(finding.shard, finding.teacher) for finding in found] == [(0, None), (0, "t.features")]
+    findings = [f for f in verify(root, load_index(root)) if "later" in f.what]
+    assert [(f.shard, f.teacher) for f in findings] == [(0, None), (0, "t.features")]
     assert json.loads((root / "zarr.json").read_text())["attributes"]["distinit"]["version"] == 2

@@ -1,5 +1,5 @@
-"""Stores that somebody made to harm: whatever a node, a table or a link says, no reader leaves the
-store, and every command ends with an error of distinit's own that names the file.
+"""Malicious stores: whatever nodes, tables and links contain, no reader leaves the store, and every
+command ends with a DistInitError that names the file.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ PLAIN, PCA, SUMS = "teachers/f", "teachers/p", "teachers/f/statistics/000000"
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a good store and another part, and with a file and a folder that nobody may
-    touch."""
-    base = tmp_path_factory.mktemp("sound")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a good store, another part, and a file and a folder that must not change."""
+    base = tmp_path_factory.mktemp("intact")
     for name, videos in (("s.zarr", range(5)), ("other.zarr", range(7, 10))):
         Recipe(videos=videos, teachers={"t": 3}, shard_rows=256, **FEATURES).make(base / name)
         with StoreWriter(base / name, sampling=SAMPLING) as writer:
@@ -110,7 +109,7 @@ COMMANDS: dict[str, Callable[[Path, Path], object]] = {
 
 
 def extract(store: Path) -> None:
-    """What an extraction into the store does to it, without videos."""
+    """Extend the store as an extraction does, without videos."""
     with StoreWriter(store, sampling=SAMPLING) as writer:
         recipe = Recipe(videos=range(20, 22), teachers={"t": 3}, shard_rows=256)
         recipe._list(writer)
@@ -118,7 +117,7 @@ def extract(store: Path) -> None:
 
 
 def outside(base: Path) -> dict[str, bytes]:
-    """All files but those of the store under attack and of what commands make."""
+    """Return all files except those of the attacked store and the outputs of commands."""
     files = [p for p in base.rglob("*") if p.is_file() and not p.is_symlink()]
     names = {p: p.relative_to(base).as_posix() for p in files}
     return {
@@ -129,12 +128,14 @@ def outside(base: Path) -> dict[str, bytes]:
 
 
 def attack(
-    sound: Path, tmp_path: Path, harm: Callable[[Path], None], named: str, commands: Iterable[str]
+    intact: Path, tmp_path: Path, harm: Callable[[Path], None], named: str, commands: Iterable[str]
 ) -> None:
-    """Commands refuse a store after `harm`, naming the file, or do their work; nothing outside of
-    it changes."""
+    """Check that commands refuse a store after `harm` or succeed, and change nothing outside of it.
+
+    named: text that the error has to contain.
+    """
     base = tmp_path / "base"
-    shutil.copytree(sound, base)
+    shutil.copytree(intact, base)
     (base / "out").mkdir()
     harm(base / "s.zarr")
     before = outside(base)
@@ -144,8 +145,9 @@ def attack(
         except DistInitError as error:
             message = str(error)
         else:
+            # Other commands may not read the damaged part.
             if command not in ("verify", "repair"):
-                continue  # which does not use what is wrong
+                continue
             message = "; ".join(f["what"] for f in result["findings"])  # type: ignore[index]
         assert named in message, command
         assert outside(base) == before, command
@@ -153,7 +155,7 @@ def attack(
 
 QUICK = ("read", "verify")
 ALL = tuple(COMMANDS)
-"""A store is changed by the last two."""
+"""The last two change the store."""
 
 
 def edit(store: Path, node: str, change: Callable[[dict[str, Any]], None]) -> None:
@@ -165,22 +167,21 @@ def edit(store: Path, node: str, change: Callable[[dict[str, Any]], None]) -> No
 
 
 def set_members(record: Any, keys: dict[str, Any]) -> None:
-    """Give members of a record other values, of a key with colons the inner one's; ... removes
-    it."""
+    """Set members of a record; a key with colons names an inner one, and ... removes it."""
     for key, value in keys.items():
         *outer, last = key.split(":")
         inner = record
         for name in outer:
             inner = inner[int(name) if isinstance(inner, list) else name]
-        place = int(last) if isinstance(inner, list) else last
+        position = int(last) if isinstance(inner, list) else last
         if value is ...:
-            del inner[place]
+            del inner[position]
         else:
-            inner[place] = value
+            inner[position] = value
 
 
 def set_keys(store: Path, node: str, keys: dict[str, Any]) -> None:
-    """Give keys of a node other values (`set_members`)."""
+    """Set keys of a node (`set_members`)."""
     edit(store, node, lambda document: set_members(document["attributes"]["distinit"], keys))
 
 
@@ -264,17 +265,17 @@ NODES: list[tuple[str, dict[str, Any]]] = [
         (f"{i}-{node or 'root'}-{next(iter(keys))}" for i, (node, keys) in enumerate(NODES)), 5
     ),
 )
-def test_a_node_that_says_nonsense_is_named(
-    sound: Path, tmp_path: Path, node: str, keys: dict[str, Any]
+def test_a_node_with_invalid_values_is_named(
+    intact: Path, tmp_path: Path, node: str, keys: dict[str, Any]
 ) -> None:
     commands = ALL if NODES.index((node, keys)) % 21 == 0 else QUICK
-    # A count that is too large alone contradicts the tables, which are named then.
+    # A count that is only too large contradicts the tables, which are named then.
     named = "/" if 10**9 in keys.values() and node.startswith("plans/") else node or "s.zarr"
-    attack(sound, tmp_path, lambda store: set_keys(store, node, keys), named, commands)
+    attack(intact, tmp_path, lambda store: set_keys(store, node, keys), named, commands)
 
 
 def set_meta(store: Path, array: str, keys: dict[str, Any]) -> None:
-    """Give members of an array's metadata other values (`set_members`)."""
+    """Set members of an array's metadata (`set_members`)."""
     edit(store, array, lambda document: set_members(document, keys))
 
 
@@ -340,11 +341,11 @@ ARRAYS: list[tuple[str, dict[str, Any]]] = [
     some(ARRAYS, 2),
     ids=some((f"{i}-{array}-{next(iter(keys))}" for i, (array, keys) in enumerate(ARRAYS)), 2),
 )
-def test_an_array_that_is_not_the_formats_is_named(
-    sound: Path, tmp_path: Path, array: str, keys: dict[str, Any]
+def test_an_array_with_invalid_metadata_is_named(
+    intact: Path, tmp_path: Path, array: str, keys: dict[str, Any]
 ) -> None:
     commands = ALL if ARRAYS.index((array, keys)) % 14 == 0 else QUICK
-    attack(sound, tmp_path, lambda store: set_meta(store, array, keys), array, commands)
+    attack(intact, tmp_path, lambda store: set_meta(store, array, keys), array, commands)
 
 
 @pytest.mark.parametrize(
@@ -358,11 +359,11 @@ def test_an_array_that_is_not_the_formats_is_named(
     ],
     ids=["none", "list", "endian", "number", "dimensions"],
 )
-def test_what_zarr_alone_used_to_check_is_named(
-    sound: Path, tmp_path: Path, keys: dict[str, Any]
+def test_metadata_that_only_zarr_checked_is_named(
+    intact: Path, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     attack(
-        sound, tmp_path, lambda store: set_meta(store, "videos/size", keys), "videos/size", QUICK
+        intact, tmp_path, lambda store: set_meta(store, "videos/size", keys), "videos/size", QUICK
     )
 
 
@@ -379,14 +380,14 @@ FILES = ["", PLAN, FRAMES, ROWS, TEACHER, PRINT, "frames/video", "teachers/t/log
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("folder", "text"), some(product(FILES, TEXTS), 5))
-def test_a_node_that_is_no_json_is_named(
-    sound: Path, tmp_path: Path, folder: str, text: str
+def test_a_node_that_is_not_json_is_named(
+    intact: Path, tmp_path: Path, folder: str, text: str
 ) -> None:
     def harm(store: Path) -> None:
         (store / folder / "zarr.json").write_bytes(TEXTS[text])
 
     attack(
-        sound,
+        intact,
         tmp_path,
         harm,
         folder or "s.zarr",
@@ -394,7 +395,7 @@ def test_a_node_that_is_no_json_is_named(
     )
 
 
-PLACES = [
+PATHS = [
     *(f"{folder}/zarr.json".lstrip("/") for folder in FILES),
     "teachers", "teachers/t", "teachers/t/logits", "teachers/t/logits/c", "teachers/t/logits/c/0/0", "commits",
     "commits/frames", "commits/teachers", "commits/teachers/t", FRAMES, ROWS, "frames", "frames/video/c/0", "plans",
@@ -405,27 +406,27 @@ PLACES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "place"), some(product(["link", "pipe"], PLACES), 3))
+@pytest.mark.parametrize(("kind", "path"), some(product(["link", "pipe"], PATHS), 3))
 def test_a_link_or_a_pipe_in_a_store_is_not_followed(
-    sound: Path, tmp_path: Path, place: str, kind: str
+    intact: Path, tmp_path: Path, path: str, kind: str
 ) -> None:
-    """The link leads to what was there, so that following it would go unseen."""
+    """The link leads to the original, so that following it would not be noticed by the content."""
 
     def harm(store: Path) -> None:
-        target = store.with_name("elsewhere")
-        (store / place).rename(target)
+        target = store.with_name("moved")
+        (store / path).rename(target)
         if kind == "link":
-            (store / place).symlink_to(target)
+            (store / path).symlink_to(target)
         elif target.is_dir():
             pytest.skip("a folder")
         else:
-            os.mkfifo(store / place)
+            os.mkfifo(store / path)
 
     attack(
-        sound,
+        intact,
         tmp_path,
         harm,
-        place.removesuffix("/zarr.json"),
+        path.removesuffix("/zarr.json"),
         ALL if kind == "link" and is_thorough() else QUICK,
     )
 
@@ -433,11 +434,10 @@ def test_a_link_or_a_pipe_in_a_store_is_not_followed(
 BOMB = 100_000_000
 
 
-def zeros_of_no_said_size() -> bytes:
-    """A zstd frame of `BOMB` zero bytes in run-length blocks of 100,000, whose header does not say
-    how many."""
+def zeros_without_size() -> bytes:
+    """Return a zstd frame of `BOMB` zero bytes in run-length blocks, without their number."""
     blocks = BOMB // 100_000
-    headers = ((100_000 << 3) | (1 << 1) | (at == blocks - 1) for at in range(blocks))
+    headers = ((100_000 << 3) | (1 << 1) | (i == blocks - 1) for i in range(blocks))
     return b"\x28\xb5\x2f\xfd\x00\x58" + b"".join(
         header.to_bytes(3, "little") + b"\0" for header in headers
     )
@@ -446,19 +446,19 @@ def zeros_of_no_said_size() -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("column", "kind"),
-    # Every second one has every column and every kind.
+    # Half of the combinations include every column and every kind.
     some(
         product(
             ["videos/path", "videos/fps", "segments/bound", "teachers/t/class", "teachers/p/mean"],
-            ["said", "unsaid", "sparse"],
+            ["with size", "without size", "sparse"],
         ),
         2,
     ),
 )
 def test_a_chunk_that_would_fill_the_memory_is_refused(
-    sound: Path, tmp_path: Path, column: str, kind: str
+    intact: Path, tmp_path: Path, column: str, kind: str
 ) -> None:
-    packed = zeros_of_no_said_size() if kind == "unsaid" else bytes(Zstd().encode(bytes(BOMB)))
+    packed = zeros_without_size() if kind == "without size" else bytes(Zstd().encode(bytes(BOMB)))
 
     def harm(store: Path) -> None:
         chunk = store / column / "c/0"
@@ -469,49 +469,47 @@ def test_a_chunk_that_would_fill_the_memory_is_refused(
 
     tracemalloc.start()
     try:
-        attack(sound, tmp_path, harm, f"{column}/c/0", QUICK)
+        attack(intact, tmp_path, harm, f"{column}/c/0", QUICK)
         assert tracemalloc.get_traced_memory()[1] < BOMB / 2
     finally:
         tracemalloc.stop()
 
 
-def test_verify_ends_where_the_folder_of_plans_is_a_link(sound: Path, tmp_path: Path) -> None:
+def test_verify_ends_where_the_folder_of_plans_is_a_link(intact: Path, tmp_path: Path) -> None:
     def harm(store: Path) -> None:
-        (store / "plans").rename(store.with_name("elsewhere"))
-        (store / "plans").symlink_to(store.with_name("elsewhere"))
+        (store / "plans").rename(store.with_name("moved"))
+        (store / "plans").symlink_to(store.with_name("moved"))
 
-    attack(sound, tmp_path, harm, "plans", QUICK)
+    attack(intact, tmp_path, harm, "plans", QUICK)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["staging", "teachers/u", "commits/teachers/u"])
+@pytest.mark.parametrize("path", ["staging", "teachers/u", "commits/teachers/u"])
 @pytest.mark.parametrize("command", ["extract", "repair", "verify"])
-def test_a_link_where_something_will_be_written_is_not_followed(
-    sound: Path, tmp_path: Path, place: str, command: str
+def test_a_link_at_a_path_to_write_is_not_followed(
+    intact: Path, tmp_path: Path, path: str, command: str
 ) -> None:
     base = tmp_path / "base"
-    shutil.copytree(sound, base)
-    (base / "s.zarr" / place).symlink_to(base / "victim")
+    shutil.copytree(intact, base)
+    (base / "s.zarr" / path).symlink_to(base / "victim")
     before = outside(base)
     with contextlib.suppress(DistInitError):
         COMMANDS[command](base / "s.zarr", base / "out")
     assert outside(base) == before
 
 
-def test_links_to_the_store_itself_and_inside_corpora_are_no_matter(
-    sound: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "link.zarr").symlink_to(sound / "s.zarr")
+def test_a_link_to_the_store_itself_is_followed(intact: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.zarr").symlink_to(intact / "s.zarr")
     assert targets_verify(VerifyConfig(store=str(tmp_path / "link.zarr")), QUIET)["ok"]
     read_all(tmp_path / "link.zarr")
 
 
 @pytest.mark.slow
-def test_a_damaged_commit_is_dropped_and_filled_again(sound: Path, tmp_path: Path) -> None:
+def test_a_damaged_commit_is_dropped_and_filled_again(intact: Path, tmp_path: Path) -> None:
     recipe = Recipe(videos=range(5), teachers={"t": 3}, shard_rows=256, **FEATURES)
     for node in (FRAMES, ROWS):
         store = tmp_path / node.replace("/", "-")
-        shutil.copytree(sound / "s.zarr", store)
+        shutil.copytree(intact / "s.zarr", store)
         expected = TargetStore.open(store).logits("t", np.arange(20))
         (store / node / "zarr.json").write_text("{")
         with pytest.raises(DistInitError, match=node):

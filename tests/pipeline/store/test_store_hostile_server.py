@@ -1,5 +1,5 @@
-"""Servers that lie, stall or send too much, and stores that name what is not theirs: each ends
-soon, with its URL."""
+"""Servers that send wrong, slow or too much data, and stores that name files of others:
+reading ends early with an error that names the URL."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from distinit.tests.thorough import some
 
 pytestmark = pytest.mark.network
 
-LIMIT = 300_000  # bytes of a node or text chunk in these tests, above what the store has
+# Bytes of a node or text chunk in these tests; the files of the store are smaller.
+LIMIT = 300_000
 KINDS = [
     "zarr.json",
     "plans/000000/zarr.json",
@@ -59,13 +60,15 @@ Trick = Callable[[BaseHTTPRequestHandler], None]
 
 @dataclass
 class Server:
-    """A folder behind HTTP. `tricks`: a path, or */NAME → what answers it. `heard`: headers of all
-    requests."""
+    """A folder behind HTTP.
+
+    tricks: the function that answers a path, or */NAME. requests: path and headers of each.
+    """
 
     root: Path
     url: str = ""
     tricks: dict[str, Trick] = field(default_factory=dict)
-    heard: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     sent: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -76,7 +79,7 @@ def serve(root: Path, host: str = "127.0.0.1") -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            state.heard.append((self.path, dict(self.headers)))
+            state.requests.append((self.path, dict(self.headers)))
             path = self.path.partition("?")[0]
             trick = state.tricks.get(path) or state.tricks.get(f"*/{path.rpartition('/')[2]}")
             with suppress(OSError):
@@ -108,7 +111,7 @@ def serve(root: Path, host: str = "127.0.0.1") -> Iterator[Server]:
 
 
 def answer(handler: BaseHTTPRequestHandler, data: bytes, status: int = 200, **headers: str) -> None:
-    """A whole answer; a range is cut out where one is asked for."""
+    """Send a whole response, or the requested range."""
     if status == 200 and "Range" in handler.headers:
         first, last = (int(x) for x in handler.headers["Range"].removeprefix("bytes=").split("-"))
         data, status = data[first : last + 1], 206
@@ -120,7 +123,7 @@ def answer(handler: BaseHTTPRequestHandler, data: bytes, status: int = 200, **he
 
 
 def without_end(handler: BaseHTTPRequestHandler, piece: bytes, **headers: str) -> None:
-    """Send a piece again and again, until the server is stopped."""
+    """Send a piece repeatedly until the server is stopped."""
     handler.send_response(200)
     for name, value in headers.items():
         handler.send_header(name.replace("_", "-"), value)
@@ -172,13 +175,13 @@ def silence_after_a_byte(handler: BaseHTTPRequestHandler) -> None:
     handler.server.state.stop.wait(90)  # type: ignore[attr-defined]
 
 
-def redirect(to: str) -> Trick:
-    return lambda handler: answer(handler, b"", 302, Location=to)
+def redirect(url: str) -> Trick:
+    return lambda handler: answer(handler, b"", 302, Location=url)
 
 
 @pytest.fixture(autouse=True)
 def small_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small stores take the ways of large ones, and a failed request is made again at once."""
+    """Make small stores be read as large ones are, and failed requests be repeated at once."""
     for name, value in (
         ("WHOLE_FILE_BYTES", 1500),
         ("BLOCK_BYTES", 1024),
@@ -190,14 +193,14 @@ def small_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes a minute takes two seconds: more than a busy machine keeps an answer waiting."""
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reduce timeouts of a minute to two seconds, which is enough on a busy machine."""
     for name, value in (("STALL_S", 1.5), ("SLOW_S", 2.0), ("SLOW_RATE", 1000)):
         monkeypatch.setattr(web, name, value)
 
 
 def read_all(url: str, **options: Any) -> np.ndarray:
-    """Everything of a store that a training reads, as one array."""
+    """Return everything that a training reads from a store, as one array."""
     store = TargetStore.open(url, **options)
     parts = []
     for v in range(store.n_videos):
@@ -211,14 +214,14 @@ def read_all(url: str, **options: Any) -> np.ndarray:
 def refused(
     server: Server, trick: Trick, kind: str, within: float = 15, named: str | None = None
 ) -> str:
-    """What the error says of a store of which one file is answered by a trick; it comes in time."""
+    """Return the message of the error for a trick on one file; check that it is raised in time."""
     server.tricks = {f"/s.zarr/{kind}": trick}
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(StoreError) as caught:
         read_all(f"{server.url}/s.zarr")
-    assert time.monotonic() - began < within
-    # With aiohttp 3.9 headers drip on into the answer to another request, for a file of the same
-    # array.
+    assert time.monotonic() - start < within
+    # With aiohttp 3.9 the headers may end up in the response to another request, for a file of the
+    # same array.
     drips = getattr(trick, "__name__", "") == "drip_of_headers"
     file = kind.split("/c/")[0] if drips else kind.removesuffix("/zarr.json")
     assert f"{server.url}/s.zarr/{named or file}" in str(caught.value)
@@ -226,17 +229,20 @@ def refused(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_more_is_read_than_a_file_can_have(make_store: Callable[..., Any], kind: str) -> None:
+def test_reading_ends_at_the_largest_size_of_a_file(
+    make_store: Callable[..., Any], kind: str
+) -> None:
     _, root = make_store(videos=range(12), **FEATURES)
-    # Of each kind two, so that each trick meets every second kind.
+    # Two tricks for each kind, so that every trick is applied to half of the kinds.
     tricks = [endless, endless_in_chunks, claims_a_terabyte, bomb]
     for trick in some(tricks, 2, KINDS.index(kind) % 2):
         with serve(root.parent) as server:
             refused(server, trick, kind)
-            assert server.sent < 30_000_000, trick.__name__  # what fits into the buffers of sockets
+            # The buffers of sockets take some of these bytes.
+            assert server.sent < 30_000_000, trick.__name__
 
 
-@pytest.mark.usefixtures("little_patience")
+@pytest.mark.usefixtures("short_timeouts")
 def test_a_slow_or_silent_server_ends_in_an_error(make_store: Callable[..., Any]) -> None:
     _, root = make_store(videos=range(12))
 
@@ -246,12 +252,12 @@ def test_a_slow_or_silent_server_ends_in_an_error(make_store: Callable[..., Any]
 
     kinds = ["zarr.json", "videos/path/c/0", "teachers/t/logits/c/0/0"]
     tricks = [drip, drip_of_headers, silence, silence_after_a_byte]
-    # At the same time: all of them wait.
+    # All of them wait, so they run at the same time.
     with ThreadPoolExecutor(len(kinds) * len(tricks)) as threads:
         list(threads.map(read, *zip(*itertools.product(kinds, tricks), strict=True)))
 
 
-def test_what_is_packed_without_being_asked_is_read_within_its_bound(
+def test_unrequested_compression_is_read_within_bounds(
     make_store: Callable[..., Any],
 ) -> None:
     _, root = make_store(videos=range(12), **FEATURES)
@@ -276,7 +282,7 @@ def test_what_is_packed_without_being_asked_is_read_within_its_bound(
         )
 
 
-PLACES = [
+LOCATIONS = [
     "file:///etc/hostname",
     "ftp://127.0.0.1/a",
     "data:,{}",
@@ -287,12 +293,14 @@ PLACES = [
 ]
 
 
-# Every third one has all places and all nodes.
-@pytest.mark.parametrize(("to", "kind"), some(itertools.product(PLACES, NODES), 3))
-def test_redirects_lead_to_http_alone(make_store: Callable[..., Any], kind: str, to: str) -> None:
+# A third of the combinations includes all locations and all nodes.
+@pytest.mark.parametrize(("location", "kind"), some(itertools.product(LOCATIONS, NODES), 3))
+def test_redirects_lead_only_to_http(
+    make_store: Callable[..., Any], kind: str, location: str
+) -> None:
     _, root = make_store(videos=range(6), **FEATURES)
     with serve(root.parent) as server:
-        refused(server, redirect(to), kind)
+        refused(server, redirect(location), kind)
 
 
 def test_a_redirect_to_nowhere_is_named(make_store: Callable[..., Any]) -> None:
@@ -306,8 +314,7 @@ def test_redirects_end_and_short_ones_are_followed(make_store: Callable[..., Any
     _, root = make_store(videos=range(6))
     with serve(root.parent) as server:
         refused(server, redirect("/s.zarr/zarr.json"), "zarr.json")
-        asked = [path for path, _ in server.heard]
-        assert len(asked) == web.REDIRECTS + 1
+        assert len(server.requests) == web.REDIRECTS + 1
         server.tricks = {
             f"/hop{n}": redirect(f"/hop{n - 1}" if n else "/moved.zarr/zarr.json")
             for n in range(web.REDIRECTS)
@@ -318,13 +325,13 @@ def test_redirects_end_and_short_ones_are_followed(make_store: Callable[..., Any
 
 
 def test_https_is_not_left_for_http() -> None:
-    for at, to in (
+    for url, location in (
         ("https://h/a", "http://h/a"),
         ("https://h/a", "file:///a"),
         ("http://h/a", "s3://b/a"),
     ):
         with pytest.raises(web.ResponseError):
-            web._redirected(yarl.URL(at), to)
+            web._redirected(yarl.URL(url), location)
     assert str(web._redirected(yarl.URL("http://h/a"), "https://u:p@h/b")) == "https://h/b"
     assert web._same_host(yarl.URL("http://h/a"), yarl.URL("https://h/b"))
     for other in ("http://h:81/a", "http://i/a", "https://h:444/a"):
@@ -332,14 +339,12 @@ def test_https_is_not_left_for_http() -> None:
 
 
 @pytest.mark.parametrize("way", ["url", "headers", "client", "cookies"])
-def test_secrets_stay_with_the_host_that_they_are_for(
-    make_store: Callable[..., Any], way: str
-) -> None:
+def test_secrets_are_sent_only_to_their_host(make_store: Callable[..., Any], way: str) -> None:
     import aiohttp
 
     _, root = make_store(videos=range(6))
-    with serve(root.parent) as ours, serve(root.parent, "127.0.0.2") as other:
-        url, options = f"{ours.url}/s.zarr", dict[str, Any]()
+    with serve(root.parent) as server, serve(root.parent, "127.0.0.2") as other:
+        url, options = f"{server.url}/s.zarr", dict[str, Any]()
         if way == "url":
             url = url.replace("//", "//user:5ecret@") + "?token=5ecret"
         elif way == "headers":
@@ -355,41 +360,40 @@ def test_secrets_stay_with_the_host_that_they_are_for(
             }
         else:
             options = {"client_kwargs": {"cookies": {"a": "5ecret"}}}
-        ours.tricks = {
+        server.tricks = {
             "*/zarr.json": lambda handler: redirect(f"{other.url}{handler.path.partition('?')[0]}")(
                 handler
             )
         }
         read_all(url, storage_options=options)
-        assert other.heard
-        for path, headers in other.heard:
+        assert other.requests
+        for path, headers in other.requests:
             assert "5ecret" not in path
             assert not {"authorization", "cookie", "x-api-key", "referer"}.intersection(
                 map(str.lower, headers)
             )
-        given = [{k.lower(): v for k, v in headers.items()} for _, headers in ours.heard]
+        sent = [{k.lower(): v for k, v in headers.items()} for _, headers in server.requests]
         if way != "cookies":
-            assert all({"authorization", "x-api-key"}.intersection(headers) for headers in given)
+            assert all({"authorization", "x-api-key"}.intersection(headers) for headers in sent)
         if way == "url":
-            assert all(path.endswith("?token=5ecret") for path, _ in ours.heard)
+            assert all(path.endswith("?token=5ecret") for path, _ in server.requests)
 
 
-def test_a_chunk_that_was_missing_is_there_when_the_server_is_right_again(
+def test_a_missing_chunk_is_read_after_the_server_is_repaired(
     make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
     _, root = make_store(videos=range(12))
     plain = TargetStore.open(root)
-    lasting = ("videos/path", "videos/size", "segments/video", "segments/bound", "teachers/t/class")
-    for kind in (f"{column}/c/0" for column in lasting):
+    columns = ("videos/path", "videos/size", "segments/video", "segments/bound", "teachers/t/class")
+    for kind in (f"{column}/c/0" for column in columns):
         for trick in (lambda h: answer(h, b"", 404), lambda h: answer(h, b"<html>sorry</html>")):
             with serve(root.parent) as server:
                 refused(server, trick, kind, named=kind.removesuffix("/c/0"))
                 server.tricks = {}
                 store = TargetStore.open(f"{server.url}/s.zarr")
                 assert [store.video(v) for v in range(12)] == [plain.video(v) for v in range(12)]
-    without_digests(
-        root
-    )  # as stores of version 0.1 are: a chunk may be missing, and the next run asks again
+    # Stores of version 0.1 have no digests: a missing chunk is requested again by the next run.
+    without_digests(root)
     with serve(root.parent) as server:
         server.tricks = {"/s.zarr/videos/size/c/0": lambda h: answer(h, b"", 404)}
         assert TargetStore.open(f"{server.url}/s.zarr").video(0).size == -1
@@ -397,9 +401,8 @@ def test_a_chunk_that_was_missing_is_there_when_the_server_is_right_again(
         assert TargetStore.open(f"{server.url}/s.zarr").video(0).size == plain.video(0).size
 
 
-@pytest.mark.parametrize(
-    ("plans", "number"), [(4, 0), (4, 2), (9, 7), (10, 8)]
-)  # 8 are asked for, then 16
+# The reader requests 8 plans, then 16.
+@pytest.mark.parametrize(("plans", "number"), [(4, 0), (4, 2), (9, 7), (10, 8)])
 def test_a_plan_that_is_missing_before_another_is_named(
     make_store: Callable[..., Any], plans: int, number: int
 ) -> None:
@@ -412,7 +415,8 @@ def test_a_plan_that_is_missing_before_another_is_named(
     file = root / f"plans/{number:06d}/zarr.json"
     with serve(root.parent) as server:
         refused(server, lambda handler: answer(handler, b"", 404), f"plans/{number:06d}/zarr.json")
-        once = [404]  # as while a server starts
+        # A server may send such a status while it starts.
+        once = [404]
         server.tricks = {
             f"/s.zarr/plans/{number:06d}/zarr.json": lambda handler: (
                 answer(handler, b"", once.pop()) if once else answer(handler, file.read_bytes())
@@ -429,15 +433,14 @@ def test_a_plan_that_is_missing_before_another_is_named(
 @pytest.mark.parametrize(
     "kind", ["teachers/t/logits/c/0/0", "teachers/p/features/c/0/0", "frames/video/c/0"]
 )
-def test_files_of_another_length_or_content_are_no_rows(
+def test_files_of_another_length_or_content_are_refused(
     make_store: Callable[..., Any], change: Callable[[bytes], bytes], kind: str
 ) -> None:
     _, root = make_store(videos=range(12), **FEATURES)
     data = (root / kind).read_bytes()
     with serve(root.parent) as server:
-        if (
-            change(data).startswith(data) and "teachers" in kind
-        ):  # read by ranges, which are what they were
+        # Only ranges of these files are read, and those are unchanged.
+        if change(data).startswith(data) and "teachers" in kind:
             server.tricks = {f"/s.zarr/{kind}": lambda handler: answer(handler, change(data))}
             np.testing.assert_array_equal(read_all(f"{server.url}/s.zarr"), read_all(str(root)))
         else:
@@ -474,45 +477,48 @@ def test_a_damaged_column_in_the_cache_is_fetched_again(
                 assert TargetStore.open(url).place(2) == TargetStore.open(root).place(2)
 
 
-def other_rows(shard: Path) -> None:
-    """Change a value in every chunk of a shard file of logits, with crcs that hold."""
+def change_rows(shard: Path) -> None:
+    """Change a value in every chunk of a shard file of logits, with valid checksums."""
     data = bytearray(shard.read_bytes())
     chunks = 512 // 16
     index = np.frombuffer(bytes(data[-16 * chunks - 4 : -4]), "<u8").reshape(-1, 2)
-    for at, size in index.tolist():
-        if at != 2**64 - 1:
-            data[at] ^= 0x40
-            crc = int(google_crc32c.value(bytes(data[at : at + size - 4])))
-            data[at + size - 4 : at + size] = crc.to_bytes(4, "little")
+    for offset, size in index.tolist():
+        if offset != 2**64 - 1:
+            data[offset] ^= 0x40
+            crc = int(google_crc32c.value(bytes(data[offset : offset + size - 4])))
+            data[offset + size - 4 : offset + size] = crc.to_bytes(4, "little")
     shard.write_bytes(data)
 
 
-@pytest.mark.parametrize("whole", [1500, 4 << 20])
-def test_a_store_that_claims_the_digests_of_another_gives_it_no_rows(
-    make_store: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
+@pytest.mark.parametrize("whole_bytes", [1500, 4 << 20])
+def test_a_store_with_the_digests_of_another_does_not_change_its_rows(
+    make_store: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole_bytes: int,
 ) -> None:
-    monkeypatch.setattr(remote, "WHOLE_FILE_BYTES", whole)
+    monkeypatch.setattr(remote, "WHOLE_FILE_BYTES", whole_bytes)
     _, root = make_store(videos=range(12))
     evil = shutil.copytree(root, tmp_path / "evil" / "s.zarr")
-    other_rows(evil / "teachers/t/logits/c/0/0")
+    change_rows(evil / "teachers/t/logits/c/0/0")
     plain = read_all(str(root))
-    with serve(evil.parent) as theirs, serve(root.parent) as ours:
-        url = f"{theirs.url}/s.zarr"
+    with serve(evil.parent) as evil_server, serve(root.parent) as server:
+        url = f"{evil_server.url}/s.zarr"
         store = TargetStore.open(url)
-        with suppress(StoreError):  # above WHOLE, single rows are what the server says
+        # From larger files, the server can send any rows.
+        with suppress(StoreError):
             _ = store.logits("t", store.frames(0)[2])
-        np.testing.assert_array_equal(read_all(f"{ours.url}/s.zarr"), plain)
+        np.testing.assert_array_equal(read_all(f"{server.url}/s.zarr"), plain)
         for _ in range(2):
-            with pytest.raises(
-                StoreError, match=r"s\.zarr/teachers/t/logits/c/0/0"
-            ):  # once it is whole
+            # The digest is checked once the file is whole.
+            with pytest.raises(StoreError, match=r"s\.zarr/teachers/t/logits/c/0/0"):
                 read_all(url)
-        np.testing.assert_array_equal(read_all(f"{ours.url}/s.zarr"), plain)
-        kept = [file.name for file in (tmp_path / "cache/stores").glob("*/shards/*/*")]
-        assert any(not name.endswith(".part") for name in kept)
+        np.testing.assert_array_equal(read_all(f"{server.url}/s.zarr"), plain)
+        names = [file.name for file in (tmp_path / "cache/stores").glob("*/shards/*/*")]
+        assert any(not name.endswith(".part") for name in names)
 
 
-def test_the_way_in_which_a_url_is_written_is_no_other_store(
+def test_different_spellings_of_a_url_are_one_store(
     make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
     _, root = make_store(videos=range(6))
@@ -563,8 +569,8 @@ def set_size(value: Any) -> Callable[[Path, str], None]:
 
 def set_id(value: Any) -> Callable[[Path, str], None]:
     def change(root: Path, victim: str) -> None:
-        wanted = value.format(victim=victim) if isinstance(value, str) else value
-        rewrite(root / "zarr.json", lambda a: a.update(store_id=wanted))
+        store_id = value.format(victim=victim) if isinstance(value, str) else value
+        rewrite(root / "zarr.json", lambda a: a.update(store_id=store_id))
 
     return change
 
@@ -619,7 +625,7 @@ ESCAPES = [
         *map(set_teacher, TEACHERS),
     ],
 )
-def test_nothing_that_a_store_says_names_a_file_outside_of_the_cache(
+def test_no_value_of_a_store_names_a_file_outside_of_the_cache(
     make_store: Callable[..., Any], tmp_path: Path, change: Callable[[Path, str], None]
 ) -> None:
     _, root = make_store(videos=range(6))
@@ -632,7 +638,7 @@ def test_nothing_that_a_store_says_names_a_file_outside_of_the_cache(
         with pytest.raises(StoreError) as caught:
             read_all(f"{server.url}/s.zarr")
         assert server.url in str(caught.value)
-        assert all(path.startswith("/s.zarr/") and ".." not in path for path, _ in server.heard)
+        assert all(path.startswith("/s.zarr/") and ".." not in path for path, _ in server.requests)
     assert victim.read_text() == "precious"
     after = {path for path in tmp_path.rglob("*") if tmp_path / "cache" not in path.parents}
     assert after - {tmp_path / "cache"} == before - {tmp_path / "cache"}
@@ -658,7 +664,8 @@ def test_no_link_in_the_cache_is_followed(
         shutil.move(link, outside / link.name)
         link.symlink_to(outside / link.name)
         content = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
-        if depth == len(parts) - 1:  # a file with no hole is not written to: empty it
+        # A file without holes is not written to, so it is emptied.
+        if depth == len(parts) - 1:
             (outside / link.name).write_bytes(b"")
             content = {outside / link.name: b""}
         with pytest.raises(StoreError, match="cache"):

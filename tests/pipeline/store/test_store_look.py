@@ -1,5 +1,4 @@
-"""The page about a store whose videos are elsewhere: failures with reasons, missing pictures, odd
-names."""
+"""The page about a store without its videos: failures with reasons, missing pictures, odd names."""
 
 from __future__ import annotations
 
@@ -22,16 +21,16 @@ def test_failures_and_missing_videos_are_named(
 ) -> None:
     recipe, root = make_store(teachers={"t": 10, "wide": 100})
     store = TargetStore.open(root)
-    found = summarize_store(store, 4)
+    summary = summarize_store(store, 4)
     failed = [recipe.path(v).replace("%FF", "\udcff") for v in recipe.videos if recipe.rows(v) == 0]
-    assert [f.path for f in found.failures] == failed
-    assert {f.reason for f in found.failures} == {"no video stream (audio only)"}
-    assert len(found.videos) == 4
-    for video in found.videos:
+    assert [f.path for f in summary.failures] == failed
+    assert {f.reason for f in summary.failures} == {"no video stream (audio only)"}
+    assert len(summary.videos) == 4
+    for video in summary.videos:
         assert video.problem == "no such file"
         assert all(picture.jpeg is None for picture in video.pictures)
         assert {line.name for line in video.curves} == {"t", "wide"}
-    page = store_page(found, "<0>")
+    page = store_page(summary, "<0>")
     assert "<0>" not in page
     assert page.count("no video stream (audio only)") == len(failed) + 1
     assert page.count("missing here: no such file") == 4

@@ -1,5 +1,5 @@
-"""Parts merged: every row and status as in the parts, whatever is killed on the way, and nothing
-that does not fit."""
+"""Merged stores have every row and status of their parts, also after an interruption, and parts
+that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ Make = Callable[..., Any]
 
 
 def content(store: TargetStore) -> dict[tuple[str, str], list[Any]]:
-    """All that a store says of each video, by corpus and path; rows in the order of their
-    frames."""
-    found: dict[tuple[str, str], list[Any]] = {}
+    """Return everything that a store holds of each video, by corpus and path; rows by frame."""
+    contents: dict[tuple[str, str], list[Any]] = {}
     for v in range(store.n_videos):
         record = store.video(v)
         index, pts, rows = store.frames(v)
@@ -38,7 +37,7 @@ def content(store: TargetStore) -> dict[tuple[str, str], list[Any]]:
             for t in store.teachers
             for x in (store.logits(t, rows), store.entropy(t, rows))
         ]
-        about = (
+        metadata = (
             record.size,
             record.digest,
             record.frames,
@@ -47,14 +46,13 @@ def content(store: TargetStore) -> dict[tuple[str, str], list[Any]]:
             record.reason,
             record.clock,
         )
-        found[record.corpus, record.path] = [about, index.tolist(), pts.tolist(), values]
-    return found
+        contents[record.corpus, record.path] = [metadata, index.tolist(), pts.tolist(), values]
+    return contents
 
 
 @pytest.fixture
 def parts(make_store: Make) -> list[Path]:
-    """Three parts with a teacher in each encoding's arrays; the second begins with a video that
-    failed."""
+    """Three parts with two teachers; the second part begins with a failed video."""
     videos = (range(0, 17), range(17, 30), range(30, 40))
     return [make_store(f"p{i}.zarr", videos=v, encoding="int8", teachers={"t": 9, "u": 4})[1] for i, v in
             enumerate(videos)]  # fmt: skip
@@ -89,15 +87,14 @@ def test_a_merged_store_holds_what_its_parts_hold(
             "copied"
         ]
         == 0
-    )  # done already
+    )
 
 
 @pytest.mark.slow
-def test_an_interrupted_merge_is_unfinished_and_goes_on(
+def test_an_interrupted_merge_is_unfinished_and_continues(
     parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before one of its writes: the result says that it is unfinished, and the same call
-    finishes it."""
+    """A merge that is stopped before one of its writes is unfinished; the same call finishes it."""
     whole = tmp_path / "whole.zarr"
     targets_merge(MergeConfig(parts=[str(each) for each in parts], out=str(whole)), QUIET)
     shards = TargetStore.open(whole).index.n_shards
@@ -107,26 +104,30 @@ def test_an_interrupted_merge_is_unfinished_and_goes_on(
         stops = {"_plan_node": (0, 1, 3), "commit": (4, 3 * shards - 1), "_publish": (2,)}
     for step, after in ((s, n) for s, counts in stops.items() for n in counts):
         out = tmp_path / f"{step}{after}.zarr"
-        left = [after]
+        remaining = [after]
         real = getattr(StoreWriter, step)
 
         def stop(
-            self: StoreWriter, *args: Any, real: Any = real, left: list[int] = left, **named: Any
+            self: StoreWriter,
+            *args: Any,
+            real: Any = real,
+            remaining: list[int] = remaining,
+            **options: Any,
         ) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
+            remaining[0] -= 1
+            if remaining[0] < 0:
                 raise KeyboardInterrupt
-            return real(self, *args, **named)
+            return real(self, *args, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(StoreWriter, step, stop)
             with pytest.raises(KeyboardInterrupt):
                 targets_merge(MergeConfig(parts=[str(each) for each in parts], out=str(out)), QUIET)
-        broken = TargetStore.open(out)
+        interrupted = TargetStore.open(out)
         finished = (
-            broken.n_videos == 40
-            and set(broken.teachers) == {"t", "u"}
-            and len(broken.usable()) == 34
+            interrupted.n_videos == 40
+            and set(interrupted.teachers) == {"t", "u"}
+            and len(interrupted.usable()) == 34
         )
         assert not finished
         targets_merge(MergeConfig(parts=[str(each) for each in parts], out=str(out)), QUIET)

@@ -1,4 +1,4 @@
-"""Exports in another encoding: int8 and pca:D against NumPy."""
+"""Compare exports in int8 and pca:D with NumPy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It in pca:6."""
+    """An export of `source` in pca:6."""
     out = tmp_path_factory.mktemp("pca") / "p.zarr"
     targets_export(ExportConfig(store=str(source), out=str(out), encoding="pca:6"), QUIET)
     return out
@@ -69,13 +69,13 @@ def test_the_basis_is_that_of_a_singular_value_decomposition(source: Path) -> No
     np.testing.assert_allclose(codec.mean, x.mean(0), atol=1e-6)
 
 
-def test_neither_the_order_of_videos_nor_shards_change_a_bit_of_it(
+def test_the_basis_does_not_depend_on_the_order_of_videos_or_shards(
     source: Path, make_store: Callable[..., Any]
 ) -> None:
     order = [7, 2, 9, 0, 4, 3, 8, 1, 6, 5]
     other = TargetStore.open(make_store(videos=order, **{**FEATURES, "shard_rows": 512})[1])
-    one = TargetStore.open(source)
-    a, b = (fit_pca(store, "f", 6, store.usable()) for store in (one, other))
+    first = TargetStore.open(source)
+    a, b = (fit_pca(store, "f", 6, store.usable()) for store in (first, other))
     np.testing.assert_array_equal(a.basis, b.basis)
     np.testing.assert_array_equal(a.mean, b.mean)
 
@@ -88,28 +88,30 @@ def test_rows_are_mean_plus_coefficients(source: Path, exported: Path) -> None:
     basis, mean = record.codec.basis, record.codec.mean
     assert basis is not None
     assert mean is not None
-    errors, kept = [], []
+    errors, decoded = [], []
     for v in before.usable():
         w = next(w for w in range(after.n_videos) if after.place(w) == before.place(int(v)))
         x = before.outputs("f", before.frames(int(v))[2]).astype(np.float64)
         y = after.outputs("f", after.frames(w)[2])
-        best = (x - mean) @ basis.T.astype(np.float64) @ basis + mean
-        assert np.abs(y - best).max() < 0.1  # the steps of int8
+        projected = (x - mean) @ basis.T.astype(np.float64) @ basis + mean
+        # The difference is the rounding to int8.
+        assert np.abs(y - projected).max() < 0.1
         errors.append(1 - (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1))
-        kept.append(y)
+        decoded.append(y)
     error = after.encoding_error("f")
     assert error["cosine_mean"] == pytest.approx(np.concatenate(errors).mean(), rel=1e-4)
     assert error["cosine_p99"] >= np.quantile(np.concatenate(errors), 0.99)
-    np.testing.assert_allclose(after.statistics("f")[0], np.concatenate(kept).mean(0), atol=1e-6)
+    np.testing.assert_allclose(after.statistics("f")[0], np.concatenate(decoded).mean(0), atol=1e-6)
     assert list(verify(exported, load_index(exported))) == []
     assert read_node(exported / "zarr.json")["requires"] == ["features", "pca"]
 
 
 @pytest.mark.slow
-def test_more_components_than_rows_allow_are_refused_with_the_most(
+def test_too_many_components_are_refused_with_the_largest_allowed_number(
     make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
-    root = make_store(videos=[0], features={"f": WIDTH})[1]  # 20 rows
+    # The video has 20 rows.
+    root = make_store(videos=[0], features={"f": WIDTH})[1]
     options = {"store": str(root), "out": str(tmp_path / "x.zarr")}
     with pytest.raises(UsageError, match=r"pca:11.*pca:10"):
         targets_export(ExportConfig(**options, encoding="pca:11"), QUIET)
@@ -130,7 +132,7 @@ def test_more_components_than_rows_allow_are_refused_with_the_most(
         ("int8", {"out": "x.h5"}),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_invalid_encodings_are_refused(
     source: Path, tmp_path: Path, encoding: str, change: dict[str, Any]
 ) -> None:
     options = {"store": str(source), "out": "x.zarr", **change, "encoding": encoding}
@@ -140,7 +142,7 @@ def test_what_cannot_be_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_precision_that_is_lost_is_not_had_back(exported: Path, tmp_path: Path) -> None:
+def test_a_lossy_encoding_cannot_be_converted(exported: Path, tmp_path: Path) -> None:
     for encoding in ("float16", "pca:4", "int8"):
         options = ExportConfig(store=str(exported), out=str(tmp_path / "x.zarr"), encoding=encoding)
         with pytest.raises(UsageError, match="'f'"):
@@ -161,7 +163,7 @@ def test_logits_and_features_in_int8(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_store_in_pca_grows_and_merges_by_its_own_basis(
+def test_a_store_in_pca_grows_and_merges_with_its_basis(
     exported: Path, source: Path, tmp_path: Path
 ) -> None:
     def export(videos: str, store: Path, name: str) -> str:
@@ -173,10 +175,10 @@ def test_a_store_in_pca_grows_and_merges_by_its_own_basis(
         targets_export(options, QUIET)
         return out
 
-    places = [Recipe.path(v).replace("%FF", "\udcff") for v in range(10)]
+    paths = [Recipe.path(v).replace("%FF", "\udcff") for v in range(10)]
     a, b = (
-        export("\n".join(some) + "\n", exported, name)
-        for some, name in ((places[:5], "a.zarr"), (places[5:], "b.zarr"))
+        export("\n".join(part) + "\n", exported, name)
+        for part, name in ((paths[:5], "a.zarr"), (paths[5:], "b.zarr"))
     )
     merged = str(tmp_path / "ab.zarr")
     targets_merge(MergeConfig(parts=[a, b], out=merged), QUIET)
@@ -190,7 +192,7 @@ def test_a_store_in_pca_grows_and_merges_by_its_own_basis(
         attributes = {"identity": record.identity, "run": record.run}
         writer.add_teacher("f", [], attributes, output="features", width=WIDTH)
     other = tmp_path / "other.zarr"
-    (tmp_path / "list.txt").write_bytes(os.fsencode("\n".join(places[5:]) + "\n"))
+    (tmp_path / "list.txt").write_bytes(os.fsencode("\n".join(paths[5:]) + "\n"))
     targets_export(
         ExportConfig(store=str(source), out=str(other), videos_from=str(tmp_path / "list.txt"),
                       encoding="pca:6", shard_rows=256), QUIET
@@ -213,7 +215,8 @@ def test_info_browse_and_hdf5_know_features(exported: Path, tmp_path: Path) -> N
     page = (tmp_path / "browse.html").read_text()
     assert f"f ({WIDTH} features in pca:6)" in page
     store, file = TargetStore.open(exported), tmp_path / "x.h5"
-    for _ in range(2):  # the second finds it finished
+    # The second export recognizes the finished file.
+    for _ in range(2):
         targets_export(ExportConfig(store=str(exported), out=str(file)), QUIET)
     with h5py.File(file) as tables:
         expected = store.outputs("f", store.rows_of(store.usable())).astype(np.float16)

@@ -1,5 +1,4 @@
-"""The store against plain zarr and xarray, and against everything that can be wrong with one on
-disk."""
+"""Compare the reader with plain zarr and xarray, and damage stores on disk in many ways."""
 
 from __future__ import annotations
 
@@ -57,7 +56,8 @@ def logits_of(video: int) -> np.ndarray:
     return np.random.default_rng(video).normal(0, 3, (rows_of(video), K)).astype(np.float32)
 
 
-def listed(writer: StoreWriter) -> None:
+def list_videos(writer: StoreWriter) -> None:
+    """Write the video table."""
     columns = {
         "corpus": [v % 2 for v in range(V)],
         "path": [f"v{v:02d} ü%FF.mp4" for v in range(V)],
@@ -70,7 +70,7 @@ def listed(writer: StoreWriter) -> None:
 
 
 def stage(writer: StoreWriter, shard: int, teacher: str = "t") -> ShardResult:
-    """What a worker hands over for one shard, made from known logits."""
+    """Return a worker's result for one shard, made from known logits."""
     index = writer.index
     ids = [int(s) for s in np.flatnonzero(index.shard == shard)]
     folder = new_staging(writer.root, shard)
@@ -113,7 +113,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store that `root` copies."""
     path = tmp_path_factory.mktemp("finished") / "s.zarr"
     with StoreWriter(path, sampling=SAMPLING, shard_rows=R) as writer:
-        listed(writer)
+        list_videos(writer)
         writer.add_segments([FrameRange(v, 0, -1, rows_of(v)) for v in range(V)])
         writer.add_teacher(
             "t", [f"class {k}" for k in range(K)], {"name": "t", "identity": {"w": 1}, "run": RUN}
@@ -158,23 +158,22 @@ def test_rows_equal_what_plain_zarr_and_xarray_read(root: Path) -> None:
 
 def test_records_statuses_and_paths(root: Path) -> None:
     store = TargetStore.open(root)
-    bad = [v for v in range(V) if not rows_of(v)]
-    assert store.usable().tolist() == [v for v in range(V) if v not in bad]
+    assert store.usable().tolist() == [v for v in range(V) if rows_of(v)]
     record = store.video(3)
     assert (record.status, record.reason, record.rows) == (
         "failed",
         "no video stream (audio only)",
         0,
     )
-    good = store.video(5)
-    assert (good.status, good.frames, good.rows, good.corpus) == ("ok", 100, 25, "b")
-    assert good.path == "v05 ü\udcff.mp4"
-    assert store.video_path(5, {"b": "/new"}) == f"/new/{good.path}"
+    record = store.video(5)
+    assert (record.status, record.frames, record.rows, record.corpus) == ("ok", 100, 25, "b")
+    assert record.path == "v05 ü\udcff.mp4"
+    assert store.video_path(5, {"b": "/new"}) == f"/new/{record.path}"
     with pytest.raises(UsageError, match="it has: t"):
         store.usable(["x"])
 
 
-def test_a_store_travels_to_workers(root: Path) -> None:
+def test_a_store_can_be_passed_to_workers(root: Path) -> None:
     store = TargetStore.open(root)
     rows = store.frames(5)[2]
     expected = store.logits("t", rows)
@@ -187,16 +186,15 @@ def test_a_store_travels_to_workers(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_not_committed_does_not_exist(root: Path) -> None:
+def test_uncommitted_rows_do_not_exist(root: Path) -> None:
     index = load_index(root)
     videos = sorted({int(v) for v in index.video[index.shard == 1]})
-    drop_commits(root, [_finding(1)])
+    drop_commits(root, [Finding("damaged", 1)])
     store = TargetStore.open(root)
     assert {store.video(v).status for v in videos} == {"pending"}
     assert not set(store.usable()) & set(videos)
-    with StoreWriter(
-        root, sampling=SAMPLING
-    ) as writer:  # and a rerun brings back the very same bytes
+    # A second run writes the same bytes again.
+    with StoreWriter(root, sampling=SAMPLING) as writer:
         before = {p: p.read_bytes() for p in root.glob("*/**/c/1/**/*") if p.is_file()}
         writer.commit(stage(writer, 1), RUN)
     assert before
@@ -204,18 +202,12 @@ def test_what_is_not_committed_does_not_exist(root: Path) -> None:
     assert TargetStore.open(root).video(videos[0]).status in ("ok", "failed")
 
 
-def _finding(shard: int):  # type: ignore[no-untyped-def]
-    from distinit.pipeline.store.verify import Finding
-
-    return Finding("broken", shard)
-
-
 def test_a_superseded_attempt_changes_nothing(root: Path) -> None:
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     with StoreWriter(root, sampling=SAMPLING) as writer:
-        late = stage(writer, 0)
-        Path(late.frames.files[0].staged).write_bytes(b"other")  # type: ignore[union-attr]
-        writer.commit(late, RUN)
+        attempt = stage(writer, 0)
+        Path(attempt.frames.files[0].staged).write_bytes(b"other")  # type: ignore[union-attr]
+        writer.commit(attempt, RUN)
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
 
 
@@ -223,23 +215,23 @@ def test_a_superseded_attempt_changes_nothing(root: Path) -> None:
 def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
     assert list(verify(root, load_index(root))) == []
     logits = root / "teachers/t/logits/c/0/0"
-    good = logits.read_bytes()
-    flipped = bytearray(good)
+    intact = logits.read_bytes()
+    flipped = bytearray(intact)
     flipped[37] ^= 4
     cases = {
         "digest": lambda: logits.write_bytes(bytes(flipped)),
-        "were committed": lambda: logits.write_bytes(good[:-9]),
+        "were committed": lambda: logits.write_bytes(intact[:-9]),
         "is missing": lambda: logits.unlink(),
         "differs from what was committed": lambda: logits.write_bytes(
             (root / "teachers/t/logits/c/1/0").read_bytes()
         ),
     }
-    for words, damage in cases.items():
+    for text, damage in cases.items():
         damage()
         findings = list(verify(root, load_index(root)))
         assert [(f.shard, f.teacher) for f in findings] == [(0, "t")]
-        assert words in findings[0].what or "bytes" in findings[0].what
-        logits.write_bytes(good)
+        assert text in findings[0].what or "bytes" in findings[0].what
+        logits.write_bytes(intact)
     node = root / "commits/teachers/t/000001/zarr.json"
     node.rename(tmp_path / "away")
     node.parent.rmdir()
@@ -247,15 +239,14 @@ def test_verify_names_every_kind_of_damage(root: Path, tmp_path: Path) -> None:
 
 
 def damaged(
-    root: Path, *, lost: str = "", column: str = "", at: int = 0, value: object = None
+    root: Path, *, lost: str = "", column: str = "", row: int = 0, value: object = None
 ) -> list[str]:
-    """What verify finds in a store without digests after a folder is lost, or one value of a table
-    is another."""
+    """Return the findings in a store without digests that lost a folder or has a changed value."""
     without_digests(root)
     if lost:
         shutil.rmtree(root / lost)
     else:
-        zarr.open_array(root / column, mode="r+")[at : at + 1] = np.array([value])
+        zarr.open_array(root / column, mode="r+")[row : row + 1] = np.array([value])
     result = targets_verify(VerifyConfig(store=str(root)), Console(quiet=True))
     assert result["ok"] is False
     return [f["what"] for f in result["findings"]]
@@ -263,7 +254,7 @@ def damaged(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [
         ("videos/path/c", "videos/path/c/0 is missing"),
         ("videos/corpus/c", "videos/corpus/c/0 is missing"),
@@ -271,25 +262,25 @@ def damaged(
         ("plans/000001", "plans/000001 is missing"),
     ],
 )
-def test_a_lost_plan_or_video_table_is_found_and_never_written_on(
-    root: Path, lost: str, said: str
+def test_a_lost_plan_or_video_table_is_detected_and_never_extended(
+    root: Path, lost: str, message: str
 ) -> None:
-    assert said in damaged(root, lost=lost)
-    for again in (lambda: StoreWriter(root, sampling=SAMPLING), lambda: TargetStore.open(root)):
-        with pytest.raises(StoreError, match=f"{said}; `distinit targets verify {root}`"):
-            again()
+    assert message in damaged(root, lost=lost)
+    for opened in (lambda: StoreWriter(root, sampling=SAMPLING), lambda: TargetStore.open(root)):
+        with pytest.raises(StoreError, match=f"{message}; `distinit targets verify {root}`"):
+            opened()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("column", ["segments/video", "segments/shard"])
-def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
+def test_a_lost_segment_table_is_reported(root: Path, column: str) -> None:
     commits = sorted(root.glob("commits/*/*/zarr.json"))
     shutil.copytree(root, root.with_name("sealed.zarr"))
     shutil.rmtree(root.with_name("sealed.zarr") / column / "c")
     result = targets_verify(
         VerifyConfig(store=str(root.with_name("sealed.zarr"))), Console(quiet=True)
     )
-    assert any(column in found["what"] for found in result["findings"])
+    assert any(column in finding["what"] for finding in result["findings"])
     assert any(column in what for what in damaged(root, lost=f"{column}/c"))
     assert (
         targets_verify(VerifyConfig(store=str(root), repair=True), Console(quiet=True))["dropped"]
@@ -302,7 +293,7 @@ def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"lost": "videos/path/c"}, f"videos/path: {V} videos have no path"),
         ({"lost": "videos/corpus/c"}, f"videos/corpus: {V} videos are in no corpus that the plans name"),
@@ -310,28 +301,28 @@ def test_a_lost_segment_table_is_said(root: Path, column: str) -> None:
         ({"lost": "videos/size/c"}, f"videos/size: {V - 6} videos have frames, but no size"),
         ({"lost": "plans/000001"}, "commits/frames/000002: no plan names this shard"),
         ({"lost": "plans/000002"}, "commits/teachers/t: no plan names this teacher"),
-        ({"column": "videos/path", "at": 7, "value": ""}, "videos/path: 1 videos have no path"),
-        ({"column": "videos/path", "at": 7, "value": "v05 ü%FF.mp4"}, "listed more than once, the first is v05"),
-        ({"column": "videos/corpus", "at": 7, "value": 2}, "videos/corpus: 1 videos are in no corpus"),
-        ({"column": "segments/video", "at": 7, "value": 6}, "segments: 1 overlap the previous segment"),
+        ({"column": "videos/path", "row": 7, "value": ""}, "videos/path: 1 videos have no path"),
+        ({"column": "videos/path", "row": 7, "value": "v05 ü%FF.mp4"}, "listed more than once, the first is v05"),
+        ({"column": "videos/corpus", "row": 7, "value": 2}, "videos/corpus: 1 videos are in no corpus"),
+        ({"column": "segments/video", "row": 7, "value": 6}, "segments: 1 overlap the previous segment"),
     ],
 )  # fmt: skip
-def test_verify_reads_the_tables(root: Path, change: dict[str, Any], said: str) -> None:
-    assert any(said in what for what in damaged(root, **change))
+def test_verify_reads_the_tables(root: Path, change: dict[str, Any], message: str) -> None:
+    assert any(message in what for what in damaged(root, **change))
 
 
 @pytest.mark.slow
-def test_a_table_that_is_too_short_or_cannot_be_decoded_is_found(root: Path) -> None:
+def test_a_table_that_is_too_short_or_cannot_be_decoded_is_reported(root: Path) -> None:
     zarr.open_array(without_digests(root) / "videos/size", mode="r+").resize((3,))
     assert f"array videos/size has 3 rows, {V} are planned" in damaged(root, lost="videos/digest/c")
-    (root / "videos/path/c/0").write_bytes(b"torn")
+    (root / "videos/path/c/0").write_bytes(b"cut")
     assert any(
         "videos/path/c/0: cannot be decoded" in what
         for what in damaged(root, column="videos/fps", value=1.0)
     )
 
 
-def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Path) -> None:
+def test_a_lost_teacher_plan_is_not_repaired_and_nothing_else_is_dropped(root: Path) -> None:
     shutil.rmtree(root / "plans/000002")
     assert (
         targets_verify(VerifyConfig(store=str(root), repair=True), Console(quiet=True))["dropped"]
@@ -340,15 +331,15 @@ def test_a_lost_teacher_plan_is_not_healed_and_nothing_else_is_dropped(root: Pat
     assert (root / "commits/teachers/t/000000").exists()
 
 
-def test_nobody_writes_while_a_repair_looks_for_what_to_drop(
+def test_a_store_is_locked_while_a_repair_looks_for_damage(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def looking(*args: Any) -> Iterator[Finding]:
+    def verify_locked(*args: Any) -> Iterator[Finding]:
         with pytest.raises(StoreError, match="another process is writing"):
             StoreWriter(root, sampling=TargetStore.open(root).attributes["sampling"])
         return verify(*args)
 
-    monkeypatch.setattr(verifying, "verify", looking)
+    monkeypatch.setattr(verifying, "verify", verify_locked)
     shutil.rmtree(root / "teachers/t/logits/c/0")
     assert (
         targets_verify(VerifyConfig(store=str(root), repair=True), Console(quiet=True))["dropped"]
@@ -360,9 +351,9 @@ def test_a_flipped_bit_or_a_missing_shard_is_not_read_as_data(root: Path) -> Non
     store = TargetStore.open(root)
     rows = store.frames(0)[2]
     path = root / "teachers/t/logits/c/0/0"
-    good = bytearray(path.read_bytes())
-    good[3] ^= 1
-    path.write_bytes(good)
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
     with pytest.raises(StoreError, match="crc32c"):
         TargetStore.open(root).logits("t", rows)
     path.unlink()
@@ -370,12 +361,14 @@ def test_a_flipped_bit_or_a_missing_shard_is_not_read_as_data(root: Path) -> Non
         TargetStore.open(root).logits("t", rows)
 
 
-def test_foreign_corrupt_and_other_stores_are_refused_by_name(root: Path, tmp_path: Path) -> None:
+def test_third_party_corrupt_and_different_stores_are_refused_by_name(
+    root: Path, tmp_path: Path
+) -> None:
     with pytest.raises(StoreError, match="no such target store"):
         TargetStore.open(tmp_path / "nowhere")
-    zarr.open_group(tmp_path / "foreign", mode="w")
+    zarr.open_group(tmp_path / "other", mode="w")
     with pytest.raises(StoreError, match="not a target store"):
-        TargetStore.open(tmp_path / "foreign")
+        TargetStore.open(tmp_path / "other")
     (tmp_path / "file").write_text("no store")
     with pytest.raises(
         StoreError, match="file: is a file, expected a target store, which is a folder"
@@ -404,28 +397,28 @@ def test_foreign_corrupt_and_other_stores_are_refused_by_name(root: Path, tmp_pa
         TargetStore.open(root)
 
 
-def test_what_a_killed_process_left_while_it_made_the_store_is_swept(tmp_path: Path) -> None:
+def test_unfinished_stores_of_killed_processes_are_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left, others, alive = (
+    unfinished, other_store, running = (
         tmp_path / f".{name}" for name in (f"t.new-{ended.pid}", f"u.new-{ended.pid}", "t.new-1")
     )
-    for folder in (left, others, alive):
+    for folder in (unfinished, other_store, running):
         folder.mkdir()
     with StoreWriter(tmp_path / "t", sampling=SAMPLING):
         pass
-    assert [folder.exists() for folder in (left, others, alive)] == [False, True, True]
+    assert [folder.exists() for folder in (unfinished, other_store, running)] == [False, True, True]
 
 
 @pytest.mark.slow
-def test_zarr_and_xarray_find_nothing_foreign(root: Path) -> None:
+def test_zarr_opens_all_members_without_warnings(root: Path) -> None:
     code = (
         "import sys, warnings; warnings.simplefilter('error'); import zarr;"
         "g = zarr.open_group(sys.argv[1], mode='r'); print(len(list(g.members(max_depth=None))))"
     )
-    done = warm.run(root, code=code)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 20
+    process = warm.run(root, code=code)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 20
 
 
 def test_the_example_of_the_documentation_runs(
@@ -446,11 +439,10 @@ def test_the_example_of_the_documentation_runs(
     assert float(nats) == pytest.approx(float(entropy(logits_of(0)[:1])[0]), abs=1e-4)
 
 
-def test_a_video_is_found_without_a_look_at_the_others(
+def test_a_video_is_read_without_searching_all_segments(
     make_store: Callable[..., tuple[Any, Path]],
 ) -> None:
-    """What the index says of each video, against a search through all segments; segments are not
-    searched again."""
+    """Compare the record of each video with a search through all segments."""
     _, root = make_store(videos=range(40))
     store = TargetStore.open(root)
     index = store.index
@@ -467,5 +459,6 @@ def test_a_video_is_found_without_a_look_at_the_others(
         == np.concatenate([store.frames(int(i))[2] for i in order]).tolist()
     )
     assert store.rows_of(np.empty(0, np.int64)).tolist() == []
-    index.video = index.replaces = np.empty(0)  # neither is read any more
+    # The record is read without these arrays.
+    index.video = index.replaces = np.empty(0)
     assert store.video(5).note == "cut off"

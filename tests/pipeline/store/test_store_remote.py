@@ -1,5 +1,5 @@
-"""A store behind a URL gives the rows of the local one, over real servers on loopback, and keeps
-what it read."""
+"""A store behind a URL has the rows of the local store, over real servers on loopback, and caches
+them."""
 
 from __future__ import annotations
 
@@ -35,17 +35,20 @@ pytestmark = pytest.mark.network
 
 @dataclass
 class Server:
-    """A folder behind HTTP without listings. `ranges` False: a server that answers a range with all
-    of the file."""
+    """A folder behind HTTP without listings.
+
+    ranges: whether it supports ranges. num_errors: number of next responses that have status 503.
+    requests: path and number of sent bytes of each.
+    """
 
     root: Path
     ranges: bool = True
-    broken: int = 0  # so many answers are 503 first
+    num_errors: int = 0
     url: str = ""
-    asked: list[tuple[str, int]] = field(default_factory=list)  # file, bytes sent
+    requests: list[tuple[str, int]] = field(default_factory=list)
 
     def bytes_of(self, part: str) -> int:
-        return sum(n for path, n in self.asked if part in path)
+        return sum(n for path, n in self.requests if part in path)
 
 
 @contextmanager
@@ -58,14 +61,14 @@ def serve(root: Path, **changes: Any) -> Iterator[Server]:
         def do_GET(self) -> None:
             file = root / self.path.strip("/")
             data, status = (file.read_bytes(), 200) if file.is_file() else (b"", 404)
-            if state.broken:
-                state.broken, data, status = state.broken - 1, b"", 503
+            if state.num_errors:
+                state.num_errors, data, status = state.num_errors - 1, b"", 503
             elif status == 200 and state.ranges and "Range" in self.headers:
                 first, last = (
                     int(x) for x in self.headers["Range"].removeprefix("bytes=").split("-")
                 )
                 data, status = (data[first : last + 1], 206) if first < len(data) else (b"", 416)
-            state.asked.append((self.path, len(data)))
+            state.requests.append((self.path, len(data)))
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -85,7 +88,7 @@ def serve(root: Path, **changes: Any) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def small_files_and_no_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sizes of these stores take the ways that large stores take."""
+    """Make these small stores be read as large ones are."""
     monkeypatch.setattr(remote, "WHOLE_FILE_BYTES", 1500)
     monkeypatch.setattr(remote, "BLOCK_BYTES", 1024)
     monkeypatch.setattr(remote, "WAITS_S", (0.0, 0.0))
@@ -110,7 +113,7 @@ def same(a: TargetStore, b: TargetStore) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_rows_over_http_equal_the_local_ones_and_come_once(
+def test_rows_over_http_equal_the_local_ones_and_are_fetched_once(
     make_store: Callable[..., Any], ranges: bool
 ) -> None:
     _, root = make_store(
@@ -126,25 +129,27 @@ def test_rows_over_http_equal_the_local_ones_and_come_once(
         store.logits("t", rows)
         file = (root / "teachers/t/logits/c/0/0").stat().st_size
         if ranges:
-            assert 0 < server.bytes_of("t/logits/c/0") <= 3 * 1024 < file  # a block and the index
+            # One block and the index are fetched.
+            assert 0 < server.bytes_of("t/logits/c/0") <= 3 * 1024 < file
         same(TargetStore.open(root), store)
-        asked = len(server.asked)
-        again = TargetStore.open(f"{server.url}/s.zarr")
-        same(TargetStore.open(root), again)
-        # The rest is in the cache; only chunks that were not there, which are fill, are asked for
-        # again.
+        num_requests = len(server.requests)
+        reopened = TargetStore.open(f"{server.url}/s.zarr")
+        same(TargetStore.open(root), reopened)
+        # Only nodes and missing chunks, which have the fill value, are requested again.
         assert not [
-            path for path, sent in server.asked[asked:] if sent and not path.endswith("zarr.json")
+            path
+            for path, sent in server.requests[num_requests:]
+            if sent and not path.endswith("zarr.json")
         ]
-    same(TargetStore.open(root), pickle.loads(pickle.dumps(again)))  # and the server is gone
+    # The server has stopped, so all is read from the cache.
+    same(TargetStore.open(root), pickle.loads(pickle.dumps(reopened)))
 
 
 def test_a_store_in_memory_and_a_store_that_grows(
     make_store: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory")
-    )  # as it takes the way of s3 and others
+    # The protocol `memory` is read like s3 and others.
+    monkeypatch.setattr(urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory"))
     recipe, root = make_store(uncommitted=[1], features={"f": 12}, pca={"p": 40})
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/bucket/s.zarr", recursive=True)
@@ -179,7 +184,7 @@ def test_two_copies_that_grew_differently_are_not_mixed_up(
             assert (store.video(5).corpus, store.video(5).path) == (name, f"{name}.mp4")
 
 
-def test_a_damaged_cache_heals_and_damage_behind_it_is_named(
+def test_a_damaged_cache_is_fetched_again_and_damage_of_the_store_is_named(
     make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
     _, root = make_store()
@@ -187,27 +192,26 @@ def test_a_damaged_cache_heals_and_damage_behind_it_is_named(
         url = f"{server.url}/s.zarr"
         store = TargetStore.open(url)
         rows = store.frames(5)[2]
-        good = store.logits("t", rows)
+        expected = store.logits("t", rows)
         for file in (tmp_path / "cache/stores").glob("*/shards/*/*"):
             file.write_bytes(bytes(b ^ 255 for b in file.read_bytes()))
-        np.testing.assert_array_equal(TargetStore.open(url).logits("t", rows), good)
-        server.broken = 2  # a hiccup
-        np.testing.assert_array_equal(TargetStore.open(url).logits("t", rows), good)
+        np.testing.assert_array_equal(TargetStore.open(url).logits("t", rows), expected)
+        server.num_errors = 2
+        np.testing.assert_array_equal(TargetStore.open(url).logits("t", rows), expected)
 
-        fresh = {"cache": tmp_path / "other"}
         shard = root / "teachers/t/logits/c/0/0"
         data = bytearray(shard.read_bytes())
         data[3] ^= 1
         shard.write_bytes(data)
         with pytest.raises(StoreError, match=r"http.*logits/c/0/0: chunk 0 fails its crc32c"):
-            TargetStore.open(url, **fresh).logits("t", rows[:1] * 0)
+            TargetStore.open(url, cache=tmp_path / "other").logits("t", rows[:1] * 0)
         shard.write_bytes(data[:700])
         with pytest.raises(StoreError, match=r"http.*logits/c/0/0"):
             TargetStore.open(url, cache=tmp_path / "third").logits("t", rows)
         shard.unlink()
         with pytest.raises(StoreError, match="a committed shard is missing"):
             TargetStore.open(url, cache=tmp_path / "third").logits("t", rows)
-        server.broken = 99
+        server.num_errors = 99
         with pytest.raises(StoreError, match=r"http.*cannot be read.*503"):
             TargetStore.open(url)
     with pytest.raises(StoreError, match="cannot be read"):
@@ -232,16 +236,15 @@ def test_loader_workers_read_through_one_cache(make_store: Callable[..., Any]) -
     expected = [Rows(TargetStore.open(root))[v] for v in range(40)]
     with serve(root.parent) as server:
         store = TargetStore.open(f"{server.url}/s.zarr")
-        _ = store.frames(0)  # the parent's connection is open when it forks
+        # Open the connection of the parent process before it forks.
+        _ = store.frames(0)
         loader = DataLoader(
             Rows(store), batch_size=None, num_workers=2, multiprocessing_context="fork"
         )
         assert [float(x) for x in loader] == expected
 
 
-def test_what_is_no_store_there_is_said_by_its_url(
-    make_store: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_url_without_a_store_is_named(make_store: Callable[..., Any], tmp_path: Path) -> None:
     _, root = make_store()
     with serve(root.parent) as server:
         with pytest.raises(StoreError, match=rf"{server.url}/none.zarr: no such target store"):

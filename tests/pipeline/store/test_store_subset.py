@@ -1,4 +1,4 @@
-"""Stores made of some videos and teachers of another hold the same bits, and nothing else."""
+"""Stores exported from some videos and teachers of another hold the same bits, and nothing else."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ Make = Callable[..., Any]
 
 
 def same_videos(a: TargetStore, b: TargetStore, teachers: tuple[str, ...]) -> None:
-    """Every video of `b` is in `a`, with the same bits."""
-    of = {(a.video(v).corpus, a.video(v).path): v for v in range(a.n_videos)}
+    """Check that every video of `b` is in `a` with the same bits."""
+    ids = {(a.video(v).corpus, a.video(v).path): v for v in range(a.n_videos)}
     for w in range(b.n_videos):
         record = b.video(w)
-        v = of[record.corpus, record.path]
+        v = ids[record.corpus, record.path]
         assert repr(record).replace(f"id={w}", "") == repr(a.video(v)).replace(f"id={v}", "")
-        rows, mine = a.frames(v), b.frames(w)
-        for x, y in zip(rows[:2], mine[:2], strict=True):
+        frames_a, frames_b = a.frames(v), b.frames(w)
+        for x, y in zip(frames_a[:2], frames_b[:2], strict=True):
             np.testing.assert_array_equal(x, y)
         for t in teachers:
-            np.testing.assert_array_equal(a.logits(t, rows[2]), b.logits(t, mine[2]))
-            np.testing.assert_array_equal(a.entropy(t, rows[2]), b.entropy(t, mine[2]))
+            np.testing.assert_array_equal(a.logits(t, frames_a[2]), b.logits(t, frames_b[2]))
+            np.testing.assert_array_equal(a.entropy(t, frames_a[2]), b.entropy(t, frames_b[2]))
 
 
 @pytest.mark.slow
@@ -67,12 +67,15 @@ def test_a_chosen_part_is_a_store_like_any_other(
         QUIET,
     )
     store = TargetStore.open(out)
-    kept = [v for v in numbers if recipe.corpus(v) == 1]
-    paths = [recipe.path(v).replace("%FF", "\udcff") for v in kept]
+    exported = [v for v in numbers if recipe.corpus(v) == 1]
+    paths = [recipe.path(v).replace("%FF", "\udcff") for v in exported]
     assert [store.video(w).path for w in range(store.n_videos)] == paths
     assert (list(store.teachers), list(store.corpora)) == (["u"], ["b"])
     assert store.teachers["u"] == whole.teachers["u"]
-    assert (result["videos"], result["rows"]) == (len(kept), sum(recipe.rows(v) for v in kept))
+    assert (result["videos"], result["rows"]) == (
+        len(exported),
+        sum(recipe.rows(v) for v in exported),
+    )
     same_videos(whole, store, ("u",))
     assert list(verify(out, load_index(out))) == []
     assert (
@@ -105,7 +108,7 @@ def test_an_exported_part_fits_a_merge_that_it_did_not(make_store: Make, tmp_pat
 
 
 @pytest.mark.slow
-def test_nothing_stands_at_out_until_it_is_whole(
+def test_out_does_not_exist_until_it_is_whole(
     make_store: Make, tmp_path: Path, monkeypatch: Any
 ) -> None:
     root = make_store(uncommitted=[1])[1]
@@ -119,13 +122,13 @@ def test_nothing_stands_at_out_until_it_is_whole(
         with pytest.raises(KeyboardInterrupt):
             targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
-    shutil.copytree(root, tmp_path / ".out.zarr.part")  # as a kill leaves it
+    # A killed export leaves such a folder.
+    shutil.copytree(root, tmp_path / ".out.zarr.part")
     shutil.rmtree(tmp_path / ".out.zarr.part" / "commits")
     whole = TargetStore.open(root)
-    done = targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
-    assert done["videos"] == whole.n_videos - int(
-        (whole.video_state == 0).sum()
-    )  # pending ones are left out
+    result = targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
+    # Pending videos are not exported.
+    assert result["videos"] == whole.n_videos - int((whole.video_state == 0).sum())
     assert list(verify(out, load_index(out))) == []
     damaged = root / "teachers/t/logits/c/0/0"
     damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
@@ -134,16 +137,18 @@ def test_nothing_stands_at_out_until_it_is_whole(
     assert not (tmp_path / "again.zarr").exists()
 
 
-@pytest.mark.parametrize("of_ours", [True, False])
+@pytest.mark.parametrize("made_by_distinit", [True, False])
 def test_a_config_next_to_a_result_replaces_one_of_distinit_alone(
-    make_store: Make, tmp_path: Path, of_ours: bool
+    make_store: Make, tmp_path: Path, made_by_distinit: bool
 ) -> None:
     root, out = make_store()[1], tmp_path / "x.h5"
     record = tmp_path / "x.h5.config.yaml"
-    record.write_text("targets-export: {store: earlier.zarr, out: x.h5}" if of_ours else "notes: 1")
+    record.write_text(
+        "targets-export: {store: earlier.zarr, out: x.h5}" if made_by_distinit else "notes: 1"
+    )
     before = record.read_bytes()
     options = ExportConfig(store=str(root), out=str(out))
-    if of_ours:
+    if made_by_distinit:
         targets_export(options, QUIET)
         assert load_config(ExportConfig, "targets-export", file=str(record)) == options
         return
@@ -162,7 +167,8 @@ def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) ->
     with pytest.raises(StoreError, match="another export is writing it"):
         targets_export(ExportConfig(store=str(root), out=str(tmp_path / "x.h5")), QUIET)
     assert part.read_bytes() == b"of another export"
-    os.close(descriptor)  # that one was killed
+    # The other export is killed.
+    os.close(descriptor)
     assert (
         targets_export(ExportConfig(store=str(root), out=str(tmp_path / "x.h5")), QUIET)["videos"]
         > 0
@@ -172,7 +178,7 @@ def test_one_export_at_a_time_writes_a_file(make_store: Make, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deep/x.zarr", "x.zarr"])
-def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on(
+def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_continues(
     make_store: Make, tmp_path: Path, monkeypatch: Any, name: str
 ) -> None:
     root, out = make_store()[1], tmp_path / name
@@ -194,10 +200,10 @@ def test_of_two_exports_to_one_store_the_second_is_refused_and_the_first_goes_on
 
 
 @pytest.mark.slow
-def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> None:
+def test_invalid_exports_are_refused(make_store: Make, tmp_path: Path) -> None:
     root = make_store()[1]
     (tmp_path / "list.txt").write_text("v00\nnothing.mp4\n")
-    for words, changes in (
+    for pattern, changes in (
         (r"must end in .h5, .hdf5 \(one HDF5 file\) or .zarr", {"out": "x.csv"}),
         ("exists already", {"out": "s.zarr"}),
         ("expected a local folder", {"out": "s3://bucket/x.zarr"}),
@@ -209,19 +215,19 @@ def test_what_cannot_be_exported_is_said(make_store: Make, tmp_path: Path) -> No
     ):
         out = str(changes.pop("out", "out.zarr"))  # type: ignore[attr-defined]
         out = out if "://" in out else str(tmp_path / out)
-        with pytest.raises((UsageError, StoreError), match=words):
+        with pytest.raises((UsageError, StoreError), match=pattern):
             targets_export(ExportConfig(store=str(root), out=str(out), **changes), QUIET)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.zarr", "x.h5"])
-def test_a_finished_export_is_known_again_and_another_is_refused(
+def test_a_finished_export_is_recognized_and_a_different_one_is_refused(
     make_store: Make, tmp_path: Path, name: str
 ) -> None:
     root, out = make_store()[1], tmp_path / name
-    done = targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
+    result = targets_export(ExportConfig(store=str(root), out=str(out)), QUIET)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert targets_export(ExportConfig(store=str(root), out=str(out)), QUIET) == done
+    assert targets_export(ExportConfig(store=str(root), out=str(out)), QUIET) == result
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     first = TargetStore.open(root).place(0)
     (tmp_path / "list.txt").write_bytes(os.fsencode(first[1]) + b"\n")
@@ -242,16 +248,15 @@ def test_a_finished_export_is_known_again_and_another_is_refused(
 
 
 def tables_of(path: Path) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
+    tables: dict[str, bytes] = {}
+
+    def add(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            tables[name] = item[()].tobytes()
+
     with h5py.File(path) as file:
-        file.visititems(
-            lambda name, found_at: (
-                found.update({name: found_at[()].tobytes()})
-                if isinstance(found_at, h5py.Dataset)
-                else None
-            )
-        )
-    return found
+        file.visititems(add)
+    return tables
 
 
 @pytest.mark.slow
@@ -260,12 +265,13 @@ def test_hdf5_itself_finds_every_flipped_bit_of_an_exported_file(
 ) -> None:
     out = tmp_path / "x.h5"
     targets_export(ExportConfig(store=str(make_store()[1]), out=str(out)), QUIET)
-    whole, seen = tables_of(out), 0
+    expected, num_detected = tables_of(out), 0
     for flip in flips(out, tmp_path / "y.h5", seed=0, per_kind=150):
         try:
-            found = tables_of(flip.path)
-        except Exception:  # of h5py, of any kind
-            seen += 1
+            tables = tables_of(flip.path)
+        # h5py raises errors of many kinds.
+        except Exception:
+            num_detected += 1
         else:
-            assert found == whole, flip
-    assert seen > 100
+            assert tables == expected, flip
+    assert num_detected > 100
