@@ -47,11 +47,13 @@ class CellRecord(Form):
 
     @property
     def label(self) -> str:
-        """Name for people, unique within an ablation."""
+        """Readable name, unique within an ablation."""
         return f"{self.row}, {short_dataset(self.dataset)}, split {self.split}, seed {self.seed}"
 
 
-class _File(Form):
+class _CellsFile(Form):
+    """The content of cells.json."""
+
     noun = "the cells of an ablation"
     title: str
     paper: PaperNumbers | None = None
@@ -79,7 +81,7 @@ class Cell:
 
     @property
     def problem(self) -> str | None:
-        """Why the cell has no number, None if it has one."""
+        """Reason why the cell has no number, None if it has one."""
         if self.predictions is not None:
             return None
         if self.record.status == "done":
@@ -125,7 +127,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ablation:
-    """One cells.json; rows and data sets in its order."""
+    """The content of one cells.json; rows and data sets keep its order."""
 
     title: str
     folder: Path
@@ -156,9 +158,9 @@ class Ablation:
         if paper is None:
             return []
         return [
-            (each, paper.for_splits(each.numbers[dataset], self.splits))
-            for each in paper.published
-            if dataset in each.numbers
+            (result, paper.for_splits(result.numbers[dataset], self.splits))
+            for result in paper.published
+            if dataset in result.numbers
         ]
 
     def cells_of(self, row: str, dataset: str) -> list[Cell]:
@@ -169,23 +171,23 @@ class Ablation:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """All rows by all data sets, row by row; numbers are computed here."""
+        """Results of every row and data set, row by row, computed on first use."""
         return [self._entry(row, dataset) for row in self.rows for dataset in self.datasets]
 
     def _entry(self, row: str, dataset: str) -> Entry:
         cells = self.cells_of(row, dataset)
         finished = [(cell.record.split, cell.metrics) for cell in cells if cell.metrics]
         values = {
-            name: [each[name]["value"] for _, each in finished]
+            name: [metrics[name]["value"] for _, metrics in finished]
             for name in ("per_clip", "top1", "top5")
         }
-        values["split1"] = [each["top1"]["value"] for split, each in finished if split == 1]
+        values["split1"] = [metrics["top1"]["value"] for split, metrics in finished if split == 1]
         paper = self.paper
         return Entry(
             row=row,
             dataset=dataset,
             cells=cells,
-            values={name: np.array(each) for name, each in values.items()},
+            values={name: np.array(fractions) for name, fractions in values.items()},
             paper=paper.for_splits(paper.rows.get(row, {}).get(dataset), self.splits)
             if paper
             else {},
@@ -205,16 +207,16 @@ def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
         None if there is no such split.
     """
     splits, base_splits = (_by_split(side) for side in (cells, base))
-    differences, levels, groups = [], [], []
+    differences, accuracies, groups = [], [], []
     for split in sorted(splits.keys() & base_splits.keys()):
-        a, b = splits[split], base_splits[split]
-        if a.keys() != b.keys():
+        results, base_results = splits[split], base_splits[split]
+        if results.keys() != base_results.keys():
             continue
-        videos = sorted(a)
-        pair = np.array([[a[video][0], b[video][0]] for video in videos])
-        levels.append(pair)
-        differences.append(pair[:, 0] - pair[:, 1])
-        groups += [f"{split}\n{a[video][1]}" for video in videos]
+        videos = sorted(results)
+        pairs = np.array([[results[video][0], base_results[video][0]] for video in videos])
+        accuracies.append(pairs)
+        differences.append(pairs[:, 0] - pairs[:, 1])
+        groups += [f"{split}\n{results[video][1]}" for video in videos]
     if not differences:
         return None
     difference = np.concatenate(differences)
@@ -222,7 +224,7 @@ def gain_over(cells: Sequence[Cell], base: Sequence[Cell]) -> Gain | None:
     resampled = bootstrap_ratios(
         by_group(difference[:, None], index), by_group(np.ones((len(difference), 1)), index)
     )[:, 0]
-    means = np.concatenate(levels).mean(axis=0)
+    means = np.concatenate(accuracies).mean(axis=0)
     units = len(set(groups))
     estimate = Estimate(float(difference.mean()), *interval(resampled, units, min_mean=-1))
     return Gain(float(means[0]), float(means[1]), estimate, p_value(resampled, units))
@@ -233,17 +235,18 @@ def _by_split(cells: Sequence[Cell]) -> dict[int, dict[tuple[str, str], tuple[fl
     correct: dict[int, dict[tuple[str, str], list[float]]] = {}
     recording: dict[tuple[str, str], str] = {}
     for cell in cells:
-        if (p := cell.predictions) is None:
+        if (predictions := cell.predictions) is None:
             continue
-        right = video_values(p.clip_scores, p.labels)["top1"]
-        keys = [(video, p.classes[int(k)]) for video, k in zip(p.videos, p.labels, strict=True)]
-        groups = keys if p.groups is None else p.groups
+        right = video_values(predictions.clip_scores, predictions.labels)["top1"]
+        labels = [predictions.classes[int(k)] for k in predictions.labels]
+        keys = list(zip(predictions.videos, labels, strict=True))
+        groups = keys if predictions.groups is None else predictions.groups
         for key, value, group in zip(keys, right.tolist(), groups, strict=True):
             correct.setdefault(cell.record.split, {}).setdefault(key, []).append(value)
             recording[key] = str(group)
     return {
-        split: {key: (float(np.mean(values)), recording[key]) for key, values in each.items()}
-        for split, each in correct.items()
+        split: {key: (float(np.mean(values)), recording[key]) for key, values in videos.items()}
+        for split, videos in correct.items()
     }
 
 
@@ -263,8 +266,8 @@ def ablation_folders(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
 def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
     """Name the runs of ablations after their cells.
 
-    The name of a student has its split if the row has several students with its seed, as is the
-    case if each split excludes other videos.
+    The name of a student includes its split if the row has several students with the same seed,
+    which is the case if each split excludes different videos.
 
     Returns:
         Resolved run folder → name, in the order of the cells, a student before its finetuning.
@@ -275,12 +278,14 @@ def cell_names(folders: Sequence[Path]) -> dict[Path, str]:
     names: dict[Path, str] = {}
     for folder in folders:
         cells = _read(folder / CELLS).cells
-        of_row = Counter(
+        num_students = Counter(
             (row, seed) for row, seed, _ in {(cell.row, cell.seed, cell.student) for cell in cells}
         )
         for record in cells:
             if record.student is not None:
-                split = f", split {record.split}" if of_row[record.row, record.seed] > 1 else ""
+                split = (
+                    f", split {record.split}" if num_students[record.row, record.seed] > 1 else ""
+                )
                 name = f"student of {record.row}{split}, seed {record.seed}"
                 names.setdefault((folder / record.student).resolve(), name)
             names.setdefault((folder / record.finetune).resolve(), record.label)
@@ -308,8 +313,8 @@ def read_ablations(folders: Sequence[Path], runs: Sequence[Run]) -> list[Ablatio
     ]
 
 
-def _read(path: Path) -> _File:
-    content = read_json(path, _File, path.parent)
+def _read(path: Path) -> _CellsFile:
+    content = read_json(path, _CellsFile, path.parent)
     if not content:
         raise SourceError(f"{path}: not the cells of an ablation (empty)")
-    return _File.model_validate(content)
+    return _CellsFile.model_validate(content)

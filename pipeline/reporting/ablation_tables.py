@@ -17,9 +17,9 @@ from .teacher_baselines import TeacherProbe
 # The order of the paper; split 1 and the mean of splits as in its Table 6.
 PAPER_ORDER = ("per_clip", "split1", "top1", "top5")
 EXPLAINED = (
-    "explained: how far a student’s loss came from that of the best constant predictor (0) to the lower bound, the "
-    "mean entropy of the targets (100); on held-out clips if a run has some. Below 5 a student has learned next to "
-    "nothing, whatever its accuracy."
+    "explained: how far a student’s loss fell from that of the best constant predictor (0) to the lower bound, the "
+    "mean entropy of the targets (100); measured on held-out clips if a run has some. Below 5, a student has learned "
+    "next to nothing, whatever its accuracy."
 )
 LEAST_EXPLAINED = 0.05
 NOTES = (
@@ -34,63 +34,67 @@ NOTES = (
 def ablation_tables(ablation: Ablation, probes: Sequence[TeacherProbe] = ()) -> list[Table]:
     """Tabulate an ablation, one table per data set with a row per variant.
 
-    Each measure has the paper's number to its right; published results are below our rows, and so
-    are teachers that were probed on every split.
+    The paper's number is to the right of each measure. Teachers that were probed on every split and
+    published results are below our rows.
     """
     return [_table(ablation, dataset, probes) for dataset in ablation.datasets]
 
 
 def _table(ablation: Ablation, dataset: str, probes: Sequence[TeacherProbe]) -> Table:
     entries = [entry for entry in ablation.entries if entry.dataset == dataset]
-    shown = [
+    measures = [
         name
         for name in PAPER_ORDER
         if name != "split1" or (len(ablation.splits) > 1 and 1 in ablation.splits)
     ]
-    listed = ablation.published(dataset)
-    published = [(result, numbers) for result, numbers in listed if numbers.keys() & set(shown)]
-    known = {
+    published = ablation.published(dataset)
+    matching = [
+        (result, numbers) for result, numbers in published if numbers.keys() & set(measures)
+    ]
+    paper_measures = {
         name
-        for numbers in (*(e.paper for e in entries), *(n for _, n in published))
+        for numbers in (*(e.paper for e in entries), *(n for _, n in matching))
         for name in numbers
     }
-    explained = any(len(entry.explained) for entry in entries)
+    has_explained = any(len(entry.explained) for entry in entries)
     titles = ["row"]
-    for name in shown:
-        titles += [f">{_heading(name, ablation.splits)}, %"] + [">paper"] * (name in known)
-    titles += [">explained, %"] * explained + [">runs", ">difference", ">p"]
+    for name in measures:
+        titles += [f">{_heading(name, ablation.splits)}, %"] + [">paper"] * (name in paper_measures)
+    titles += [">explained, %"] * has_explained + [">runs", ">difference", ">p"]
     table = Table(f"{ablation.title}: {short_dataset(dataset)}", columns(*titles))
     for entry in entries:
         cells = [entry.row]
-        for name in shown:
+        for name in measures:
             cells += [spread(entry.values[name])] + [_percent(entry.paper.get(name))] * (
-                name in known
+                name in paper_measures
             )
-        cells += [spread(entry.explained) if len(entry.explained) else DASH] * explained
-        table.add(*cells, _runs(entry), *_gain(entry, first=entry.row == ablation.rows[0]))
-    for first, (name, values) in enumerate(_baselines(ablation, dataset, probes).items()):
-        if first == 0:
+        cells += [spread(entry.explained) if len(entry.explained) else DASH] * has_explained
+        table.add(
+            *cells, _num_runs(entry), *_gain_cells(entry, is_first=entry.row == ablation.rows[0])
+        )
+    for i, (name, values) in enumerate(_baselines(ablation, dataset, probes).items()):
+        if i == 0:
             table.head(BASELINES)
         cells = [name]
-        for measure in shown:
+        for measure in measures:
             cells += [spread(values[measure]) if measure in values else DASH]
-            cells += [""] * (measure in known)
-        table.add(*cells, *[DASH] * explained, "", "", "")
-    for heading, elsewhere in (
+            cells += [""] * (measure in paper_measures)
+        table.add(*cells, *[DASH] * has_explained, "", "", "")
+    for heading, has_source in (
         ("Published results, as the paper lists them", False),
         ("Published results, from elsewhere", True),
     ):
-        for first, (result, numbers) in enumerate(
-            [each for each in published if (each[0].source is not None) == elsewhere]
+        for i, (result, numbers) in enumerate(
+            [each for each in matching if (each[0].source is not None) == has_source]
         ):
-            if first == 0:
+            if i == 0:
                 table.head(heading)
             cells = [result.label]
-            for name in shown:
-                cells += [""] + [_percent(numbers.get(name))] * (name in known)
-            table.add(*cells, *[""] * explained, "", "", "")
-    table.notes = [EXPLAINED] * explained + _notes(
-        ablation, dataset, known, len(listed) - len(published)
+            for name in measures:
+                cells += [""] + [_percent(numbers.get(name))] * (name in paper_measures)
+            table.add(*cells, *[""] * has_explained, "", "", "")
+    table.notes = [EXPLAINED] * has_explained + _notes(
+        ablation, dataset, paper_measures, len(published) - len(matching)
     )
     return table
 
@@ -98,7 +102,7 @@ def _table(ablation: Ablation, dataset: str, probes: Sequence[TeacherProbe]) -> 
 def _baselines(
     ablation: Ablation, dataset: str, probes: Sequence[TeacherProbe]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return top 1 of each probed teacher by split, and that of split 1, by name."""
+    """Return top 1 of each teacher that was probed on every split, and that of split 1, by name."""
     tops: dict[str, dict[int, float]] = {}
     for probe in probes:
         if canonical(probe.dataset) == canonical(dataset):
@@ -114,23 +118,27 @@ def _baselines(
 def _heading(measure: str, splits: Sequence[int]) -> str:
     if measure == "top1" and len(splits) > 1:
         first, last = splits[0], splits[-1]
-        whole = last - first == len(splits) - 1  # they are ascending, each once
-        return f"top 1, splits {f'{first}–{last}' if whole else ', '.join(map(str, splits))}"
+        # The splits are ascending and distinct.
+        consecutive = last - first == len(splits) - 1
+        return f"top 1, splits {f'{first}–{last}' if consecutive else ', '.join(map(str, splits))}"
     return "top 1, split 1" if measure == "split1" else MEASURES[measure]
 
 
-def _notes(ablation: Ablation, dataset: str, known: Collection[str], hidden: int) -> list[str]:
+def _notes(
+    ablation: Ablation, dataset: str, paper_measures: Collection[str], num_hidden: int
+) -> list[str]:
     notes = [*NOTES]
-    if known and ablation.paper is not None:
+    if paper_measures and ablation.paper is not None:
         notes.append(
-            f"paper: %, as in its {_named(ablation.paper.table)}, for these splits; other data, machines and seeds."
+            f"paper: %, as in its {_table_name(ablation.paper.table)}, for these splits; other data, machines "
+            "and seeds."
         )
-    if hidden:
-        notes.append(f"{hidden} published results are of other splits and not shown.")
+    if num_hidden:
+        notes.append(f"{num_hidden} published results are of other splits and not shown.")
     return notes + problems(ablation, dataset)
 
 
-def _named(table: str) -> str:
+def _table_name(table: str) -> str:
     """Return `Table 2` for `2`, and other names such as `section 4.3` unchanged."""
     return f"Table {table}" if table.isdecimal() else table
 
@@ -144,10 +152,10 @@ def screen_table(ablation: Ablation) -> Table:
     table = Table(ablation.title, columns(*titles))
     for entry in entries:
         cells = [entry.row] + [short_dataset(entry.dataset)] * (len(ablation.datasets) > 1)
-        cells += [spread(entry.values["top1"]), _runs(entry)] + [
+        cells += [spread(entry.values["top1"]), _num_runs(entry)] + [
             _percent(entry.paper.get("top1"))
         ] * paper
-        table.add(*cells, *_gain(entry, first=entry.row == ablation.rows[0]))
+        table.add(*cells, *_gain_cells(entry, is_first=entry.row == ablation.rows[0]))
     table.notes = [line for dataset in ablation.datasets for line in problems(ablation, dataset)]
     table.notes += _weak_students(entries)
     return table
@@ -155,14 +163,14 @@ def screen_table(ablation: Ablation) -> Table:
 
 def _weak_students(entries: Sequence[Entry]) -> list[str]:
     """Return a line for each row whose students have learned next to nothing."""
-    low = {
-        e.row: e.explained.mean()
-        for e in entries
-        if len(e.explained) and e.explained.mean() < LEAST_EXPLAINED
+    fractions = {
+        entry.row: entry.explained.mean()
+        for entry in entries
+        if len(entry.explained) and entry.explained.mean() < LEAST_EXPLAINED
     }
     return [
-        f"{row}: its students have learned next to nothing ({100 * mean:.0f} %)."
-        for row, mean in low.items()
+        f"{row}: its students have learned next to nothing ({100 * fraction:.0f} %)."
+        for row, fraction in fractions.items()
     ]
 
 
@@ -172,11 +180,13 @@ def ablation_numbers(ablation: Ablation) -> Table:
     Missing cells are empty.
     """
     names = ("top1", "per_clip", "top5", "split1")
-    statistics = [f"{name}_{what}" for name in names for what in ("mean", "deviation")]
-    published = [f"paper_{name}" for name in names]
-    ends = ["difference", "difference_low", "difference_high", "p"]
+    statistics = [f"{name}_{statistic}" for name in names for statistic in ("mean", "deviation")]
+    paper_columns = [f"paper_{name}" for name in names]
+    gain_columns = ["difference", "difference_low", "difference_high", "p"]
     titles = ["row", "dataset", "source", "runs", "planned", "explained_fraction"]
-    table = Table(ablation.title, columns(*titles, *statistics, *published, *ends, "problems"))
+    table = Table(
+        ablation.title, columns(*titles, *statistics, *paper_columns, *gain_columns, "problems")
+    )
 
     def paper(numbers: Mapping[str, float]) -> list[str]:
         return [repr(round(numbers[name] / 100, 6)) if name in numbers else "" for name in names]
@@ -188,13 +198,15 @@ def ablation_numbers(ablation: Ablation) -> Table:
             means.append(repr(float(values.mean())) if len(values) else "")
             means.append(repr(float(values.std(ddof=1))) if len(values) > 1 else "")
         gain = entry.gain
-        tail = [gain.estimate.value, gain.estimate.low, gain.estimate.high, gain.p] if gain else []
+        gain_values = (
+            [gain.estimate.value, gain.estimate.low, gain.estimate.high, gain.p] if gain else []
+        )
         table.add(
             *(entry.row, entry.dataset, "ours", str(entry.num_done), str(len(entry.cells))),
             repr(float(entry.explained.mean())) if len(entry.explained) else "",
             *means,
             *paper(entry.paper),
-            *([repr(value) for value in tail] or [""] * len(ends)),
+            *([repr(value) for value in gain_values] or [""] * len(gain_columns)),
             "; ".join(cell.problem for cell in entry.cells if cell.problem),
         )
     for dataset in ablation.datasets:
@@ -203,13 +215,13 @@ def ablation_numbers(ablation: Ablation) -> Table:
                 *(result.label, dataset, "published", "", "", ""),
                 *[""] * len(statistics),
                 *paper(numbers),
-                *[""] * (len(ends) + 1),
+                *[""] * (len(gain_columns) + 1),
             )
     return table
 
 
 def cells_table(ablation: Ablation) -> Table:
-    """Tabulate every cell: its top 1, or why it has none."""
+    """Tabulate every cell: its top 1, or the reason why it has none."""
     table = Table("Every run", columns("run", ">top 1, %", ">hours", "folder", ""))
     for cell in ablation.cells:
         record, metrics = cell.record, cell.metrics
@@ -246,18 +258,19 @@ def _percent(number: float | None) -> str:
     return DASH if number is None else f"{number:.1f}"
 
 
-def _runs(entry: Entry) -> str:
+def _num_runs(entry: Entry) -> str:
     return str(entry.num_done) + (
         f" of {len(entry.cells)}" if entry.num_done < len(entry.cells) else ""
     )
 
 
-def _gain(entry: Entry, *, first: bool) -> list[str]:
+def _gain_cells(entry: Entry, *, is_first: bool) -> list[str]:
     """Format the columns difference and p."""
-    if first or entry.gain is None:
-        return ["first row" if first else DASH, DASH]
-    e = entry.gain.estimate
-    return [f"{signed(e.value)} {signed_brackets(e.low, e.high)}", p_text(entry.gain.p)]
+    if is_first or entry.gain is None:
+        return ["first row" if is_first else DASH, DASH]
+    difference = entry.gain.estimate
+    interval = signed_brackets(difference.low, difference.high)
+    return [f"{signed(difference.value)} {interval}", p_text(entry.gain.p)]
 
 
 def p_text(p: float) -> str:

@@ -37,28 +37,29 @@ class Difference:
     estimate: Estimate
 
     @property
-    def decided(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Whether the interval does not contain 0."""
         return self.estimate.low > 0 or self.estimate.high < 0
 
     def sentence(self) -> str:
         """Describe the difference for a report."""
-        e = self.estimate
+        estimate = self.estimate
         verdict = (
             "which does not contain 0: on these videos the order is clear, for two runs with one seed each"
-            if self.decided
+            if self.excludes_zero
             else "which contains 0: these videos do not show which of the two is better"
         )
         return (
-            f"{self.run.name} − {self.base.name}: {signed(e.value)} points of top 1 on the same {self.videos} test "
-            f"videos, 95 % interval {signed_brackets(e.low, e.high)}, {verdict}."
+            f"{self.run.name} − {self.base.name}: {signed(estimate.value)} points of top 1 on the same {self.videos} "
+            f"test videos, 95 % interval {signed_brackets(estimate.low, estimate.high)}, {verdict}."
         )
 
 
 def percent(estimate: dict[str, float] | Estimate) -> str:
     """Format an estimate in per cent, `54.3 [37.1, 71.4]`."""
-    e = estimate if isinstance(estimate, Estimate) else Estimate(**estimate)
-    return f"{100 * e.value:.1f} {brackets(e.low, e.high)}"
+    if not isinstance(estimate, Estimate):
+        estimate = Estimate(**estimate)
+    return f"{100 * estimate.value:.1f} {brackets(estimate.low, estimate.high)}"
 
 
 def accuracy_table(
@@ -79,25 +80,26 @@ def accuracy_table(
     titles += ["data set", ">split", ">test videos", *(f">{name}" for name in MEASURES.values())]
     table = Table("Accuracy, % [95 % interval]", columns(*titles))
     for run in runs:
-        m, student = run.metrics, explained.get(str(run.config.get("init")))
-        head = [run.name, run.init] + [explained_percent(student)] * has_explained
-        head += [run.dataset, run.split]
-        if m is None:
-            table.add(*head, *["missing"] * (1 + len(MEASURES)))
+        metrics, student = run.metrics, explained.get(str(run.config.get("init")))
+        row = [run.name, run.init] + [explained_percent(student)] * has_explained
+        row += [run.dataset, run.split]
+        if metrics is None:
+            table.add(*row, *["missing"] * (1 + len(MEASURES)))
             continue
         counts = ((run.num_unreadable, "unreadable"), (run.test_videos_seen, "seen"))
-        asides = ", ".join(f"{count} {word}" for count, word in counts if count)
+        count_text = ", ".join(f"{count} {word}" for count, word in counts if count)
         cells = [
-            DASH if name == "top5" and _few_classes(run) else percent(m[name]) for name in MEASURES
+            DASH if name == "top5" and _few_classes(run) else percent(metrics[name])
+            for name in MEASURES
         ]
-        table.add(*head, f"{m['videos']}{f' ({asides})' if asides else ''}", *cells)
+        table.add(*row, f"{metrics['videos']}{f' ({count_text})' if count_text else ''}", *cells)
     if probes:
         table.head(BASELINES)
     for probe in probes:
         cells = [percent(probe.accuracy) if name == "top1" else DASH for name in MEASURES]
-        head = [probe.name, "linear probe"] + [DASH] * has_explained
-        head += [short_dataset(probe.dataset), probe.split, str(probe.num_videos)]
-        table.add(*head, *cells)
+        row = [probe.name, "linear probe"] + [DASH] * has_explained
+        row += [short_dataset(probe.dataset), probe.split, str(probe.num_videos)]
+        table.add(*row, *cells)
     table.notes = _table_notes(runs)
     if any(run.test_videos_seen for run in runs):
         table.notes.append(
@@ -110,7 +112,7 @@ def accuracy_table(
 
 
 def teacher_table(probes: Sequence[TeacherProbe]) -> Table | None:
-    """Tabulate probes of teachers with what they are; None without one."""
+    """Tabulate the probes of teachers, or return None without a probe."""
     if not probes:
         return None
     table = Table(
@@ -118,8 +120,8 @@ def teacher_table(probes: Sequence[TeacherProbe]) -> Table | None:
         columns("teacher", "output", "data set", ">split", ">test videos", ">top 1"),
         notes=[
             "A logistic regression on each teacher’s targets averaged over a video, trained and tested "
-            "on the videos of the split that are in the store: what the targets hold, without any "
-            "student (distinit targets probe)."
+            "on the videos of the split that are in the store. It measures the targets themselves, "
+            "without any student (distinit targets probe)."
         ],
     )
     for probe in probes:
@@ -143,9 +145,9 @@ def explained_percent(student: Run | None) -> str:
 
 
 def screen_tables(runs: Sequence[Run]) -> list[Table]:
-    """Tabulate the same for a terminal of 80 columns.
+    """Tabulate accuracies for a terminal of 80 columns.
 
-    There is a table for each set of test videos, and only top 1 has its interval.
+    Each set of test videos has its own table, and only top 1 has an interval.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -153,27 +155,29 @@ def screen_tables(runs: Sequence[Run]) -> list[Table]:
         groups.setdefault(f"{run.dataset}, split {run.split}{size}", []).append(run)
     tables = []
     for title, group in groups.items():
-        others = (f">{MEASURES[name]}" for name in ("per_clip", "top5", "class_mean"))
-        table = Table(title, columns("run", "init", ">top 1, % [95 %]", *others))
+        measures = (f">{MEASURES[name]}" for name in ("per_clip", "top5", "class_mean"))
+        table = Table(title, columns("run", "init", ">top 1, % [95 %]", *measures))
         for run in group:
-            m = run.metrics
-            if m is None:
+            metrics = run.metrics
+            if metrics is None:
                 table.add(run.name, run.init, *["missing"] * 4)
                 continue
-            top5 = DASH if _few_classes(run) else f"{100 * m['top5']['value']:.1f}"
-            rest = [
-                f"{100 * m['per_clip']['value']:.1f}",
+            top5 = DASH if _few_classes(run) else f"{100 * metrics['top5']['value']:.1f}"
+            table.add(
+                run.name,
+                run.init,
+                percent(metrics["top1"]),
+                f"{100 * metrics['per_clip']['value']:.1f}",
                 top5,
-                f"{100 * m['class_mean']['value']:.1f}",
-            ]
-            table.add(run.name, run.init, percent(m["top1"]), *rest)
+                f"{100 * metrics['class_mean']['value']:.1f}",
+            )
         table.notes = _table_notes(group)
         for run in group:
             if run.num_unreadable:
                 table.notes.append(f"{run.name}: {run.num_unreadable} unreadable test videos.")
-            if seen := run.test_videos_seen:
+            if num_seen := run.test_videos_seen:
                 table.notes.append(
-                    f"{run.name}: {seen} of its test videos were seen by the student that it starts from; its "
+                    f"{run.name}: {num_seen} of its test videos were seen by the student that it starts from; its "
                     "accuracies are not those of unseen videos."
                 )
         tables.append(table)
@@ -197,24 +201,24 @@ def _table_notes(runs: Sequence[Run]) -> list[str]:
         chances = sorted({len(run.predictions.classes) for run in evaluated if run.predictions})
         guesses = ", ".join(f"{100 / k:.1f} % with {k} classes" for k in chances)
         notes.append(f"Guessing among equally frequent classes scores {guesses}.")
-    return notes + _choice_notes(evaluated)
+    return notes + _look_notes(evaluated)
 
 
-def _choice_notes(runs: Sequence[Run]) -> list[str]:
-    """Return how often each test split was looked at by these runs."""
+def _look_notes(runs: Sequence[Run]) -> list[str]:
+    """Return a note for each test split: how often these runs were tested on it."""
     notes = []
     for dataset, split in dict.fromkeys((run.dataset, run.split) for run in runs):
         tested = [run for run in runs if (run.dataset, run.split) == (dataset, split)]
         looks = sum(run.test_looks for run in tested)
-        blind = sum(not run.chosen_on_validation for run in tested)
-        by = (
-            f"; {blind} of {len(tested)} runs have no validation side: an option that is chosen by "
+        num_unvalidated = sum(not run.chosen_on_validation for run in tested)
+        caveat = (
+            f"; {num_unvalidated} of {len(tested)} runs have no validation side: an option that is chosen by "
             "comparing them is chosen on the test split"
-            if blind > 1
+            if num_unvalidated > 1
             else ""
         )
         times = "once" if looks == 1 else f"{looks} times"
-        notes.append(f"The test split {split} of {dataset} was looked at {times}{by}.")
+        notes.append(f"The test split {split} of {dataset} was looked at {times}{caveat}.")
     return notes
 
 
@@ -225,11 +229,11 @@ def accuracy_numbers(runs: Sequence[Run]) -> Table:
     titles += [name + end for name in MEASURES for end in ("", "_low", "_high")]
     table = Table("accuracy", columns(*titles))
     for run in runs:
-        head = [run.name, str(run.path), run.init, str(run.config.get("dataset", "")), run.split]
+        row = [run.name, str(run.path), run.init, str(run.config.get("dataset", "")), run.split]
         if run.metrics is None or run.predictions is None:
-            table.add(*head, *[""] * (len(titles) - len(head)))
+            table.add(*row, *[""] * (len(titles) - len(row)))
             continue
-        head += [
+        row += [
             str(len(run.predictions.classes)),
             str(run.metrics["videos"]),
             str(run.num_unreadable),
@@ -237,17 +241,19 @@ def accuracy_numbers(runs: Sequence[Run]) -> Table:
         cells = [
             repr(run.metrics[name][end]) for name in MEASURES for end in ("value", "low", "high")
         ]
-        table.add(*head, *cells)
+        table.add(*row, *cells)
     return table
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """Compare each run with the base of its group, paired by video, see `comparable`."""
     return [
-        Difference(run, base, len(p.videos), _difference(p, base_p))
+        Difference(run, base, len(predictions.videos), _difference(predictions, base_predictions))
         for base, group in comparable(runs)
         for run in group
-        if run is not base and (p := run.predictions) and (base_p := base.predictions)
+        if run is not base
+        and (predictions := run.predictions)
+        and (base_predictions := base.predictions)
     ]
 
 
@@ -259,8 +265,9 @@ def comparable(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
     """
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        if (p := run.predictions) is not None:
-            labels = {video: p.classes[k] for video, k in zip(p.videos, p.labels, strict=True)}
+        if (predictions := run.predictions) is not None:
+            names = [predictions.classes[k] for k in predictions.labels]
+            labels = dict(zip(predictions.videos, names, strict=True))
             groups.setdefault(tuple(sorted(labels.items())), []).append(run)
     return [
         (next((run for run in group if run.init == "scratch"), group[0]), group)
@@ -268,57 +275,63 @@ def comparable(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
     ]
 
 
-def _difference(p: Predictions, base: Predictions) -> Estimate:
+def _difference(predictions: Predictions, base: Predictions) -> Estimate:
     """Return top 1 of `p` minus that of `base`, paired by video."""
     top1, base_top1 = (
         dict(zip(each.videos, video_values(each.clip_scores, each.labels)["top1"], strict=True))
-        for each in (p, base)
+        for each in (predictions, base)
     )
     videos = sorted(top1)
-    a, b = (np.array([values[video] for video in videos]) for values in (top1, base_top1))
-    if p.groups is None:
-        return estimate_difference(a, b)
-    source = dict(zip(p.videos, p.sources, strict=True))
+    values, base_values = (
+        np.array([by_video[video] for video in videos]) for by_video in (top1, base_top1)
+    )
+    if predictions.groups is None:
+        return estimate_difference(values, base_values)
+    source = dict(zip(predictions.videos, predictions.sources, strict=True))
     groups = np.unique([source[video] for video in videos], return_inverse=True)[1]
-    return estimate_difference(a, b, groups)
+    return estimate_difference(values, base_values, groups)
 
 
-def difference_table(found: Sequence[Difference]) -> Table:
-    """Tabulate paired differences, of which there are too many for sentences."""
+def difference_table(compared: Sequence[Difference]) -> Table:
+    """Tabulate paired differences that are too many for a sentence each."""
     table = Table(
         "Paired differences in top 1, points [95 % interval]",
         columns("run", "compared with", ">test videos", ">difference", "these videos show"),
-        notes=["An order that they show is that of two runs with one seed each."],
+        notes=["An order shown here is that of two runs with one seed each."],
     )
-    for each in found:
-        e = each.estimate
-        shown = (
-            ("that it is better" if e.value > 0 else "that it is worse")
-            if each.decided
+    for difference in compared:
+        estimate = difference.estimate
+        verdict = (
+            ("that it is better" if estimate.value > 0 else "that it is worse")
+            if difference.excludes_zero
             else "no order"
         )
-        interval = f"{signed(e.value)} {signed_brackets(e.low, e.high)}"
-        table.add(each.run.name, each.base.name, str(each.videos), interval, shown)
+        interval = f"{signed(estimate.value)} {signed_brackets(estimate.low, estimate.high)}"
+        table.add(
+            difference.run.name, difference.base.name, str(difference.videos), interval, verdict
+        )
     return table
 
 
-def uncertainty_notes(runs: Sequence[Run], differences: Sequence[Difference]) -> list[str]:
-    """Describe what test sets of these sizes can show and what they cannot."""
-    lines = [difference.sentence() for difference in differences]
+def uncertainty_notes(runs: Sequence[Run], compared: Sequence[Difference]) -> list[str]:
+    """Describe the differences, and the resolution of test sets of these sizes."""
+    lines = [difference.sentence() for difference in compared]
     sizes = sorted({run.metrics["videos"] for run in runs if run.metrics})
-    for n in sizes:
-        tested = [run.metrics for run in runs if run.metrics and run.metrics["videos"] == n]
-        widths = [_width(metrics["top1"]) for metrics in tested]
-        by_source = all(metrics["intervals"]["resampled"] == "sources" for metrics in tested)
+    for num_videos in sizes:
+        metrics = [
+            run.metrics for run in runs if run.metrics and run.metrics["videos"] == num_videos
+        ]
+        widths = [_width(each["top1"]) for each in metrics]
+        by_source = all(each["intervals"]["resampled"] == "sources" for each in metrics)
         caveat = (
             "training; clips of one recording are resampled together."
             if by_source
             else "training, and is too narrow if several videos show the same scene."
         )
         lines.append(
-            f"With {n} test videos one video is worth {100 / n:.1f} points, and the 95 % interval of top 1 is "
-            f"{100 * max(widths):.0f} points wide. It covers only the choice of test videos, not the seed of the "
-            f"{caveat}"
+            f"With {num_videos} test videos one video is worth {100 / num_videos:.1f} points, and the 95 % interval "
+            f"of top 1 is {100 * max(widths):.0f} points wide. It covers only the choice of test videos, not the "
+            f"seed of the {caveat}"
         )
     return lines
 

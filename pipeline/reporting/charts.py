@@ -1,9 +1,12 @@
 """Two small charts, curves and a histogram, for pages that show dozens of them.
 
-Positions are computed here; the macro `chart` of templates/macros.html.j2 draws them as inline SVG
-of a few kilobytes, a hundred times faster than matplotlib, which draws the figures of reports.
-Colours and dashes are those of all charts and figures. The colours are Okabe and Ito's, told apart
-by colour-blind readers; lines differ in dash as well, so that a grey print can be read.
+This module computes positions; the macro `chart` of templates/macros.html.j2 draws them as inline
+SVG of a few kilobytes. That is a hundred times faster than matplotlib, which draws the figures of
+reports.
+
+All charts and figures share the colours and dashes defined here. The colours are Okabe and Ito's,
+which colour-blind readers can distinguish. Lines also differ in their dashes, so that they can be
+distinguished in a grey print.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from numpy.typing import NDArray
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 # Lengths of strokes and gaps, in widths of the line.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1, 1.5), (6, 2, 1, 2))
-STROKE = 2  # width of a curve in pixels, as in the template
-MAX_POINTS = 400  # of a line; more cannot be told apart at this width
+# Width of a curve in pixels, as in the template.
+STROKE = 2
+# Points per line; more cannot be distinguished at this width.
+MAX_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line as it is drawn: `points` is "x,y x,y …" in pixels, `dashes` as SVG takes them."""
+    """A drawn line: `points` is "x,y x,y …" in pixels, `dashes` is a `stroke-dasharray` of SVG."""
 
     name: str
     colour: str
@@ -43,7 +48,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart in pixels: edges of the plot, ticks with labels, bars as x, y, width and height."""
+    """A chart in pixels: edges of the plot, ticks (position, label), bars (x, y, width, height)."""
 
     x_label: str
     y_label: str
@@ -65,20 +70,20 @@ def entropy_curves(lines: Sequence[Line], highest: float, *, legend: bool) -> Ch
     """Return a chart of entropies in nats by seconds, None if no line has a point.
 
     Args:
-        lines: Curves; each keeps its colour where another one is empty.
+        lines: Curves; the colour of each is that of its position here, also if others are empty.
         highest: The y axis covers 0 to this entropy.
         legend: Whether the lines are named below the chart.
     """
-    drawn = [(i, line) for i, line in enumerate(map(thin, lines)) if len(line.x)]
-    if not drawn:
+    shown = [(i, line) for i, line in enumerate(map(thin, lines)) if len(line.x)]
+    if not shown:
         return None
-    xs = np.concatenate([line.x for _, line in drawn])
-    ys = np.concatenate([line.y for _, line in drawn] + [np.array([0.0, highest])])
+    xs = np.concatenate([line.x for _, line in shown])
+    ys = np.concatenate([line.y for _, line in shown] + [np.array([0.0, highest])])
     left, top, right, bottom = 56, 10, 1186, 118
     x_ticks, y_ticks = ticks(xs.min(), xs.max()), ticks(ys.min(), ys.max(), 3)
     curves = []
-    for i, line in drawn:
-        x, y = _place(line.x, x_ticks, left, right), _place(line.y, y_ticks, bottom, top)
+    for i, line in shown:
+        x, y = _pixels(line.x, x_ticks, left, right), _pixels(line.y, y_ticks, bottom, top)
         dashes = " ".join(f"{STROKE * length:g}" for length in DASHES[i % len(DASHES)]) or "none"
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
         curves.append(Curve(line.name, COLOURS[i % len(COLOURS)], dashes, points))
@@ -89,15 +94,17 @@ def entropy_curves(lines: Sequence[Line], highest: float, *, legend: bool) -> Ch
 
 
 def entropy_histogram(counts: np.ndarray, edges: np.ndarray) -> Chart | None:
-    """Return a histogram of counts [n] between ascending edges [n + 1] in nats; None if all are 0.
+    """Return a histogram of entropies, None if all counts are 0.
 
-    The counts are of frames.
+    Args:
+        counts: Number of frames per bin [n].
+        edges: Ascending edges of the bins in nats [n + 1].
     """
     if not counts.any():
         return None
     left, top, right, bottom = 64, 10, 626, 198
     x_ticks, y_ticks = ticks(edges[0], edges[-1]), ticks(0.0, counts.max(), 4)
-    x, y = _place(edges, x_ticks, left, right), _place(counts, y_ticks, bottom, top)
+    x, y = _pixels(edges, x_ticks, left, right), _pixels(counts, y_ticks, bottom, top)
     bars = np.stack([x[:-1] + 0.5, y, np.diff(x) - 1, bottom - y], axis=1).round(1)
     return Chart(
         "entropy, nats", "frames", 640, 240, left, top, right, bottom,
@@ -129,20 +136,23 @@ def tick_labels(values: np.ndarray) -> list[str]:
 def thin(line: Line) -> Line:
     """Return at most MAX_POINTS finite points of a line.
 
-    Each is the mean of its neighbours, so that noise does not hide the trend.
+    Neighbouring points are averaged, so that noise does not hide the trend.
     """
-    keep = np.isfinite(line.x) & np.isfinite(line.y)
-    x, y = np.asarray(line.x, dtype=np.float64)[keep], np.asarray(line.y, dtype=np.float64)[keep]
+    finite = np.isfinite(line.x) & np.isfinite(line.y)
+    x, y = (
+        np.asarray(line.x, dtype=np.float64)[finite],
+        np.asarray(line.y, dtype=np.float64)[finite],
+    )
     if len(x) > MAX_POINTS:
         x, y = (np.array([part.mean() for part in np.array_split(v, MAX_POINTS)]) for v in (x, y))
     return Line(line.name, x, y)
 
 
-def _place(values: np.ndarray, ticks: np.ndarray, start: int, end: int) -> NDArray[np.float64]:
+def _pixels(values: np.ndarray, ticks: np.ndarray, start: int, end: int) -> NDArray[np.float64]:
     """Return the pixels of values on an axis whose first and last tick are at `start` and `end`."""
     return np.asarray(start + (values - ticks[0]) / (ticks[-1] - ticks[0]) * (end - start))
 
 
 def _labelled(ticks: np.ndarray, start: int, end: int) -> list[tuple[float, str]]:
-    places = _place(ticks, ticks, start, end).round(1).tolist()
-    return list(zip(places, tick_labels(ticks), strict=True))
+    positions = _pixels(ticks, ticks, start, end).round(1).tolist()
+    return list(zip(positions, tick_labels(ticks), strict=True))

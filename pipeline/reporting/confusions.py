@@ -18,18 +18,22 @@ from .charts import COLOURS
 from .figures.canvas import short
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
-LEVELS = 6  # of colour, so that the squares of a level are one path
+# Levels of colour: few, so that all squares of a level are one path.
+LEVELS = 6
 MAX_CONFUSIONS = 10
-MAX_LABEL = 28  # characters of a class name
-# Up to so many classes: side of a square and size of its text in pixels.
+# Characters of a class name.
+MAX_LABEL = 28
+# Largest number of classes, side of a square and size of its text in pixels.
 SIZES = ((12, 36, 13), (32, 24, 11), (math.inf, 10, 8))
-MAX_COUNTED = 32  # classes; with more, squares are too small for numbers
-MAX_DRAWN = 400  # classes; with more, squares would be below what a page can show
+# With more classes, squares are too small for numbers.
+MAX_COUNTED = 32
+# With more classes, squares are too small to be seen on a page.
+MAX_DRAWN = 400
 
 
 @dataclass(frozen=True)
 class Squares:
-    """The squares of one colour: `path` as SVG takes it, opacity from 0 to 1."""
+    """The squares of one colour: `path` is the `d` of an SVG path, opacity is from 0 to 1."""
 
     colour: str
     opacity: float
@@ -49,8 +53,8 @@ class Matrix:
         font: Size of the class names.
         rows: Names of the rows.
         columns: Names of the columns.
-        squares: Those with a video, by colour.
-        counts: x, y, text, and whether it is drawn in white.
+        squares: The squares with at least one video, grouped by colour.
+        counts: Position (x, y) and text of each number, and whether it is white.
     """
 
     width: int
@@ -75,7 +79,8 @@ def predicted_classes(predictions: Predictions) -> NDArray[np.int64]:
 def confusion_counts(predictions: Predictions) -> NDArray[np.int64]:
     """Count videos by true and predicted class, [K, K + 1]; the last column is unreadable videos.
 
-    Among equal scores the lower class counts, as in top 1, which is the share of the diagonal.
+    Among classes of equal score the one with the lowest index is predicted, as in top 1. The
+    diagonal's share of all videos therefore equals top 1.
     """
     num_classes = len(predictions.classes)
     counts = np.zeros((num_classes, num_classes + 1), np.int64)
@@ -87,13 +92,13 @@ def frequent_confusions(counts: NDArray[np.int64], classes: Sequence[str]) -> Ta
     """Tabulate the most frequent confusions, or return None without a wrong video.
 
     Args:
-        counts: Of `confusion_counts`, [K, K + 1].
+        counts: Result of `confusion_counts`, [K, K + 1].
         classes: Names of the K classes.
     """
     wrong = counts[:, :-1].copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")
-    pairs = [divmod(int(at), len(classes)) for at in order[: (wrong > 0).sum()]]
+    pairs = [divmod(int(index), len(classes)) for index in order[: (wrong > 0).sum()]]
     if not pairs:
         return None
     titles = ("true class", "predicted", ">videos", ">share of the class, %")
@@ -109,12 +114,12 @@ def frequent_confusions(counts: NDArray[np.int64], classes: Sequence[str]) -> Ta
 
 
 def draw_matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> Matrix | None:
-    """Place the squares of a confusion matrix; None with too many classes to be seen.
+    """Place the squares of a confusion matrix; return None with more than MAX_DRAWN classes.
 
-    A square is the darker, the larger its share of the videos of the true class is.
+    The larger a square's share of the videos of the true class, the darker it is.
 
     Args:
-        counts: Of `confusion_counts`, [K, K + 1].
+        counts: Result of `confusion_counts`, [K, K + 1].
         classes: Names of the K classes.
     """
     if len(classes) > MAX_DRAWN:
@@ -134,8 +139,8 @@ def draw_matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> Matrix | N
         paths[key] = paths.get(key, "") + f"M{x} {y}h{side - 1}v{side - 1}h{1 - side}z"
         if len(classes) <= MAX_COUNTED:
             text = str(int(counts[row, column]))
-            middle = (side - 1) / 2
-            numbers.append((x + middle, y + middle + font * 0.36, text, 2 * key[1] > LEVELS))
+            centre = (side - 1) / 2
+            numbers.append((x + centre, y + centre + font * 0.36, text, 2 * key[1] > LEVELS))
     squares = [
         Squares(RIGHT if right else WRONG, round(0.1 + 0.9 * level / LEVELS, 2), path)
         for (right, level), path in sorted(paths.items())

@@ -1,7 +1,7 @@
-"""Frames of test videos as small pictures, each video once on a page however often it is shown.
+"""Frames of test videos as small pictures; a page contains each video once.
 
-They are read from the videos that a run was tested on, where those can be opened, else from the
-prepared copies that it used.
+Frames are read from the videos that a run was tested on if these can be opened, and otherwise from
+the prepared copies that it used.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from ..video.geometry import View
 from .html_page import jpeg_url
 from .runs import Run
 
-PLACES = (1 / 6, 1 / 2, 5 / 6)  # of a video's length, where its frames are taken
-HEIGHT = 80  # of a frame, in pixels
+# Positions of the frames as fractions of a video's length.
+POSITIONS = (1 / 6, 1 / 2, 5 / 6)
+# Size of a frame in pixels.
+HEIGHT = 80
 MAX_WIDTH = 160
 QUALITY = 65
-MAX_VIDEOS = 200  # with pictures on one page: 200 take about 1.5 MB
+# Videos with pictures on one page: 200 take about 1.5 MB.
+MAX_VIDEOS = 200
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Example:
-    """A test video: path, and its strip, or None with the `problem`."""
+    """A test video: its path and strip; without a strip, `problem` is the reason."""
 
     video: str
     strip: Strip | None
@@ -51,20 +54,20 @@ class Example:
 
 
 class ExampleVideos:
-    """Read strips of test videos of runs, of at most `most` videos.
+    """Read strips of at most `max_videos` test videos of runs.
 
     Attributes:
-        strips: Those read so far, in this order.
+        strips: The strips read so far, in the order of reading.
     """
 
-    def __init__(self, root: str | None = None, most: int = MAX_VIDEOS) -> None:
+    def __init__(self, root: str | None = None, max_videos: int = MAX_VIDEOS) -> None:
         """Create a reader.
 
         Args:
-            root: Where the videos are located now, by default where each run's data set was.
-            most: Videos to read; further ones have no pictures.
+            root: Folder where the videos are located now, by default that of each run's data set.
+            max_videos: Number of videos to read; further ones have no pictures.
         """
-        self.root, self.most = root, most
+        self.root, self.max_videos = root, max_videos
         self.strips: list[Strip] = []
         self._examples: dict[tuple[str, str, str], Example] = {}
         self._folders: dict[tuple[str, str, str], str] = {}
@@ -72,7 +75,7 @@ class ExampleVideos:
     def example(self, run: Run, predictions: Predictions, video: int) -> Example:
         """Return a test video of a run, by its index in the run's predictions."""
         path, copies = predictions.videos[video], str(run.config.get("copies") or "")
-        if self.most == 0:
+        if self.max_videos == 0:
             return Example(escape_path(path), None, "--examples 0 opens no video")
         folder = self._folder(run)
         key = (folder, copies, path)
@@ -81,13 +84,13 @@ class ExampleVideos:
             self._examples[key] = self._read(folder, copies, path, frames)
         return self._examples[key]
 
-    def _read(self, folder: str, copies: str, path: str, total: int) -> Example:
+    def _read(self, folder: str, copies: str, path: str, num_frames: int) -> Example:
         name = escape_path(path)
-        if len(self.strips) >= self.most:
-            return Example(name, None, f"the page has frames of {self.most} videos already")
-        if total < 1:
+        if len(self.strips) >= self.max_videos:
+            return Example(name, None, f"the page has frames of {self.max_videos} videos already")
+        if num_frames < 1:
             return Example(name, None, "unreadable when it was tested")
-        index = np.array([int(place * total) for place in PLACES], np.int64)
+        index = np.array([int(position * num_frames) for position in POSITIONS], np.int64)
         try:
             images = _frames(folder, copies, path, index)
         except (DistInitError, OSError, ValueError) as error:
@@ -101,18 +104,18 @@ class ExampleVideos:
             return self.root
         key = (str(run.config.get("dataset")), str(run.config.get("root") or ""), run.split)
         if key not in self._folders:
-            self._folders[key] = _folder_of(*key)
+            self._folders[key] = _dataset_folder(*key)
         return self._folders[key]
 
 
-def _folder_of(dataset: str, root: str, split: str) -> str:
-    kind, _, where = dataset.partition(":")
+def _dataset_folder(dataset: str, root: str, split: str) -> str:
+    kind, _, location = dataset.partition(":")
     if kind == "csv":
-        return root or os.path.dirname(os.path.abspath(where))
+        return root or os.path.dirname(os.path.abspath(location))
     if kind == "folder":
-        return where
-    # A run can come from another person, and so can the name of a pipe in it.
-    if kind == "kinetics" and not os.path.isfile(where):
+        return location
+    # A run can come from another person, and may name a pipe, which must not be opened.
+    if kind == "kinetics" and not os.path.isfile(location):
         return root
     try:
         # The official data sets may be located in a folder below the given one.
@@ -122,7 +125,16 @@ def _folder_of(dataset: str, root: str, split: str) -> str:
 
 
 def _frames(folder: str, copies: str, path: str, index: np.ndarray) -> np.ndarray:
-    """Read frames of a video [F], else of its copy: RGB uint8 [F, h, w, 3].
+    """Read frames of a video or, if it cannot be read, of its copy.
+
+    Args:
+        folder: Folder that `path` is relative to, "" if unknown.
+        copies: Folder of prepared copies, "" if there is none.
+        path: Path of the video.
+        index: Frame indices [F].
+
+    Returns:
+        RGB uint8 [F, h, w, 3].
 
     Raises:
         DistInitError: Neither can be read.
@@ -146,7 +158,7 @@ def _frames(folder: str, copies: str, path: str, index: np.ndarray) -> np.ndarra
 
 def _strip(name: str, images: np.ndarray) -> Strip:
     """Encode frames RGB uint8 [F, h, w, 3] as one picture, cut to MAX_WIDTH each."""
-    spare = max(0, images.shape[2] - MAX_WIDTH) // 2
-    images = images[:, :HEIGHT, spare : images.shape[2] - spare]
+    margin = max(0, images.shape[2] - MAX_WIDTH) // 2
+    images = images[:, :HEIGHT, margin : images.shape[2] - margin]
     picture = np.concatenate(list(images), axis=1)
     return Strip(name, jpeg_url(picture, QUALITY), picture.shape[1], picture.shape[0])

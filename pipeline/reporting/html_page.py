@@ -1,7 +1,7 @@
-"""HTML pages from the templates in templates/: one file each, without network and script.
+"""HTML pages from the templates in templates/: one file each, without network or scripts.
 
-Every value is escaped for HTML. Names of classes, videos and runs may come from other people:
-control characters of terminals and of text direction are escaped as well.
+Every value is escaped for HTML. Names of classes, videos and runs may come from other people, so
+that control characters of terminals and of text direction are escaped as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..common.streams import printable
 def render(template: str, **values: Any) -> str:
     """Return the page of a template."""
     page = _ENVIRONMENT.get_template(template).render(values)
-    # A per cent sign stays on the line of its number.
+    # Keep a per cent sign on the line of its number.
     return printable(re.sub(r"(?<=\d) %", "\u00a0%", page), lines=True)
 
 
@@ -39,15 +39,15 @@ def jpeg_url(image: NDArray[np.uint8], quality: int) -> str:
 
 
 def as_yaml(values: Any) -> str:
-    """Return values as YAML for people; objects that are not plain data are shown as text."""
+    """Return values as readable YAML; objects that are not plain data become text."""
     plain = json.loads(json.dumps(values, default=str))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
 
 
 def headings(body: str) -> list[tuple[str, Markup]]:
     """Return anchor and title of each section of a rendered page, for its table of contents."""
-    found = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body, re.S)
-    return [(anchor, Markup(title)) for anchor, title in found]
+    sections = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body, re.S)
+    return [(anchor, Markup(title)) for anchor, title in sections]
 
 
 _ENVIRONMENT = Environment(

@@ -1,6 +1,6 @@
-"""What finetuned runs get wrong: their confusions, wrong test videos, and what changes with a run.
+"""Mistakes of finetuned runs: confusions, wrong test videos, and classes that change between runs.
 
-Every number is computed from the predictions; pictures are read where the videos can be opened.
+Every number is computed from the predictions; pictures are read from videos that can be opened.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from .example_videos import Example, ExampleVideos
 from .run_pairs import Pair
 from .runs import Run
 
-GUESSES = 3  # classes named for a video
-CLASSES = 5  # in the tables of the most improved and of the most harmed classes
+# Classes named for a video.
+GUESSES = 3
+# Classes in each of the two tables, most improved and most harmed.
+CLASSES = 5
+# Classes of each table that have example videos, and videos per class.
+EXAMPLE_CLASSES = 3
 EXAMPLES_PER_CLASS = 2
-EXAMPLE_CLASSES = 3  # that have examples, of the most improved and of the most harmed
-MAX_RUNS = 60  # with their mistakes on the page
+# Runs, and pairs of runs, whose mistakes are on the page.
+MAX_RUNS = 60
 MAX_PAIRS = 40
 
 Guess = tuple[str, float]
@@ -44,31 +48,31 @@ class WrongVideo:
     """A test video that a run gets wrong.
 
     Attributes:
-        example: Its path and pictures.
-        label: Its true class.
-        of_label: Probability of the true class, None if the video was unreadable.
+        example: Path and pictures of the video.
+        label: The true class.
+        label_probability: Probability of the true class, None if the video was unreadable.
         guesses: The classes with the highest probabilities.
-        problem: Why it was unreadable, "" if it was read.
+        problem: Reason why the video was unreadable, "" if it was read.
     """
 
     example: Example
     label: str
-    of_label: float | None
+    label_probability: float | None
     guesses: Sequence[Guess]
     problem: str
 
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The mistakes of one run: `num_wrong` of `num_videos` test videos.
+    """The mistakes of one run.
 
     Attributes:
         run: The run.
         num_wrong: Number of its wrong test videos, unreadable ones included.
         num_videos: Number of its test videos.
         matrix: Its confusion matrix, None with too many classes.
-        confusions: Its most frequent confusions, None if no video is confused.
-        shown: Some wrong videos, those with the highest probability of a wrong class first.
+        confusions: Its most frequent confusions, None if no class is confused with another.
+        shown: The wrong videos on the page, the highest probability of a wrong class first.
     """
 
     run: Run
@@ -81,7 +85,7 @@ class Mistakes:
 
 @dataclass(frozen=True)
 class ChangedVideo:
-    """A video that one of two runs gets right, and the best class of each; [] if unreadable."""
+    """A video that only one of two runs gets right; a guess is [] if the video was unreadable."""
 
     example: Example
     label: str
@@ -101,56 +105,60 @@ class ClassChanges:
 
 
 def find_mistakes(runs: Sequence[Run], videos: ExampleVideos, count: int) -> list[Mistakes]:
-    """Describe the mistakes of the evaluated runs, the first MAX_RUNS.
+    """Describe the mistakes of the first MAX_RUNS evaluated runs.
 
     Args:
         runs: All runs.
         videos: Reader of pictures.
-        count: Wrong videos to show per run.
+        count: Number of wrong videos to show per run.
     """
     tested = [(run, run.predictions) for run in runs if run.predictions is not None]
-    return [_mistakes(run, found, videos, count) for run, found in tested[:MAX_RUNS]]
+    return [_mistakes(run, predictions, videos, count) for run, predictions in tested[:MAX_RUNS]]
 
 
-def _mistakes(run: Run, found: Predictions, videos: ExampleVideos, count: int) -> Mistakes:
-    counts, odds, wrong = confusion_counts(found), probabilities(found), wrong_videos(found)
+def _mistakes(run: Run, predictions: Predictions, videos: ExampleVideos, count: int) -> Mistakes:
+    counts, probs, wrong = (
+        confusion_counts(predictions),
+        probabilities(predictions),
+        wrong_videos(predictions),
+    )
     return Mistakes(
         run,
         len(wrong),
-        len(found.videos),
-        draw_matrix(counts, found.classes),
-        frequent_confusions(counts, found.classes),
-        [_wrong_video(run, found, video, odds[video], videos) for video in wrong[:count]],
+        len(predictions.videos),
+        draw_matrix(counts, predictions.classes),
+        frequent_confusions(counts, predictions.classes),
+        [_wrong_video(run, predictions, video, probs[video], videos) for video in wrong[:count]],
     )
 
 
-def wrong_videos(found: Predictions) -> list[int]:
+def wrong_videos(predictions: Predictions) -> list[int]:
     """Return the wrong test videos, the highest probability of a wrong class first.
 
     Unreadable ones, which count as wrong, come last.
     """
-    wrong = np.flatnonzero(video_values(found.clip_scores, found.labels)["top1"] == 0)
-    confidence = np.nan_to_num(probabilities(found).max(axis=1), nan=-1.0)
+    wrong = np.flatnonzero(video_values(predictions.clip_scores, predictions.labels)["top1"] == 0)
+    confidence = np.nan_to_num(probabilities(predictions).max(axis=1), nan=-1.0)
     return wrong[np.argsort(-confidence[wrong], kind="stable")].tolist()
 
 
 def _wrong_video(
-    run: Run, found: Predictions, video: int, odds: np.ndarray, videos: ExampleVideos
+    run: Run, predictions: Predictions, video: int, probs: np.ndarray, videos: ExampleVideos
 ) -> WrongVideo:
-    """Describe a wrong video; odds: the probabilities of its classes [K]."""
-    label, guesses = int(found.labels[video]), _guesses(found, odds, GUESSES)
+    """Describe a wrong video with the probabilities of the classes [K]."""
+    label, guesses = int(predictions.labels[video]), _guesses(predictions, probs, GUESSES)
     return WrongVideo(
-        example=videos.example(run, found, video),
-        label=found.classes[label],
-        of_label=float(odds[label]) if guesses else None,
+        example=videos.example(run, predictions, video),
+        label=predictions.classes[label],
+        label_probability=float(probs[label]) if guesses else None,
         guesses=guesses,
-        problem="" if guesses else found.reasons[video],
+        problem="" if guesses else predictions.reasons[video],
     )
 
 
-def _guesses(found: Predictions, odds: np.ndarray, count: int) -> list[Guess]:
+def _guesses(predictions: Predictions, probs: np.ndarray, count: int) -> list[Guess]:
     """Return the `count` best classes of a video [K] with probabilities, [] if it is unreadable."""
-    return best_classes(odds, found.classes, count) if np.isfinite(odds).all() else []
+    return best_classes(probs, predictions.classes, count) if np.isfinite(probs).all() else []
 
 
 def wrong_video_rows(runs: Sequence[Run]) -> Table:
@@ -166,26 +174,26 @@ def wrong_video_rows(runs: Sequence[Run]) -> Table:
     )
     table = Table("wrong test videos", columns(*titles))
     for run in runs:
-        found = run.predictions
-        if found is None:
+        predictions = run.predictions
+        if predictions is None:
             continue
-        odds, guesses = probabilities(found), predicted_classes(found)
-        for video in wrong_videos(found):
-            label, guess = int(found.labels[video]), int(guesses[video])
-            numbers = (odds[video, guess], odds[video, label]) if guess >= 0 else ()
+        probs, guesses = probabilities(predictions), predicted_classes(predictions)
+        for video in wrong_videos(predictions):
+            label, guess = int(predictions.labels[video]), int(guesses[video])
+            numbers = (probs[video, guess], probs[video, label]) if guess >= 0 else ()
             table.add(
-                *(run.name, escape_path(found.videos[video]), found.classes[label]),
-                found.classes[guess] if guess >= 0 else "",
+                *(run.name, escape_path(predictions.videos[video]), predictions.classes[label]),
+                predictions.classes[guess] if guess >= 0 else "",
                 *([f"{value:.6g}" for value in numbers] or ["", ""]),
-                "" if guess >= 0 else found.reasons[video],
+                "" if guess >= 0 else predictions.reasons[video],
             )
     return table
 
 
 def find_changes(pairs: Sequence[Pair], videos: ExampleVideos) -> list[ClassChanges]:
-    """Describe how the classes of each run differ from those of its base, the first MAX_PAIRS."""
-    found = (_changes(run, base, videos) for run, base in pairs[:MAX_PAIRS])
-    return [each for each in found if each is not None]
+    """Describe the classes that change between the runs of a pair, for at most MAX_PAIRS pairs."""
+    changes = (_changes(run, base, videos) for run, base in pairs[:MAX_PAIRS])
+    return [change for change in changes if change is not None]
 
 
 def _changes(run: Run, base: Run, videos: ExampleVideos) -> ClassChanges | None:
@@ -201,33 +209,33 @@ def _changes(run: Run, base: Run, videos: ExampleVideos) -> ClassChanges | None:
     changes = np.bincount(predictions.labels, after - before, len(predictions.classes))
     improved, harmed = (
         [
-            int(at)
-            for at in np.argsort(-sign * changes, kind="stable")[:CLASSES]
-            if sign * changes[at] > 0
+            int(label)
+            for label in np.argsort(-sign * changes, kind="stable")[:CLASSES]
+            if sign * changes[label] > 0
         ]
         for sign in (1, -1)
     )
     if not improved and not harmed:
         return None
     table = _class_table(run, base, predictions, (improved, harmed), before, after)
-    odds, base_odds = probabilities(predictions), probabilities(base_predictions)[order]
+    probs, base_probs = probabilities(predictions), probabilities(base_predictions)[order]
 
     def examples(classes: Sequence[int], sign: int) -> list[ChangedVideo]:
         changed = [
-            np.flatnonzero((after - before == sign) & (predictions.labels == at))[
+            np.flatnonzero((after - before == sign) & (predictions.labels == label))[
                 :EXAMPLES_PER_CLASS
             ]
-            for at in classes[:EXAMPLE_CLASSES]
+            for label in classes[:EXAMPLE_CLASSES]
         ]
         return [
             ChangedVideo(
-                # The run that gets it right has read it.
+                # The run that gets the video right has read it.
                 videos.example(run, predictions, video)
                 if sign > 0
                 else videos.example(base, base_predictions, int(order[video])),
                 predictions.classes[int(predictions.labels[video])],
-                _guesses(base_predictions, base_odds[video], 1),
-                _guesses(predictions, odds[video], 1),
+                _guesses(base_predictions, base_probs[video], 1),
+                _guesses(predictions, probs[video], 1),
             )
             for video in (int(video) for each in changed for video in each)
         ]
@@ -238,20 +246,29 @@ def _changes(run: Run, base: Run, videos: ExampleVideos) -> ClassChanges | None:
 def _class_table(
     run: Run,
     base: Run,
-    found: Predictions,
-    chosen: tuple[Sequence[int], Sequence[int]],
+    predictions: Predictions,
+    groups: tuple[Sequence[int], Sequence[int]],
     before: np.ndarray,
     after: np.ndarray,
 ) -> Table:
-    """Tabulate the chosen classes, improved and harmed; before, after: right videos [V]."""
+    """Tabulate the most improved and most harmed classes.
+
+    Args:
+        run: The run.
+        base: The run that it is compared with.
+        predictions: Predictions of the run.
+        groups: The most improved classes, and the most harmed ones.
+        before: Whether `base` gets each video right [V].
+        after: Whether `run` does [V].
+    """
     names = (f">right, {base.name}", f">right, {run.name}")
     table = Table("Classes that change most", columns("class", ">test videos", *names, ">change"))
-    for title, classes in zip(("Most improved", "Most harmed"), chosen, strict=True):
+    for title, classes in zip(("Most improved", "Most harmed"), groups, strict=True):
         if classes:
             table.head(title)
-        for at in classes:
-            mine = found.labels == at
-            numbers = [int(mine.sum()), int(before[mine].sum()), int(after[mine].sum())]
+        for label in classes:
+            in_class = predictions.labels == label
+            numbers = [int(in_class.sum()), int(before[in_class].sum()), int(after[in_class].sum())]
             change = f"{numbers[2] - numbers[1]:+d}".replace("-", "−")
-            table.add(found.classes[at], *map(str, numbers), change)
+            table.add(predictions.classes[label], *map(str, numbers), change)
     return table

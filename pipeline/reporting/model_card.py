@@ -15,8 +15,8 @@ def model_card(about: Mapping[str, Any], run: Run | None) -> str:
     """Return the card as Markdown, with the front matter that the hub reads.
 
     Args:
-        about: What config.json holds.
-        run: The run folder that the student is from; None for a file alone, without numbers.
+        about: The content of config.json.
+        run: The run of the student; None for a file without a run, whose card has no numbers.
     """
     clip, heads = about["clip"], about["heads"]
     task = "video-classification" if "label" in heads else "feature-extraction"
@@ -50,7 +50,7 @@ def model_card(about: Mapping[str, Any], run: Run | None) -> str:
         "",
         *(
             f"- `{markdown_text(name)}`: {head['outputs']} outputs"
-            + (f" ({_some(head['classes'])})" if head["classes"] else "")
+            + (f" ({_class_list(head['classes'])})" if head["classes"] else "")
             for name, head in heads.items()
         ),
         "",
@@ -61,29 +61,31 @@ def model_card(about: Mapping[str, Any], run: Run | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _some(classes: list[str], most: int = 20) -> str:
-    shown = ", ".join(markdown_text(name) for name in classes[:most])
-    return shown + (f" and {len(classes) - most} more" if len(classes) > most else "")
+def _class_list(classes: list[str], max_names: int = 20) -> str:
+    shown = ", ".join(markdown_text(name) for name in classes[:max_names])
+    return shown + (f" and {len(classes) - max_names} more" if len(classes) > max_names else "")
 
 
 def _results(run: Run | None) -> list[str]:
     if run is None:
         return ["Exported from a file without its run: no results are known."]
     if run.metrics is None:
-        share = run.explained_fraction
-        if share is None:
+        fraction = run.explained_fraction
+        if fraction is None:
             return ["The run recorded no results."]
-        by = "held-out clips" if run.result.get("explained_by") == "held-out" else "training clips"
+        clips = (
+            "held-out clips" if run.result.get("explained_by") == "held-out" else "training clips"
+        )
         return [
-            f"Distilled from the stored outputs of teachers: explained fraction {100 * share:.1f} % on {by} "
+            f"Distilled from the stored outputs of teachers: explained fraction {100 * fraction:.1f} % on {clips} "
             "(0 %: the best constant predictor, 100 %: the lower bound)."
         ]
     metrics = run.metrics
-    test, unit = metrics["protocol"], metrics["intervals"]
+    protocol, intervals = metrics["protocol"], metrics["intervals"]
     lines = [
         f"On the test side of split {markdown_text(run.split)} of {markdown_text(run.dataset)}: "
         f"{metrics['videos']} videos ({len(metrics['failed'])} unreadable, counted as wrong), "
-        f"{test['clips']} clips x {test['crops']} crops per video; initialisation: "
+        f"{protocol['clips']} clips x {protocol['crops']} crops per video; initialisation: "
         f"{markdown_text(run.init)}.",
         "",
         "| accuracy | % [95 % interval] |",
@@ -94,8 +96,8 @@ def _results(run: Run | None) -> list[str]:
             if key in metrics
         ),
         "",
-        f"The intervals are of a bootstrap over {unit['units']} {unit['resampled']}; the seed of the training is not "
-        "covered. The numbers are computed from the run's saved predictions.",
+        f"The intervals are of a bootstrap over {intervals['units']} {intervals['resampled']}; they do not cover the "
+        "seed of the training. The numbers are computed from the run's saved predictions.",
     ]
     if run.test_videos_seen:
         lines += [

@@ -1,7 +1,7 @@
-"""Numbers of the paper by row, and the published results that it lists next to its own.
+"""Accuracies of the paper by row, and results of others that are shown next to them, in per cent.
 
-A plan of ablations has them, cells.json stores them, and a report shows them next to ours:
-accuracies in per cent.
+They are part of a plan of ablations, stored in cells.json, and shown by a report next to our
+results.
 """
 
 from __future__ import annotations
@@ -28,22 +28,19 @@ class Accuracies(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _short(cls, given: Any) -> Any:
-        return (
-            {"top1": given}
-            if isinstance(given, int | float) and not isinstance(given, bool)
-            else given
-        )
+    def _from_number(cls, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return {"top1": value} if is_number else value
 
     @model_validator(mode="after")
-    def _some(self) -> Accuracies:
+    def _require_number(self) -> Accuracies:
         if not self.model_dump(exclude_none=True):
             raise ValueError(f"no number; expected some of {', '.join(Accuracies.model_fields)}")
         return self
 
 
 class Published(Options):
-    """A published result of others.
+    """A result published by others.
 
     Attributes:
         name: Name of the method.
@@ -51,9 +48,9 @@ class Published(Options):
         frames: Frames per clip.
         pretraining: What the network was initialised from.
         numbers: Accuracies by data set.
-        source: Where the numbers are from; None for those that the paper quotes.
+        source: Source of the numbers; None for those that the paper quotes.
         year: Year of the publication; required with a source.
-        splits_stated: Whether the source says which splits the numbers are of.
+        splits_stated: Whether the source states the splits of the numbers.
     """
 
     name: str
@@ -75,7 +72,7 @@ class Published(Options):
     def label(self) -> str:
         """Name and settings, such as `C3D, custom network, 16 frames, from scratch`.
 
-        Results from elsewhere have their year and source too.
+        Results that the paper does not quote also have their year and source.
         """
         frames = (
             None if self.frames is None else f"{self.frames} frame{'s' if self.frames > 1 else ''}"
@@ -92,7 +89,7 @@ class PaperNumbers(Options):
     Attributes:
         table: Name of the table.
         rows: Accuracies by name of a row, then by data set.
-        published: Results that are shown below our rows.
+        published: Results of others, shown below our rows.
         splits: The splits of the numbers, by default those of the plan.
     """
 
@@ -107,7 +104,7 @@ class PaperNumbers(Options):
         """Return the numbers that can be compared with a run of some splits, by measure.
 
         Args:
-            accuracies: Numbers of a row, if the paper has it.
+            accuracies: Numbers of a row, None if the paper does not have the row.
             splits: The splits of our run.
         """
         if accuracies is None:

@@ -33,7 +33,8 @@ from .run_pairs import Pair, largest_gain, named_pair, rows_of_runs
 from .runs import Run
 from .teacher_baselines import TeacherProbe, probe_teachers
 
-SENTENCES = 6  # differences that are described by a sentence each
+# Up to so many differences are described by a sentence each, more by a table.
+SENTENCES = 6
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,21 @@ class Report:
 
     Attributes:
         runs: All runs.
-        accuracy: Table of the finetuned runs of no ablation.
-        differences: Paired differences of these.
-        findings: What their numbers show.
-        students: Table of the students, if there are any.
-        teachers: Linear probe of the targets that students were trained on, if possible.
-        costs: Table of costs, if a run has finished an epoch.
+        accuracy: Table of the finetuned runs that belong to no ablation.
+        differences: Paired differences of these runs.
+        findings: Sentences about these differences and about the size of the test sets.
+        students: Table of the students, None without one.
+        teachers: Table of linear probes of the targets that students were trained on, None without
+            a probe.
+        costs: Table of costs, None before a run has finished an epoch.
         probes: Probes of teachers on the data sets of the runs.
         ablations: The ablations.
-        mistakes: What each evaluated run gets wrong.
+        mistakes: Wrong test videos of each evaluated run.
         changes: The classes that differ between a run and its base.
-        strips: Pictures of the videos that these two show.
+        strips: Pictures of the videos in `mistakes` and `changes`.
         figures: The figures.
         stores: Identity of each store that a student was trained from, by path.
-        notes: What could not be shown, and why.
+        notes: Contents that could not be shown, with the reasons.
     """
 
     runs: Sequence[Run]
@@ -76,7 +78,7 @@ class Report:
 
     @property
     def comparisons(self) -> Table | None:
-        """Table of the differences, if they are more than SENTENCES."""
+        """Table of the differences, None if they are at most SENTENCES."""
         many = len(self.differences) > SENTENCES
         return difference_table(self.differences) if many else None
 
@@ -87,18 +89,18 @@ class Report:
 
     @property
     def finetuned(self) -> list[Run]:
-        """The finetuned runs of no ablation; those of a cell are in the table of their ablation."""
-        return alone(self.runs, self.ablations)
+        """The finetuned runs that belong to no ablation."""
+        return outside_ablations(self.runs, self.ablations)
 
 
-def alone(runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
-    """Return the finetuned runs of no ablation."""
-    taken = {
+def outside_ablations(runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
+    """Return the finetuned runs that belong to no ablation."""
+    folders = {
         (ablation.folder / cell.record.finetune).resolve()
         for ablation in ablations
         for cell in ablation.cells
     }
-    return [run for run in runs if run.kind == "finetune" and run.path not in taken]
+    return [run for run in runs if run.kind == "finetune" and run.path not in folders]
 
 
 def make_report(
@@ -120,9 +122,9 @@ def make_report(
         kinetics: A file of R(2+1)D weights to compare with the filters of a student.
         pair: Names of the runs or rows of Figures 5 and 7, by default those of the largest gain.
         open_urls: Whether to read stores at URLs that are recorded in runs.
-        examples: Wrong test videos to show per run; with 0 no video is opened.
+        examples: Number of wrong test videos to show per run; with 0 no video is opened.
+        root: Folder of the test videos now, by default the one in which they were tested.
         features: Files of features of training videos, for Figure 5.
-        root: Where test videos are located now, by default where they were tested.
 
     Raises:
         WeightsError: `kinetics` cannot be read.
@@ -130,24 +132,27 @@ def make_report(
         UsageError: `kinetics` has other weights, `pair` names no runs, or `features` are not of
             training videos.
     """
-    chosen = named_pair(pair, runs, ablations) if pair is not None else None
-    finetuned, students = alone(runs, ablations), [run for run in runs if run.kind == "student"]
-    found = differences(finetuned)
+    chosen_pair = named_pair(pair, runs, ablations) if pair is not None else None
+    finetuned = outside_ablations(runs, ablations)
+    students = [run for run in runs if run.kind == "student"]
+    compared = differences(finetuned)
     stores = read_stores(runs, open_urls=open_urls)
     probes = probe_teachers(
         [run for run in runs if run.kind == "finetune"],
         [path for path, store in stores.items() if store.teachers is not None],
     )
-    figures = draw_figures(runs, ablations, finetuned, found, stores, kinetics, chosen, features)
+    figures = draw_figures(
+        runs, ablations, finetuned, compared, stores, kinetics, chosen_pair, features
+    )
     videos = ExampleVideos(root, MAX_VIDEOS if examples else 0)
-    changes = find_changes(_pairs(runs, ablations, found, chosen), videos)
+    changes = find_changes(_pairs(runs, ablations, compared, chosen_pair), videos)
     mistakes = find_mistakes(runs, videos, examples)
     notes = [f"store {path}: {store.problem}" for path, store in stores.items() if store.problem]
     return Report(
         runs=runs,
-        accuracy=accuracy_table(finetuned, students, _of(finetuned, probes)),
-        differences=found,
-        findings=uncertainty_notes(finetuned, found),
+        accuracy=accuracy_table(finetuned, students, _probes_of(finetuned, probes)),
+        differences=compared,
+        findings=uncertainty_notes(finetuned, compared),
         teachers=teacher_table(probes),
         students=student_table(runs),
         costs=cost_table(runs),
@@ -160,30 +165,32 @@ def make_report(
         stores={
             path: store.identity for path, store in stores.items() if store.teachers is not None
         },
-        notes=notes + (_not_drawn(chosen, figures) if chosen is not None else []),
+        notes=notes + (_not_drawn(chosen_pair, figures) if chosen_pair is not None else []),
     )
 
 
-def _of(runs: Sequence[Run], probes: Sequence[TeacherProbe]) -> list[TeacherProbe]:
-    """Return the probes on the data sets and splits of some runs."""
-    places = {(str(run.config.get("dataset")), run.split) for run in runs}
-    return [probe for probe in probes if (probe.dataset, probe.split) in places]
+def _probes_of(runs: Sequence[Run], probes: Sequence[TeacherProbe]) -> list[TeacherProbe]:
+    """Return the probes on the data sets and splits of these runs."""
+    splits = {(str(run.config.get("dataset")), run.split) for run in runs}
+    return [probe for probe in probes if (probe.dataset, probe.split) in splits]
 
 
 def _pairs(
     runs: Sequence[Run],
     ablations: Sequence[Ablation],
-    found: Sequence[Difference],
-    chosen: Pair | None,
+    compared: Sequence[Difference],
+    chosen_pair: Pair | None,
 ) -> list[Pair]:
     """Return the pairs whose classes are compared: that of Figure 7 first, then all differences."""
-    first = chosen or largest_gain(runs, rows_of_runs(ablations))
-    pairs = ([] if first is None else [first]) + [(each.run, each.base) for each in found]
+    first = chosen_pair or largest_gain(runs, rows_of_runs(ablations))
+    pairs = ([] if first is None else [first]) + [
+        (difference.run, difference.base) for difference in compared
+    ]
     return list({(run.path, base.path): (run, base) for run, base in pairs}.values())
 
 
 def _not_drawn(pair: Pair, figures: Sequence[Figure]) -> list[str]:
-    """Return a note for each figure of the chosen pair that is missing."""
+    """Return a note for each figure of a pair that could not be drawn."""
     drawn = {figure.name for figure in figures}
     names = " and ".join(run.name for run in pair)
     reasons = {
@@ -194,7 +201,7 @@ def _not_drawn(pair: Pair, figures: Sequence[Figure]) -> list[str]:
 
 
 def student_table(runs: Sequence[Run]) -> Table | None:
-    """Tabulate the students, one row each; return None without a student."""
+    """Tabulate the students, one row each, or return None without a student."""
     students = [run for run in runs if run.kind == "student"]
     if not students:
         return None
@@ -238,7 +245,7 @@ def _architecture(run: Run) -> str:
 
 
 def cost_table(runs: Sequence[Run]) -> Table | None:
-    """Tabulate the costs of runs with a finished epoch, and their sums; return None without one."""
+    """Tabulate the costs of runs with a finished epoch, or return None without one."""
     runs = [run for run in runs if run.clips]
     if not runs:
         return None
@@ -258,15 +265,15 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
     saved = sum(map(forwards_saved, runs))
     table.add("all", f"{hours:.3f}", f"{sum(run.clips for run in runs):,}", DASH, f"{saved:,}")
     table.notes = [
-        "hours: of training, without the test after finetuning; for a resumed run, those of its last part. "
-        "teacher forwards saved: clips × picked frames × teachers, whose logits were read from the store instead of "
+        "hours: duration of the training, without the test after finetuning; for a resumed run, that of its last part. "
+        "teacher forwards saved: clips × picked frames × teachers. Their logits were read from the store instead of "
         "being computed; clips that the entropy filter rejected are not counted."
     ]
     return table
 
 
 def forwards_saved(run: Run) -> int:
-    """Return the frames × teachers whose logits a student's training has read from the store."""
+    """Return the frames × teachers whose logits a student's training read from the store."""
     if run.kind != "student" or not run.heads:
         return 0
     rule = PickRule.parse(str((run.config.get("targets") or {}).get("picks", "random")))

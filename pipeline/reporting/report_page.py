@@ -17,8 +17,9 @@ from .report_contents import Report
 from .runs import Run
 from .teacher_baselines import TeacherProbe
 
-FIGURES = "figures"  # folder next to the page
-WRONG_VIDEOS = "wrong-videos.csv"  # file next to the page
+# Folder and file next to the page.
+FIGURES = "figures"
+WRONG_VIDEOS = "wrong-videos.csv"
 
 
 def to_markdown(report: Report) -> str:
@@ -37,15 +38,15 @@ def to_markdown(report: Report) -> str:
         for table in ablation_tables(ablation, report.probes)
     ]
     parts += [
-        f"## {markdown_text(each.run.name)} compared with {markdown_text(each.base.name)}\n\n"
-        + each.table.to_markdown()
-        for each in report.changes
+        f"## {markdown_text(change.run.name)} compared with {markdown_text(change.base.name)}\n\n"
+        + change.table.to_markdown()
+        for change in report.changes
     ]
     parts += [
-        f"## {each.num_wrong} of {each.num_videos} test videos wrong: {markdown_text(each.run.name)}\n\n"
-        + each.confusions.to_markdown()
-        for each in report.mistakes
-        if each.confusions is not None
+        f"## {mistakes.num_wrong} of {mistakes.num_videos} test videos wrong: "
+        f"{markdown_text(mistakes.run.name)}\n\n{mistakes.confusions.to_markdown()}"
+        for mistakes in report.mistakes
+        if mistakes.confusions is not None
     ]
     parts += [table.to_markdown() for table in (report.students, report.costs) if table is not None]
     for figure in report.figures:
@@ -94,13 +95,13 @@ def to_html(report: Report, version: str) -> str:
 def _ablation(
     ablation: Ablation, links: Mapping[str, str], probes: Sequence[TeacherProbe]
 ) -> dict[str, Any]:
-    """Return the values of an ablation for the template; a row is a link to its first run."""
+    """Return the values of an ablation for the template; each row links to its first run."""
     rows = {
         cell.record.row: links[cell.run.name]
         for cell in reversed(ablation.cells)
         if cell.run is not None
     }
-    # The common part of the titles is the heading of the section.
+    # The section already has the title of the ablation.
     tables = [
         dataclasses.replace(table, title=f"Accuracy on {short_dataset(dataset)}")
         for table, dataset in zip(ablation_tables(ablation, probes), ablation.datasets, strict=True)
@@ -114,7 +115,7 @@ def _ablation(
 
 
 def _details(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of a run for the template: its origin, tables, and blocks of YAML."""
+    """Return the values of a run for the template: its origin, tables and blocks of YAML."""
     tables: list[Table] = []
     blocks: list[tuple[str, Any]] = []
     if run.metrics is not None:
@@ -122,7 +123,7 @@ def _details(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, An
             ("Unreadable test videos, counted as wrong", "failed"),
             ("Truncated test videos, tested as far as they can be read", "damaged"),
         ):
-            tables += _reasons(title, run.metrics[key])
+            tables += _reason_tables(title, run.metrics[key])
         tables.append(_class_table(run.metrics["per_class"]))
         blocks.append(("Test protocol", run.metrics["protocol"]))
     if run.predictions is not None:
@@ -149,7 +150,7 @@ def _details(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, An
 
 
 def _origin(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, str] | None:
-    """Return the store or the run that a run was trained from, if the page shows it."""
+    """Return the store or run that a run was trained from, None if it is not on the page."""
     verb, key = ("Trained on", "store") if run.kind == "student" else ("Initialised from", "init")
     path = str(run.config.get(key))
     for number, store in enumerate(report.stores, start=1):
@@ -161,8 +162,8 @@ def _origin(run: Run, report: Report, links: Mapping[str, str]) -> dict[str, str
     return None
 
 
-def _reasons(title: str, rows: Sequence[Mapping[str, str]]) -> list[Table]:
-    """Return a table of videos with reasons; none without rows."""
+def _reason_tables(title: str, rows: Sequence[Mapping[str, str]]) -> list[Table]:
+    """Return a list of one table of videos with reasons, [] without rows."""
     table = Table(title, columns("video", "reason"))
     for row in rows:
         table.add(row["video"], row["reason"])

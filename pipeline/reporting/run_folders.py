@@ -1,8 +1,9 @@
 """Read run folders for a report: config, result, predictions and training history.
 
-A run folder has `config.yaml` (one section, named after its command), `metrics.jsonl` (training),
-and once its command is finished `result.json`; a finetuned one has `predictions.h5` too. Accuracies
-are recomputed from the predictions; result.json is used for what cannot be recomputed.
+A run folder has `config.yaml` (one section, named after its command), `metrics.jsonl` (training)
+and, once its command is finished, `result.json`; a finetuned run also has `predictions.h5`.
+Accuracies are recomputed from the predictions; only numbers that cannot be recomputed are read from
+result.json.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ RENAMED_RESULTS = {
 }
 
 
-class _Logged(Form):
+class _LogRecord(Form):
     """The required members of a line of metrics.jsonl; other numbers may be missing or null."""
 
     noun = "a record of a training"
@@ -114,56 +115,57 @@ def find_runs(
     ablations: Collection[Path] = (),
     problems: list[str] | None = None,
 ) -> list[Run]:
-    """Read the runs in some folders, in the order of the folders, then by name.
+    """Read the runs in these folders, in the order of the folders, then by name.
 
     Args:
         folders: Run folders, or folders that contain them.
         names: Resolved run folder → name; these runs come last, in this order.
-        ablations: Resolved folders of ablations. Their steps without a name belong to an earlier
-            plan and are skipped; they may have no run.
-        problems: Receives a line for each run that cannot be read, which is skipped. Without it, or
-            if no run can be read, the first such error is raised.
+        ablations: Resolved folders of ablations, which may have no run. Their steps without a name
+            belong to an earlier plan and are skipped.
+        problems: Receives a line for each run that is skipped because it cannot be read. Without
+            this list, or if no run can be read, the first error is raised.
 
     Raises:
-        SourceError: A folder does not exist, or has no run and is not that of an ablation; and as
-            `read_run`.
+        SourceError: A folder does not exist, or has no run and is not that of an ablation.
+        DistInitError: A run cannot be read, see `read_run`.
     """
     roots: dict[Path, Path] = {}
     for folder in folders:
         root = Path(folder)
         if not root.is_dir():
             raise SourceError(f"{folder}: no such folder of runs")
-        runs = [Path(path).resolve() for path in _walk(root)]
-        if not runs and root.resolve() not in ablations:
+        paths = [Path(path).resolve() for path in _run_paths(root)]
+        if not paths and root.resolve() not in ablations:
             raise SourceError(
                 f"{folder}: has no run (a run folder has the config.yaml of train-student or finetune)"
             )
-        roots.update(dict.fromkeys(runs, root))
+        roots.update(dict.fromkeys(paths, root))
     named = {path: name for path, name in (names or {}).items() if path in roots}
     steps = {folder / inner for folder in ablations for inner in STEP_FOLDERS.values()}
-    others = [path for path in roots if path not in named and path.parent not in steps]
-    every = dict(zip(others, _distinct_names(others), strict=True)) | named
-    read: list[Run] = []
+    unnamed = [path for path in roots if path not in named and path.parent not in steps]
+    names_by_path = dict(zip(unnamed, _distinct_names(unnamed), strict=True)) | named
+    runs: list[Run] = []
     errors: dict[str, DistInitError] = {}
-    for path, name in every.items():
+    for path, name in names_by_path.items():
         try:
-            read.append(read_run(path, name, roots[path]))
+            runs.append(read_run(path, name, roots[path]))
         except DistInitError as error:
             errors[name] = error
-    if errors and (problems is None or not read):
+    if errors and (problems is None or not runs):
         raise next(iter(errors.values()))
     if problems is not None:
         problems += [f"{name}: skipped: {reason}" for name, reason in errors.items()]
-    return read
+    return runs
 
 
-def _walk(root: Path) -> list[str]:
+def _run_paths(root: Path) -> list[str]:
     paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
         if CONFIG in files and _kind(Path(folder), root) is not None:
             paths.append(folder)
-            folders.clear()  # a run contains no other runs
+            # A run contains no other runs.
+            folders.clear()
     return paths
 
 
@@ -178,7 +180,8 @@ def _read_config(path: Path, inside: Path) -> dict[str, Any]:
         content = load_yaml(read_bytes(file, inside).decode("utf-8"))
         return plain_data(content) if isinstance(content, dict) else {}
     except (SourceError, ValueError, yaml.YAMLError):
-        return {}  # a third-party config.yaml is not a run
+        # This is the config.yaml of another program.
+        return {}
 
 
 def _distinct_names(paths: list[Path]) -> list[str]:
@@ -197,7 +200,7 @@ def read_run(path: Path, name: str, inside: Path | None = None) -> Run:
     Args:
         path: The run folder.
         name: Its name in the report.
-        inside: The folder that links may lead to, by default `path`.
+        inside: The folder that links must not lead out of, by default `path`.
 
     Raises:
         PredictionsError: predictions.h5 is damaged.
@@ -241,14 +244,14 @@ def _read_result(file: Path, inside: Path) -> dict[str, Any]:
 
 
 def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
-    """Return kind, step and numbers of each line of metrics.jsonl, up to an incomplete line."""
+    """Return kind, step and numbers of each line of metrics.jsonl before the first invalid one."""
     records = []
     for number, line in enumerate(read_bytes(file, inside).splitlines(), start=1):
         try:
             content = parse_json(line)
         except ValueError:
             break
-        record = require_form(content, _Logged, f"{file}: line {number}")
+        record = require_form(content, _LogRecord, f"{file}: line {number}")
         numbers = {
             key: value
             for key, value in record.items()
@@ -259,5 +262,5 @@ def _read_history(file: Path, inside: Path) -> list[dict[str, Any]]:
 
 
 def _drawable(value: float) -> bool:
-    """Return whether a number can be drawn: with a diverged loss, arithmetic on axes overflows."""
+    """Check whether a number can be drawn: axes overflow with a loss that diverged."""
     return math.isfinite(value) and abs(value) < 1e30

@@ -1,4 +1,4 @@
-"""Choose the two runs of Figures 5 and 7: those that are named, or those of the largest gain."""
+"""Choose the two runs of Figures 5 and 7: the named ones, or those of the largest gain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .accuracy_tables import comparable
 from .runs import Run
 
 Pair = tuple[Run, Run]
-MAX_NAMES = 20  # that an error lists
+# Names that an error lists.
+MAX_NAMES = 20
 
 
 def rows_of_runs(ablations: Sequence[Ablation]) -> dict[Path, str]:
@@ -32,14 +33,14 @@ def largest_gain(runs: Sequence[Run], rows: Mapping[Path, str]) -> Pair | None:
         None if no two runs can be compared.
     """
 
-    def kind(run: Run) -> str:
+    def setting(run: Run) -> str:
         return rows.get(run.path, run.init)
 
     pairs = [
         (run.metrics["top1"]["value"] - base.metrics["top1"]["value"], run, base)
         for base, group in comparable(runs)
         for run in group
-        if kind(run) != kind(base) and run.metrics and base.metrics
+        if setting(run) != setting(base) and run.metrics and base.metrics
     ]
     best = max(pairs, key=lambda pair: pair[0], default=None)
     return best[1:] if best else None
@@ -48,8 +49,8 @@ def largest_gain(runs: Sequence[Run], rows: Mapping[Path, str]) -> Pair | None:
 def named_pair(names: tuple[str, str], runs: Sequence[Run], ablations: Sequence[Ablation]) -> Pair:
     """Return two runs by name.
 
-    A row of an ablation stands for its finished runs. The first two that were tested on the same
-    videos with the same labels are returned, if possible with equal seeds.
+    The name of an ablation's row means all of its finished runs. The first two runs that were
+    tested on the same videos with the same labels are returned, if possible with equal seeds.
 
     Raises:
         UsageError: A name is unknown, or the runs cannot be compared.
@@ -78,20 +79,20 @@ def _setting(run: Run) -> tuple[str, str, object]:
 
 
 def _runs_named(name: str, runs: Sequence[Run], ablations: Sequence[Ablation]) -> list[Run]:
-    """Return the tested runs of a name."""
-    tuned = [run for run in runs if run.kind == "finetune"]
+    """Return the tested runs with this name, or those of the row with this name."""
+    finetuned = [run for run in runs if run.kind == "finetune"]
     rows: dict[str, list[Run]] = {}
     for ablation in ablations:
         for cell in ablation.cells:
             rows.setdefault(cell.record.row, []).extend([cell.run] if cell.run is not None else [])
-    named = [run for run in tuned if run.name == name] or rows.get(name)
+    named = [run for run in finetuned if run.name == name] or rows.get(name)
     if named is None:
-        known = list(dict.fromkeys([*rows, *(run.name for run in tuned)]))
-        shown = "; ".join(known[:MAX_NAMES]) + (
-            f"; and {len(known) - MAX_NAMES} more" if len(known) > MAX_NAMES else ""
+        names = list(dict.fromkeys([*rows, *(run.name for run in finetuned)]))
+        listed = "; ".join(names[:MAX_NAMES]) + (
+            f"; and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         )
         raise UsageError(
-            f"--pair {name!r}: expected a finetuned run or a row: {shown or 'none exists'}"
+            f"--pair {name!r}: expected a finetuned run or a row: {listed or 'none exists'}"
         )
     tested = [run for run in named if run.predictions is not None]
     if not tested:

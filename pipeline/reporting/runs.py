@@ -1,4 +1,4 @@
-"""A run folder as a report sees it: its settings, results and curves; `run_folders` reads it."""
+"""The settings, results and curves of a run folder, as read by `run_folders` for a report."""
 
 from __future__ import annotations
 
@@ -30,11 +30,22 @@ class _Header(Form):
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder; `metrics` and `predictions` are None if the run was not evaluated."""
+    """One run folder.
+
+    Attributes:
+        name: Name in the report.
+        path: The folder.
+        kind: "student" or "finetune".
+        config: The section of its command in config.yaml.
+        result: The content of result.json, {} before the run is finished.
+        metrics: Accuracies recomputed from the predictions, None if the run was not evaluated.
+        predictions: The predictions, None if the run was not evaluated.
+        history: Records of metrics.jsonl.
+    """
 
     name: str
     path: Path
-    kind: str  # "student" or "finetune"
+    kind: str
     config: dict[str, Any]
     result: dict[str, Any]
     metrics: dict[str, Any] | None
@@ -45,9 +56,9 @@ class Run:
     def init(self) -> str:
         """Initialisation: `scratch`, `inflate:…`, `kinetics…`, or the name of a run or file."""
         init = str(self.config.get("init", "scratch"))
-        kind, colon, where = init.partition(":")
+        kind, colon, location = init.partition(":")
         return (
-            f"{kind}:{short_path(where)}"
+            f"{kind}:{short_path(location)}"
             if colon and kind in ("inflate", "kinetics", "hf")
             else short_path(init)
         )
@@ -69,7 +80,7 @@ class Run:
 
     @property
     def test_looks(self) -> int:
-        """How often the run was tested; 1 for runs of version 0.1, which did not count."""
+        """Number of tests of the run; 1 for runs of version 0.1, which did not count them."""
         looks = self.result.get("test_looks")
         return looks if isinstance(looks, int) else 1
 
@@ -130,18 +141,18 @@ class Run:
 
     @property
     def clips(self) -> int:
-        """Clips trained on so far: steps times batch size."""
+        """Number of clips trained on so far: steps times batch size."""
         size = (self.config.get("loop") or {}).get("batch_size")
         return int(self.last("epoch").get("step", 0)) * int(size or 0)
 
     def last(self, kind: str) -> dict[str, Any]:
         """Return the last record of a kind in metrics.jsonl, `train` or `epoch`."""
-        return next((r for r in reversed(self.history) if r.get("kind") == kind), {})
+        return next((record for record in reversed(self.history) if record.get("kind") == kind), {})
 
     @property
     def exported_step(self) -> int | None:
         """Step of the epoch whose weights are exported, None if it is not recorded."""
-        epochs = [r for r in self.history if r.get("kind") == "epoch"]
+        epochs = [record for record in self.history if record.get("kind") == "epoch"]
         if self.result.get("exported") == "last":
             return int(epochs[-1]["step"]) if epochs else None
         if self.result.get("exported") != "best":
@@ -149,23 +160,29 @@ class Run:
         measured = self.result.get("validation")
         best = measured.get("best_epoch") if isinstance(measured, dict) else None
         best = self.result.get("best_epoch") if best is None else best
-        return next((int(r["step"]) for r in epochs if r.get("epoch") == best), None)
+        return next((int(record["step"]) for record in epochs if record.get("epoch") == best), None)
 
     def curve(self, key: str, kind: str = "train") -> Line:
         """Return the logged values of `key` by step.
 
         Args:
-            key: Such as `loss`, or `held_out/loss` of epochs.
+            key: Name of the value, such as `loss`, or `held_out/loss` for epochs.
             kind: `train` for the records during an epoch, `epoch` for those after one.
         """
-        logged = [r for r in self.history if r.get("kind") == kind]
-        points = [(r["step"], r[key]) for r in logged if isinstance(r.get(key), int | float)]
+        records = [record for record in self.history if record.get("kind") == kind]
+        points = [
+            (record["step"], record[key])
+            for record in records
+            if isinstance(record.get(key), int | float)
+        ]
         values = np.array(points, dtype=np.float64).reshape(-1, 2)
         return Line(self.name, values[:, 0], values[:, 1])
 
 
 def short_path(path: str) -> str:
-    """Shorten a path to its last part that identifies it: the folder of a run, not a file in it."""
-    p = Path(path)
-    generic = p.suffix in (".safetensors", ".pt") and p.stem in ("student", "model", "last", "best")
-    return (p.parent if generic else p).name or path
+    """Shorten a path to the part that identifies it: the folder of a run, not a file in it."""
+    file = Path(path)
+    is_model = file.suffix in (".safetensors", ".pt")
+    if is_model and file.stem in ("student", "model", "last", "best"):
+        return file.parent.name or path
+    return file.name or path

@@ -1,6 +1,6 @@
 """The page of a target store: sampled videos, predictions and entropies of the teachers, failures.
 
-It is HTML without scripts, and contains its pictures.
+The page is one HTML file without scripts that contains its pictures.
 
 Shapes: N cached frames of a video, F pictures of it.
 """
@@ -30,24 +30,27 @@ from ..video.geometry import View
 from .charts import Line, entropy_curves, entropy_histogram
 from .html_page import jpeg_url, render
 
-FREQUENT = 10  # classes in the table of frequencies
-LISTED = 1000  # failed videos in their table
-REASONS = 20  # reasons of failures in their table
-STRIP = 8  # pictures of a sampled video
-EXTREMES = 8  # most and least confident frames of a teacher, one per video
-LABELS = 3  # best classes named under a picture
-HEIGHT = 96  # short side of a picture, in pixels
+# Classes in the table of frequencies.
+FREQUENT = 10
+# Videos and reasons in the tables of failures.
+LISTED = 1000
+REASONS = 20
+# Pictures of a sampled video.
+STRIP = 8
+# Most confident and least confident frames of a teacher, one per video.
+EXTREMES = 8
+# Best classes named under a picture.
+LABELS = 3
+# Short side of a picture in pixels.
+HEIGHT = 96
 QUALITY = 80
 Frames = tuple[NDArray[Any], ...]
-"""Index, pts, row and seconds since the first one, of the cached frames of a video [N]."""
+"""Index, pts, row and seconds since the first frame, of each cached frame of a video [N]."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The best classes of a teacher for a frame with their probabilities (τ = 1), and the entropy.
-
-    The entropy is in nats.
-    """
+    """A teacher's best classes for a frame with probabilities (τ = 1), and the entropy in nats."""
 
     labels: Sequence[tuple[str, float]]
     entropy: float
@@ -67,7 +70,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class VideoSummary:
-    """One sampled video. curves: entropy in nats [N] by seconds [N], of each teacher."""
+    """One sampled video; `curves` has the entropies of each teacher in nats [N] by seconds [N]."""
 
     corpus: str
     path: str
@@ -80,7 +83,7 @@ class VideoSummary:
 
 @dataclass(frozen=True)
 class TeacherSummary:
-    """A teacher over the whole store, with frames of lowest and highest entropy, one per video."""
+    """Statistics of a teacher, and its frames of lowest and highest entropy, one per video."""
 
     teacher_stats: TeacherStats
     lowest_entropy: Sequence[Picture]
@@ -89,7 +92,7 @@ class TeacherSummary:
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """The content of the page; `states` has the number of videos by status."""
+    """The content of the page; `states` is the number of videos by status."""
 
     store: TargetStore
     states: Mapping[str, int]
@@ -99,7 +102,7 @@ class StoreSummary:
 
 
 class FrameReader:
-    """Read small JPEGs of a store's videos, from originals or copies, as a training reads them.
+    """Read small JPEGs of a store's videos, from originals or prepared copies.
 
     Attributes:
         teacher_states: Status of each video [V] by teacher.
@@ -108,17 +111,22 @@ class FrameReader:
     def __init__(self, store: TargetStore, video_roots: Mapping[str, str]) -> None:
         self.store, self.video_roots = store, video_roots
         self.prepared: Mapping[str, PreparedCorpus] = prepared_corpora(video_roots)
-        # Computed once, since each is a pass over all segments.
+        # Computed once, since each requires a pass over all segments.
         self.teacher_states = {
             name: store.index.teacher_state(name) for name in store.teachers_of("logits")
         }
 
     def read(self, video: int, index: NDArray[np.int64], pts: NDArray[np.int64]) -> list[str]:
-        """Return a data URL for each of the frames with index [F] and pts [F].
+        """Return each of the frames as the data URL of a JPEG.
+
+        Args:
+            video: Index of the video in the store.
+            index: Frame indices [F].
+            pts: Their pts [F].
 
         Raises:
             VideoError: The video is missing or unreadable.
-            StoreMismatchError: The file is not the one that the teachers saw.
+            StoreMismatchError: The file is not the one that the teachers were run on.
         """
         store, view = self.store, View(resize=HEIGHT)
         corpus, _ = store.place(video)
@@ -126,13 +134,13 @@ class FrameReader:
         if copies is None:
             path = store.video_path(video, self.video_roots)
             digest = store.digest(video)
-            found = read_frames(path, index, view, expect=(index, pts), digest=digest)
+            frames = read_frames(path, index, view, expect=(index, pts), digest=digest)
         elif copies.kind == "flow":
             raise VideoError(f"{copies.root} holds optical flow, no pictures")
         else:
             path = copies.path(store.video_path(video, {corpus: ""}))
-            found = read_copy(path, index, view, expect=(index, pts), digest=store.digest(video))
-        return [jpeg_url(image, QUALITY) for image in found.images]
+            frames = read_copy(path, index, view, expect=(index, pts), digest=store.digest(video))
+        return [jpeg_url(image, QUALITY) for image in frames.images]
 
 
 def summarize_store(
@@ -144,9 +152,9 @@ def summarize_store(
 
     Args:
         store: The store.
-        count: Videos to sample among those with rows.
+        count: Number of videos to sample among those with rows.
         seed: Seed of the sample.
-        video_roots: Corpus → folder where it is located now, or of prepared copies.
+        video_roots: Corpus → its folder now, or a folder of its prepared copies.
 
     Raises:
         StoreError: The store is damaged.
@@ -158,7 +166,7 @@ def summarize_store(
     return StoreSummary(
         store=store,
         states={name: int((state == code).sum()) for code, name in STATUS.items()},
-        videos=[_summarize_video(store, int(v), reader) for v in chosen],
+        videos=[_summarize_video(store, int(video), reader) for video in chosen],
         teachers=[_summarize_teacher(store, name, reader) for name in store.teachers_of("logits")],
         failures=list(failures(store)),
     )
@@ -182,7 +190,7 @@ def _summarize_video(store: TargetStore, video: int, reader: FrameReader) -> Vid
 
 
 def _frames(store: TargetStore, video: int) -> Frames:
-    """Return the cached frames of a video, with times from frame numbers where it has no clock."""
+    """Return the cached frames of a video; without a clock, times are computed from indices."""
     record, (index, pts, rows) = store.video(video), store.frames(video)
     if record.time_base is not None and record.clock == "pts":
         seconds = (pts - pts[0]) * float(record.time_base)
@@ -199,7 +207,7 @@ def _pictures(
     frames: Frames,
     shown: NDArray[np.int64],
 ) -> list[Picture]:
-    """Read those cached frames of one video that are shown [F], by their positions, in one pass."""
+    """Read the cached frames of a video at the positions `shown` [F], in one pass."""
     index, pts, rows, seconds = (column[shown] for column in frames)
     store, problem = reader.store, None
     jpegs: Sequence[str | None] = [None] * len(rows)
@@ -223,36 +231,39 @@ def _pictures(
 
 
 def _predictions(store: TargetStore, teacher: str, rows: NDArray[np.int64]) -> list[Prediction]:
-    odds = softmax(store.logits(teacher, rows).astype(np.float64))
+    probs = softmax(store.logits(teacher, rows).astype(np.float64))
     classes = store.teachers[teacher].classes
     return [
-        Prediction(best_classes(p, classes, LABELS), float(nats))
-        for p, nats in zip(odds, store.entropy(teacher, rows), strict=True)
+        Prediction(best_classes(frame_probs, classes, LABELS), float(entropy))
+        for frame_probs, entropy in zip(probs, store.entropy(teacher, rows), strict=True)
     ]
 
 
 def _summarize_teacher(store: TargetStore, name: str, reader: FrameReader) -> TeacherSummary:
-    found = teacher_stats(store, name)
-    order = np.argsort(found.entropy, kind="stable")
-    order = order[np.isfinite(found.entropy[order])]
-    videos = store.read_table("video", found.rows)
-    ends = [_extremes(reader, name, found.rows[o], videos[o]) for o in (order, order[::-1])]
-    return TeacherSummary(found, *ends)
+    stats = teacher_stats(store, name)
+    order = np.argsort(stats.entropy, kind="stable")
+    order = order[np.isfinite(stats.entropy[order])]
+    videos = store.read_table("video", stats.rows)
+    ends = [
+        _extremes(reader, name, stats.rows[positions], videos[positions])
+        for positions in (order, order[::-1])
+    ]
+    return TeacherSummary(stats, *ends)
 
 
 def _extremes(
     reader: FrameReader, name: str, rows: NDArray[np.int64], videos: NDArray[np.int64]
 ) -> list[Picture]:
-    """Return the first rows in the given order, at most one per video.
+    """Return the pictures of the first rows of EXTREMES videos, in the order of the rows.
 
-    Neighbours of a frame would all look like it.
+    At most one row per video is shown, since neighbouring frames look alike.
     """
     _, first = np.unique(videos, return_index=True)
     pictures = []
-    for at in np.sort(first)[:EXTREMES]:
-        frames = _frames(reader.store, int(videos[at]))
-        shown = np.flatnonzero(frames[2] == rows[at])
-        pictures += _pictures(reader, int(videos[at]), [name], frames, shown)
+    for position in np.sort(first)[:EXTREMES]:
+        frames = _frames(reader.store, int(videos[position]))
+        shown = np.flatnonzero(frames[2] == rows[position])
+        pictures += _pictures(reader, int(videos[position]), [name], frames, shown)
     return pictures
 
 
@@ -260,7 +271,7 @@ def store_page(summary: StoreSummary, version: str) -> str:
     """Return the page as HTML."""
     store = summary.store
     classes = [len(teacher.teacher_stats.classes) for teacher in summary.teachers]
-    # One scale for all videos, so that their curves compare.
+    # One scale for all videos, so that their curves can be compared.
     highest = max(map(math.log, classes), default=1.0)
     return render(
         "store.html.j2",
@@ -283,16 +294,16 @@ def store_page(summary: StoreSummary, version: str) -> str:
 def _teacher(teacher: TeacherSummary) -> dict[str, Any]:
     """Return the values of a teacher for the template; `caption` is None if it has no rows."""
     stats = teacher.teacher_stats
-    shown: dict[str, Any] = {
+    values: dict[str, Any] = {
         "name": stats.teacher,
         "num_classes": len(stats.classes),
         "caption": None,
     }
     if not len(stats.rows):
-        return shown
+        return values
     counts, edges = stats.histogram()
     return {
-        **shown,
+        **values,
         "caption": _caption(stats, float(edges[-1])),
         "histogram": entropy_histogram(counts, edges),
         "frequent": _frequent_classes(stats),
@@ -303,15 +314,15 @@ def _teacher(teacher: TeacherSummary) -> dict[str, Any]:
 
 def _caption(stats: TeacherStats, highest: float) -> str:
     quantiles = stats.quantiles()
-    part = (
+    sample = (
         ""
         if len(stats.rows) == stats.total
         else f" of {len(stats.rows):,} frames spread over the store,"
     )
     return (
-        f"Confidence of the teacher: entropies{part} from 0 to ln {len(stats.classes):,} = {highest:.2f} nats. Median "
-        f"{quantiles[0.5]:.2f}; 5 to 95 %: {quantiles[0.05]:.2f} to {quantiles[0.95]:.2f}. The filter max_entropy "
-        "keeps the frames to its left."
+        f"Confidence of the teacher: entropies{sample} from 0 to ln {len(stats.classes):,} = {highest:.2f} nats. "
+        f"Median {quantiles[0.5]:.2f}; 5 to 95 %: {quantiles[0.05]:.2f} to {quantiles[0.95]:.2f}. The filter "
+        "max_entropy keeps the frames to its left."
     )
 
 
@@ -327,15 +338,15 @@ def _frequent_classes(stats: TeacherStats) -> Table:
 
 
 def _failures(failures: Sequence[Failure]) -> tuple[Table, Table]:
-    """Return a table of reasons and one of videos."""
+    """Return a table of reasons, and one of videos."""
     reasons = Table("Reasons", columns("reason", ">videos"))
     for reason, count in Counter(failure.reason for failure in failures).most_common(REASONS):
         reasons.add(reason, f"{count:,}")
-    each = Table("Videos that failed", columns("corpus", "video", "reason"))
+    videos = Table("Videos that failed", columns("corpus", "video", "reason"))
     for failure in failures[:LISTED]:
-        each.add(failure.corpus, failure.path, failure.reason)
+        videos.add(failure.corpus, failure.path, failure.reason)
     if len(failures) > LISTED:
-        each.notes = [
+        videos.notes = [
             f"{len(failures) - LISTED:,} more: distinit targets info STORE --failed --json lists all."
         ]
-    return reasons, each
+    return reasons, videos

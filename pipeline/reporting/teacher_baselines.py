@@ -1,7 +1,7 @@
-"""The teachers' own row next to the runs: a linear probe of their cached targets.
+"""Baselines of the teachers, shown with the runs: linear probes of their cached targets.
 
-Where the labelled videos of a run are in the store that a student was trained from, the probe
-measures what the teachers' targets hold about its classes, without any student.
+If the labelled videos of a run are in a store that a student was trained from, the probe measures
+how well the teachers' targets predict the classes of the run, without any student.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from ..evaluation.target_probe import probe_teacher
 from ..store.reader import TargetStore
 from .runs import Run
 
-MOST = 5000  # labelled videos; a report is no place for a longer computation
+# Labelled videos per probe, so that a report takes little time.
+MAX_VIDEOS = 5000
 
 
 @dataclass(frozen=True)
 class TeacherProbe:
-    """The probe of one teacher's targets on one split of a data set; `dataset` as in the runs."""
+    """A probe of one teacher's targets on one split; `dataset` is named as in the runs."""
 
     dataset: str
     split: str
@@ -43,11 +44,11 @@ class TeacherProbe:
 def probe_teachers(runs: Sequence[Run], stores: Sequence[str]) -> list[TeacherProbe]:
     """Probe each teacher on the data sets and splits of finetuned runs.
 
-    A data set is left out where none of its labelled videos is in a store.
+    A data set is left out if none of its labelled videos is in a store.
 
     Args:
         runs: Finetuned runs.
-        stores: Paths of those that may be read.
+        stores: Paths of the stores to read.
     """
     return [
         probe
@@ -58,18 +59,18 @@ def probe_teachers(runs: Sequence[Run], stores: Sequence[str]) -> list[TeacherPr
 
 
 def _splits(runs: Sequence[Run]) -> list[tuple[str, str | None, int]]:
-    """Return (data set, root, split) of the runs, each once.
+    """Return the distinct (data set, root, split) of the runs whose labels are one csv file.
 
-    A run may come from anybody: its labels are read only where they are one csv file.
+    A run may come from another person, so that no other kind of data set is opened.
     """
-    found: dict[tuple[str, str | None, int], None] = {}
+    splits: dict[tuple[str, str | None, int], None] = {}
     for run in runs:
         dataset, split = str(run.config.get("dataset", "")), str(run.config.get("split") or 1)
         kind, _, file = dataset.partition(":")
         root = run.config.get("root")
         if kind == "csv" and os.path.isfile(file) and split.isdecimal():
-            found[dataset, None if root is None else str(root), int(split)] = None
-    return list(found)
+            splits[dataset, None if root is None else str(root), int(split)] = None
+    return list(splits)
 
 
 def _probes(path: str, dataset: str, root: str | None, split: int) -> list[TeacherProbe]:
@@ -78,16 +79,16 @@ def _probes(path: str, dataset: str, root: str | None, split: int) -> list[Teach
         store = TargetStore.open(path)
         labels = match_labels(store, dataset, root=root, split=split)
     except (DistInitError, OSError, ValueError):
-        # As a rule the labelled videos are not in the store: there is nothing to report then.
+        # Usually the labelled videos are not in the store, and there is nothing to report.
         return probes
     for name in store.target_names():
         if store.teachers[name].grid and not store.teachers[name].plain_mean:
             continue
-        has = np.isin(labels.videos, store.usable([name]))
-        has &= np.cumsum(has) <= MOST
-        # One that has rows of too few of the videos leaves the others their place.
+        has_targets = np.isin(labels.videos, store.usable([name]))
+        has_targets &= np.cumsum(has_targets) <= MAX_VIDEOS
+        # A teacher with rows of too few videos is skipped; the other teachers are still probed.
         with suppress(DistInitError, OSError, ValueError):
-            (result,) = probe_teacher(store, name, labels.choose(has), (None,))
+            (result,) = probe_teacher(store, name, labels.choose(has_targets), (None,))
             probes.append(
                 TeacherProbe(
                     dataset, str(split), name, result.output, len(result.correct), result.accuracy

@@ -24,8 +24,13 @@ QUANTILES = (0.05, 0.5, 0.95)
 class DisputedVideo:
     """A video on which teachers disagree.
 
-    labels: teacher → its best classes of the mean logits with their probabilities. picture: a data
-    URL of the middle cached frame, or None and the `problem` with it.
+    Attributes:
+        corpus: Name of its corpus.
+        path: Path of the video.
+        disagreement: Mean disagreement of the teachers, from 0 to 1.
+        labels: Teacher → best classes of its mean logits with their probabilities.
+        picture: Data URL of the middle cached frame, None if it was not read.
+        problem: Reason why it could not be read, None without one.
     """
 
     corpus: str
@@ -35,8 +40,8 @@ class DisputedVideo:
     picture: str | None = None
     problem: str | None = None
 
-    def in_words(self) -> str:
-        """Return the best classes of each teacher with classes, as text."""
+    def describe_labels(self) -> str:
+        """Return the best classes of each teacher as text."""
         return "; ".join(
             f"{name}: " + ", ".join(f"{label} {100 * share:.0f} %" for label, share in best)
             for name, best in self.labels.items()
@@ -51,15 +56,19 @@ def disputed_videos(
 ) -> list[DisputedVideo]:
     """Return the videos on which teachers disagree most.
 
-    video_roots: corpus → where it is located now; None reads no pictures.
+    Args:
+        store: The store.
+        comparison: The comparison of its teachers.
+        count: Number of videos.
+        video_roots: Corpus → its folder now; None reads no pictures.
     """
     reader = None if video_roots is None else FrameReader(store, video_roots)
-    found = []
-    for at, disagreement in comparison.most_disputed(count):
-        video = int(comparison.videos[at])
+    videos = []
+    for position, disagreement in comparison.most_disputed(count):
+        video = int(comparison.videos[position])
         labels = {
             view.name: best_classes(
-                softmax(view.means[at].astype(np.float64)), view.classes, LABELS
+                softmax(view.means[position].astype(np.float64)), view.classes, LABELS
             )
             for view in comparison.teachers
             if view.classes
@@ -72,16 +81,19 @@ def disputed_videos(
                 (picture,) = reader.read(video, index[middle], pts[middle])
             except (VideoError, StoreMismatchError, OSError) as error:
                 problem = str(error)
-        found.append(DisputedVideo(*store.place(video), disagreement, labels, picture, problem))
-    return found
+        videos.append(DisputedVideo(*store.place(video), disagreement, labels, picture, problem))
+    return videos
 
 
 def teachers_table(comparison: TeacherComparison) -> Table:
-    """Return how confident each teacher is: 1 − entropy / ln K, which compares across classes."""
+    """Tabulate the confidence of each teacher: 1 − entropy / ln K, comparable between all K."""
     table = Table(
         f"Confidence over {len(comparison.rows):,} frames",
         columns("teacher", "output", ">width", ">confidence, median", ">5 to 95 %"),
-        notes=["Confidence is 1 − entropy / ln K: 1 certain of one of K classes, 0 uniform."],
+        notes=[
+            "Confidence is 1 − entropy / ln K: 1 if a teacher is certain of one of K classes, 0 if it "
+            "gives all the same probability."
+        ],
     )
     for view in comparison.teachers:
         low = middle = high = "–"
@@ -95,7 +107,7 @@ def teachers_table(comparison: TeacherComparison) -> Table:
 
 
 def pairs_table(comparison: TeacherComparison) -> Table:
-    """Return the measures of every pair."""
+    """Tabulate the measures of every pair."""
     table = Table(
         "Pairs of teachers",
         columns(
@@ -107,9 +119,9 @@ def pairs_table(comparison: TeacherComparison) -> Table:
             ">first more confident, %",
         ),
         notes=[
-            "Linear CKA: 1 where a rotation and a factor make the outputs equal, 0 where they are "
-            "unrelated.",
-            "Common neighbours: of a frame's nearest frames of other videos, by cosine.",
+            "Linear CKA: 1 if a rotation and a factor make the outputs equal, 0 if they are unrelated.",
+            "Common neighbours: share of a frame's nearest frames of other videos (by cosine) that "
+            "both teachers have in common.",
         ],
     )
     for pair in comparison.pairs:
@@ -125,13 +137,15 @@ def pairs_table(comparison: TeacherComparison) -> Table:
 
 
 def disputed_table(videos: Sequence[DisputedVideo]) -> Table:
-    """Return the videos on which teachers disagree most."""
+    """Tabulate the videos on which teachers disagree most."""
     table = Table(
         "Videos on which the teachers disagree most",
         columns("video", ">disagreement, %", "best classes"),
     )
     for video in videos:
-        table.add(f"{video.corpus}: {video.path}", _percent(video.disagreement), video.in_words())
+        table.add(
+            f"{video.corpus}: {video.path}", _percent(video.disagreement), video.describe_labels()
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report, as far as there is data for them."""
+"""Draw the figures of a report that its runs have data for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..ablation_results import Ablation
 from ..accuracy_tables import Difference
 from ..run_pairs import Pair, largest_gain, rows_of_runs
 from ..runs import Run, short_path
-from .accuracy_figures import accuracies, class_gains, gains, paired, points
+from .accuracy_figures import accuracies, class_gains, estimate_row, gains, paired
 from .canvas import Figure, styled
 from .entropy import StoreStats, densities, threshold_points
 from .features import backbone_features, feature_map
@@ -25,7 +25,7 @@ from .learning_curves import learning_curves
 def draw_figures(
     runs: Sequence[Run],
     ablations: Sequence[Ablation],
-    alone: Sequence[Run],
+    finetuned: Sequence[Run],
     differences: Sequence[Difference],
     stores: Mapping[str, StoreStats],
     kinetics: str | None,
@@ -37,8 +37,8 @@ def draw_figures(
     Args:
         runs: All runs.
         ablations: The ablations.
-        alone: Finetuned runs of no ablation.
-        differences: Paired differences of these.
+        finetuned: Finetuned runs that belong to no ablation.
+        differences: Paired differences of these runs.
         stores: Stores by path.
         kinetics: File of R(2+1)D weights to compare with, if any.
         pair: The runs of Figures 5 and 7, by default those of the largest gain.
@@ -49,35 +49,39 @@ def draw_figures(
         UsageError: `kinetics` has other weights, or `features` are not of training videos.
         SourceError: A file of features cannot be read.
     """
-    others = _kinetics(kinetics) if kinetics is not None else None
+    kinetics_filters = _kinetics_filters(kinetics) if kinetics is not None else None
     backbone = backbone_features(features, runs)
-    found: list[Figure | None] = [accuracies(alone), paired(differences)]
-    found += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
+    figures: list[Figure | None] = [accuracies(finetuned), paired(differences)]
+    figures += [_ablation(number, ablation) for number, ablation in enumerate(ablations, start=1)]
     filters = [each for run in runs for each in read_filters(run)]
-    found += [over_time(filters), in_space(filters, others), backbone]
+    figures += [over_time(filters), in_space(filters, kinetics_filters), backbone]
     with_features = [
         run for run in runs if run.predictions is not None and run.predictions.features.shape[2]
     ]
     rows = rows_of_runs(ablations)
     mapped = pair or largest_gain(with_features, rows)
-    best = pair or largest_gain(runs, rows)
     if mapped is not None:
-        found.append(feature_map(*mapped))
+        figures.append(feature_map(*mapped))
     for number, (path, store) in enumerate(stores.items(), start=1):
-        thresholds = next(
-            (some for some in (threshold_points(each, path) for each in ablations) if some), []
-        )
-        found.append(densities(store.teachers or [], thresholds, short_path(path), number))
-    if best is not None and best[0].predictions is not None and best[1].predictions is not None:
-        compared = compare_predictions(
-            best[0].predictions, best[1].predictions, (best[0].name, best[1].name)
-        )
-        found.append(class_gains(compared, *best))
-    found += [
+        by_ablation = (threshold_points(ablation, path) for ablation in ablations)
+        points = next((points for points in by_ablation if points), [])
+        figures.append(densities(store.teachers or [], points, short_path(path), number))
+    compared = pair or largest_gain(runs, rows)
+    if compared is not None:
+        figures.append(_class_gains(*compared))
+    figures += [
         learning_curves(runs, "student", "Learning curves of distillation"),
         learning_curves(runs, "finetune", "Learning curves of finetuning"),
     ]
-    return [figure for figure in found if figure is not None]
+    return [figure for figure in figures if figure is not None]
+
+
+def _class_gains(a: Run, b: Run) -> Figure | None:
+    """Draw the gain of each class, None if a run was not evaluated."""
+    if a.predictions is None or b.predictions is None:
+        return None
+    comparison = compare_predictions(a.predictions, b.predictions, (a.name, b.name))
+    return class_gains(comparison, a, b)
 
 
 def _ablation(number: int, ablation: Ablation) -> Figure | None:
@@ -85,7 +89,7 @@ def _ablation(number: int, ablation: Ablation) -> Figure | None:
     if len(ablation.datasets) > 1:
         return None
     rows = [
-        points(entry.row, entry.gain.estimate)
+        estimate_row(entry.row, entry.gain.estimate)
         for entry in ablation.entries
         if entry.gain is not None
     ]
@@ -93,7 +97,7 @@ def _ablation(number: int, ablation: Ablation) -> Figure | None:
     return gains(rows, f"ablation-{number}", "Gain of each row over the first", axis)
 
 
-def _kinetics(path: str) -> Filters:
+def _kinetics_filters(path: str) -> Filters:
     # Imports torch, which takes seconds and which no other figure requires.
     from ...common.weights import load_weights
 

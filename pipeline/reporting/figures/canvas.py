@@ -1,4 +1,4 @@
-"""Drawing figures of a report with matplotlib, without a display, as SVG and PNG.
+"""Draw figures of a report with matplotlib, without a display, as SVG and PNG.
 
 Colours and dashes are those of `charts`. Equal data give equal bytes.
 """
@@ -22,10 +22,12 @@ from ..charts import COLOURS, DASHES
 MARKERS = "osD^vP*Xhd"
 INK, SOFT, RULE = "#1a1a1a", "#5c5c5c", "#d9d9d9"
 PNG_DPI = 160
-WIDE = 10  # inches; narrower figures are next to each other where the window allows
+# Inches; narrower figures are next to each other if the window is wide enough.
+WIDE = 10
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # part of matplotlib: the same picture everywhere
+    # This font is part of matplotlib, so that pictures are the same on every machine.
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 11,
     "text.color": INK,
     "axes.edgecolor": SOFT,
@@ -44,7 +46,8 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
     "svg.fonttype": "path",
-    "text.parse_math": False,  # a dollar sign in a name does not start a formula
+    # A dollar sign in a name must not start a formula.
+    "text.parse_math": False,
     "svg.hashsalt": "distinit",
 }
 
@@ -60,8 +63,8 @@ class Figure:
         svg: The figure as SVG.
         png: The figure as PNG.
         about: Names of the runs or stores that it shows.
-        table: Its numbers, if they are more readable than the picture.
-        wide: Whether it takes the whole width of a page.
+        table: Its numbers, None if the picture shows them well.
+        wide: Whether it takes the full width of the page.
     """
 
     name: str
@@ -102,19 +105,19 @@ def finish(
     svg, png = io.BytesIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    # Texts are drawn as paths and repeated in comments.
+    # Texts are drawn as paths, but comments contain them as well.
     drawn = printable(svg.getvalue().decode(), lines=True).encode()
     wide = canvas.get_figwidth() > WIDE
     return Figure(name, title, caption, drawn, png.getvalue(), tuple(about), table, wide)
 
 
 def colour(i: int) -> str:
-    """Return the i-th of the colours of lines."""
+    """Return the colour of the i-th line."""
     return COLOURS[i % len(COLOURS)]
 
 
 def line_style(i: int) -> tuple[int, tuple[float, ...] | None]:
-    """Return the dashes of the i-th of a few lines, as matplotlib takes them."""
+    """Return the `linestyle` of matplotlib for the i-th line."""
     return 0, DASHES[i % len(DASHES)] or None
 
 

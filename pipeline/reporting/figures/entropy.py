@@ -65,7 +65,8 @@ def read_stores(runs: Sequence[Run], *, open_urls: bool = False) -> dict[str, St
                 [teacher_stats(store, name) for name in store.teachers_of("logits")],
                 store.identity(),
             )
-        except (DistInitError, OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        # ValueError: a path with a zero byte.
+        except (DistInitError, OSError, ValueError) as error:
             stores[path] = StoreStats(None, {}, str(error))
     return stores
 
@@ -82,12 +83,16 @@ def threshold_points(ablation: Ablation, store: str) -> list[Point]:
         students = [cell.student for cell in cells if cell.student is not None]
         values = np.array([cell.metrics["top1"]["value"] for cell in cells if cell.metrics])
         if not students or len(students) < len(cells) or not len(values):
-            continue  # nothing finished, or nothing distilled
+            # No run is finished, or some runs have no student.
+            continue
         if any(str(student.config.get("store")) != store for student in students):
             continue
-        each = [dict(student.result.get("max_entropy") or {}) for student in students]
+        thresholds = [dict(student.result.get("max_entropy") or {}) for student in students]
         nats = {
-            name: float(np.mean([e[name] for e in each if name in e])) for name in each[0]
+            teacher: float(
+                np.mean([by_teacher[teacher] for by_teacher in thresholds if teacher in by_teacher])
+            )
+            for teacher in thresholds[0]
         } or None
         deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
         points.append(Point(row, nats, 100 * float(values.mean()), 100 * deviation))
@@ -95,49 +100,61 @@ def threshold_points(ablation: Ablation, store: str) -> list[Point]:
 
 
 def densities(
-    teachers: Sequence[TeacherStats], points: Sequence[Point], where: str, number: int
+    teachers: Sequence[TeacherStats], points: Sequence[Point], store_name: str, number: int
 ) -> Figure | None:
-    """Draw the density of each teacher's entropies, and above it accuracy against the threshold."""
-    teachers = [found for found in teachers if np.isfinite(found.entropy).any()]
+    """Draw the density of each teacher's entropies, and above it accuracy against the threshold.
+
+    Args:
+        teachers: Statistics of the teachers.
+        points: Accuracies by threshold; without them, only the density is drawn.
+        store_name: Name of the store for the caption.
+        number: Number of the store in the report.
+    """
+    teachers = [stats for stats in teachers if np.isfinite(stats.entropy).any()]
     if not teachers:
         return None
     canvas, axes = new_canvas(8, 5.6 if points else 3.2, 2 if points else 1, 1)
-    for i, found in enumerate(teachers):
-        x, density = entropy_density(found.entropy, np.log(len(found.classes)))
+    for i, stats in enumerate(teachers):
+        x, density = entropy_density(stats.entropy, np.log(len(stats.classes)))
         axes[-1].fill_between(x, density, color=colour(i), alpha=0.25, lw=0)
         axes[-1].plot(
-            x, density, color=colour(i), lw=1.8, label=f"{found.teacher} (ln K = {x[-1]:.2f})"
+            x, density, color=colour(i), lw=1.8, label=f"{stats.teacher} (ln K = {x[-1]:.2f})"
         )
     axes[-1].set_xlabel("entropy of the teacher’s softmax, nats")
     axes[-1].set_ylabel("density")
     axes[-1].set_ylim(bottom=0)
-    axes[-1].set_xlim(0, max(float(np.log(len(found.classes))) for found in teachers))
+    axes[-1].set_xlim(0, max(float(np.log(len(stats.classes))) for stats in teachers))
     axes[-1].legend(loc="upper left", fontsize=10)
     if points:
-        _accuracy(axes[0], points, [found.teacher for found in teachers])
+        _accuracy(axes[0], points, [stats.teacher for stats in teachers])
         axes[0].sharex(axes[-1])
         axes[0].tick_params(labelbottom=False)
-    frames = sum(len(found.rows) for found in teachers[:1])
+    num_frames = sum(len(stats.rows) for stats in teachers[:1])
     caption = (
-        f"Below: distribution of the entropy of cached frames ({frames:,} frames of {where}); low is confident. "
-        "Above: top 1 of students trained only on clips below a threshold, mean ± deviation over seeds; the dashed "
-        "line is without a threshold. A threshold helps where points are above the line by more than their bars."
+        f"Below: distribution of the entropy of cached frames ({num_frames:,} frames of {store_name}); low is "
+        "confident. Above: top 1 of students trained only on clips below a threshold, mean ± deviation over seeds; the "
+        "dashed line is without a threshold. A threshold helps where points are above the line by more than their bars."
         if points
-        else f"Distribution of the entropy of cached frames ({frames:,} frames of {where}): low is confident, ln K on "
-        "the right is a guess among K classes. A threshold keeps the frames to its left. No run varies the threshold."
+        else f"Distribution of the entropy of cached frames ({num_frames:,} frames of {store_name}): low is confident, "
+        "ln K on the right is a guess among K classes. A threshold keeps the frames to its left. No run "
+        "varies the threshold."
     )
     name = f"figure-6-entropy{f'-{number}' if number > 1 else ''}"
-    return finish(canvas, name, "Figure 6: the entropy of the teachers", caption, [where])
+    return finish(canvas, name, "Figure 6: the entropy of the teachers", caption, [store_name])
 
 
 def _accuracy(ax: Axes, points: Sequence[Point], teachers: Sequence[str]) -> None:
     for i, teacher in enumerate(teachers):
-        mine = [(p.nats[teacher], p) for p in points if p.nats is not None and teacher in p.nats]
-        mine.sort(key=lambda item: item[0])
-        if not mine:
+        pairs = [
+            (point.nats[teacher], point)
+            for point in points
+            if point.nats is not None and teacher in point.nats
+        ]
+        pairs.sort(key=lambda item: item[0])
+        if not pairs:
             continue
-        x, y = [nats for nats, _ in mine], [p.mean for _, p in mine]
-        bars = [p.deviation for _, p in mine]
+        x, y = [nats for nats, _ in pairs], [point.mean for _, point in pairs]
+        bars = [point.deviation for _, point in pairs]
         ax.errorbar(
             x,
             y,
@@ -148,14 +165,22 @@ def _accuracy(ax: Axes, points: Sequence[Point], teachers: Sequence[str]) -> Non
             lw=1.6,
             label=teacher,
         )
-        for nats, p in mine:
+        for nats, point in pairs:
             ax.annotate(
-                short(p.row, 24), (nats, p.mean), (4, 6), textcoords="offset points", fontsize=9.5
+                short(point.row, 24),
+                (nats, point.mean),
+                (4, 6),
+                textcoords="offset points",
+                fontsize=9.5,
             )
-    for p in points:
-        if p.nats is None:
+    for point in points:
+        if point.nats is None:
             ax.axhline(
-                p.mean, color=INK, ls="--", lw=1.1, label=f"{short(p.row, 30)} (no threshold)"
+                point.mean,
+                color=INK,
+                ls="--",
+                lw=1.1,
+                label=f"{short(point.row, 30)} (no threshold)",
             )
     ax.set_ylabel("top 1, %")
     ax.legend(loc="best", fontsize=10)
@@ -169,26 +194,27 @@ def entropy_density(
     Args:
         values: Entropies in nats [n]; those that are not finite are left out.
         highest: The largest possible entropy, ln K.
-        points: Number of places at which the density is computed.
+        points: Number of points at which the density is computed.
 
     Returns:
         x [points] from 0 to `highest`, and the density [points], whose integral is 1. Mass beyond
         an end is folded back, so that none is below 0 or above ln K.
     """
-    from scipy.stats import gaussian_kde  # takes a second
+    # This import takes a second.
+    from scipy.stats import gaussian_kde
 
     finite = np.clip(values[np.isfinite(values)].astype(np.float64), 0, highest)
-    # From a histogram, so that a million frames cost no more than a thousand.
+    # With a histogram, the cost does not depend on the number of frames.
     counts, edges = np.histogram(finite, 4 * points, (0.0, highest))
-    middle = (edges[:-1] + edges[1:]) / 2
-    folded = np.concatenate([middle, -middle, 2 * highest - middle])
+    centres = (edges[:-1] + edges[1:]) / 2
+    folded = np.concatenate([centres, -centres, 2 * highest - centres])
     kernels = gaussian_kde(folded, weights=np.tile(counts, 3))
-    # Silverman's rule for the values themselves: folded ones spread wider.
+    # Silverman's rule is applied to the values themselves, since folded ones are spread wider.
     spread = finite.std()
     middle_half = np.subtract(*np.quantile(finite, (0.75, 0.25))) / 1.34
     width = 0.9 * min(spread, middle_half or spread) * len(finite) ** -0.2
-    spread_of_folded = np.sqrt(kernels.covariance.item()) / kernels.factor
-    kernels.set_bandwidth(max(width, highest / points) / spread_of_folded)
+    folded_spread = np.sqrt(kernels.covariance.item()) / kernels.factor
+    kernels.set_bandwidth(max(width, highest / points) / folded_spread)
     x = np.linspace(0, highest, points)
     density = kernels(x)
     return x, density / (density.sum() * (x[1] - x[0]))

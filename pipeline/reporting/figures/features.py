@@ -1,7 +1,7 @@
-"""Figure 5: t-SNE of features, of the training videos as in the paper, and of test videos.
+"""Figure 5: t-SNE of features of training videos, as in the paper, and of test videos.
 
-Those of training videos are computed by `distinit embed`, which runs the network; a report runs
-none.
+A report runs no network. `distinit embed` computes the features of training videos; those of test
+videos are part of the predictions.
 
 Shapes: V videos, N clips, D features.
 """
@@ -24,7 +24,8 @@ from .canvas import MARKERS, Figure, colour, finish, new_canvas, short
 
 FEATURES = "figure-5-features"
 BACKBONE = "figure-5-backbone"
-CLASSES = 10  # the paper's number
+# The number in the paper.
+CLASSES = 10
 MIN_VIDEOS = 12
 SEED = 0
 READING = "The features distinguish classes that are separated; distances between groups and the axes have no meaning."
@@ -43,10 +44,10 @@ def feature_map(a: Run, b: Run) -> Figure | None:
     first, second = (_means(run.predictions) for run in (a, b) if run.predictions is not None)
     both = sorted(first.keys() & second.keys())
     labels = dict(zip(a.predictions.videos, a.predictions.labels.tolist(), strict=True))
-    present = np.bincount([labels[v] for v in both], minlength=1) if both else np.zeros(1, int)
-    # The paper chose 10 classes at random; those with the most videos are more informative.
-    order = np.argsort(-present, kind="stable")
-    classes = [int(k) for k in order[:CLASSES] if present[k]]
+    counts = np.bincount([labels[v] for v in both], minlength=1) if both else np.zeros(1, int)
+    # The paper chose 10 classes at random; classes with many videos are more informative.
+    order = np.argsort(-counts, kind="stable")
+    classes = [int(k) for k in order[:CLASSES] if counts[k]]
     videos = [v for v in both if labels[v] in classes]
     if len(videos) < MIN_VIDEOS:
         return None
@@ -64,9 +65,9 @@ def feature_map(a: Run, b: Run) -> Figure | None:
 
 
 def backbone_features(files: Sequence[str], runs: Sequence[Run]) -> Figure | None:
-    """Draw Figure 5 of the networks whose features are in files; None without a file.
+    """Draw Figure 5 from files of features, or return None without a file.
 
-    The labels are those of the training videos of the first finetuned run that has enough of them.
+    The labels are taken from the first finetuned run that has enough training videos in the files.
 
     Args:
         files: Files of features that `distinit embed` wrote.
@@ -79,18 +80,20 @@ def backbone_features(files: Sequence[str], runs: Sequence[Run]) -> Figure | Non
     """
     if not files:
         return None
-    read = [read_features(file) for file in files]
-    names = _names(read, runs)
+    feature_files = [read_features(path) for path in files]
+    names = _names(feature_files, runs)
     for run in runs:
         record = RunLabels.read(run.path) if run.kind == "finetune" else None
         if record is None:
             continue
         labels = dict(record.train)
         features = [
-            {label: found.features[at] for label, at in _matches(found.videos, labels).items()}
-            for found in read
+            {label: file.features[index] for label, index in _matches(file.videos, labels).items()}
+            for file in feature_files
         ]
-        about = " ".join(_about(name, found, runs) for name, found in zip(names, read, strict=True))
+        about = " ".join(
+            _about(name, file, runs) for name, file in zip(names, feature_files, strict=True)
+        )
         figure = backbone_map(
             list(zip(names, features, strict=True)), labels, record.classes, about
         )
@@ -104,34 +107,37 @@ def backbone_features(files: Sequence[str], runs: Sequence[Run]) -> Figure | Non
 
 def _matches(videos: Sequence[str], labels: Mapping[str, int]) -> dict[str, int]:
     """Return labelled path → index of the video whose path ends with it."""
-    found = {}
-    for at, video in enumerate(videos):
+    matches = {}
+    for index, video in enumerate(videos):
         parts = video.split("/")
-        for first in range(len(parts)):
-            if (path := "/".join(parts[first:])) in labels:
-                found[path] = at
+        for start in range(len(parts)):
+            if (path := "/".join(parts[start:])) in labels:
+                matches[path] = index
                 break
-    return found
+    return matches
 
 
-def _run_of(found: FeatureFile, runs: Sequence[Run]) -> Run | None:
+def _run_of(file: FeatureFile, runs: Sequence[Run]) -> Run | None:
     """Return the run whose model computed the features, if it is among the runs."""
-    model = Path(str(found.about.get("model", ""))).resolve()
+    model = Path(str(file.about.get("model", ""))).resolve()
     return next((run for run in runs if model in (run.path, run.model.resolve())), None)
 
 
-def _names(read: Sequence[FeatureFile], runs: Sequence[Run]) -> list[str]:
+def _names(files: Sequence[FeatureFile], runs: Sequence[Run]) -> list[str]:
     names = []
-    for found in read:
-        run = _run_of(found, runs)
-        names.append(run.name if run else short_path(str(found.about.get("model", ""))) or "?")
-    # The same run may have been embedded with other clips.
-    return [f"{name} ({at})" if names.count(name) > 1 else name for at, name in enumerate(names, 1)]
+    for file in files:
+        run = _run_of(file, runs)
+        names.append(run.name if run else short_path(str(file.about.get("model", ""))) or "?")
+    # The same run may have been embedded several times, with different clips.
+    return [
+        f"{name} ({number})" if names.count(name) > 1 else name
+        for number, name in enumerate(names, 1)
+    ]
 
 
-def _about(name: str, found: FeatureFile, runs: Sequence[Run]) -> str:
-    """Describe what a network has learned from, for the caption."""
-    run = _run_of(found, runs)
+def _about(name: str, file: FeatureFile, runs: Sequence[Run]) -> str:
+    """Describe the training of a network for the caption."""
+    run = _run_of(file, runs)
     if run is None:
         return f"{name}: not among the runs of this report."
     if run.kind == "student":
@@ -142,26 +148,26 @@ def _about(name: str, found: FeatureFile, runs: Sequence[Run]) -> str:
 
 
 def backbone_map(
-    named: Sequence[tuple[str, Features]],
+    networks: Sequence[tuple[str, Features]],
     labels: Mapping[str, int],
     classes: Sequence[str],
     about: str,
 ) -> Figure | None:
-    """Draw Figure 5 as the paper has it: features of training videos, of random classes.
+    """Draw Figure 5 as in the paper: features of training videos of random classes.
 
     Args:
-        named: Name of each network, and its features.
+        networks: Name of each network, and its features.
         labels: Class index of each training video.
         classes: Names of the classes.
-        about: What the networks are, for the caption.
+        about: Description of the networks for the caption.
 
     Returns:
         None if the networks share fewer than MIN_VIDEOS labelled videos of these classes.
     """
-    both = sorted(set(labels).intersection(*(features for _, features in named)))
-    present = sorted({labels[video] for video in both})
-    # Random ones, as in the paper, but the same in every report.
-    order = np.random.default_rng(SEED).permutation(present)[:CLASSES]
+    both = sorted(set(labels).intersection(*(features for _, features in networks)))
+    labels_present = sorted({labels[video] for video in both})
+    # Random classes as in the paper, but the same in every report.
+    order = np.random.default_rng(SEED).permutation(labels_present)[:CLASSES]
     chosen = {int(k): classes[int(k)] for k in sorted(order)}
     videos = [video for video in both if labels[video] in chosen]
     if len(videos) < MIN_VIDEOS:
@@ -171,29 +177,31 @@ def backbone_map(
         f"of {len(chosen)} random classes (colour and shape). {about} {READING}"
     )
     return finish(
-        _draw(named, videos, labels, chosen), BACKBONE, "Figure 5: features of training videos", caption,
-        [name for name, _ in named],
+        _draw(networks, videos, labels, chosen), BACKBONE, "Figure 5: features of training videos", caption,
+        [name for name, _ in networks],
     )  # fmt: skip
 
 
 def _draw(
-    named: Sequence[tuple[str, Features]],
+    networks: Sequence[tuple[str, Features]],
     videos: Sequence[str],
     labels: Mapping[str, int],
     classes: Mapping[int, str],
 ) -> Canvas:
-    """Draw a map for each network, of the same videos."""
-    canvas, axes = new_canvas(4.5 * len(named) if len(named) > 1 else 6, 4.6, 1, len(named))
-    owner = np.array([labels[video] for video in videos])
-    for ax, (name, features) in zip(axes, named, strict=True):
-        places = embed(np.stack([features[video] for video in videos]))
-        for i, (k, label) in enumerate(sorted(classes.items())):
-            mine = places[owner == k]
+    """Draw one map per network, all of the same videos."""
+    canvas, axes = new_canvas(
+        4.5 * len(networks) if len(networks) > 1 else 6, 4.6, 1, len(networks)
+    )
+    video_labels = np.array([labels[video] for video in videos])
+    for ax, (network, features) in zip(axes, networks, strict=True):
+        positions = embed(np.stack([features[video] for video in videos]))
+        for i, (label, name) in enumerate(sorted(classes.items())):
+            x, y = positions[video_labels == label].T
             ax.scatter(
-                mine[:, 0], mine[:, 1], s=34, color=colour(i), marker=MARKERS[i % len(MARKERS)], linewidths=0.4,
-                edgecolors="white", label=short(label, 30) if ax is axes[0] else None,
+                x, y, s=34, color=colour(i), marker=MARKERS[i % len(MARKERS)], linewidths=0.4,
+                edgecolors="white", label=short(name, 30) if ax is axes[0] else None,
             )  # fmt: skip
-        ax.set_title(textwrap.fill(short(name, 96), 54), fontsize=11)
+        ax.set_title(textwrap.fill(short(network, 96), 54), fontsize=11)
         ax.set_xticks([])
         ax.set_yticks([])
     canvas.legend(loc="outside lower center", ncols=4, fontsize=10)
@@ -205,19 +213,25 @@ def embed(features: np.ndarray) -> np.ndarray:
 
     Features are not normalised; the perplexity is 30, or less for few videos.
     """
-    from sklearn.manifold import TSNE  # takes seconds
+    # This import takes seconds.
+    from sklearn.manifold import TSNE
 
     perplexity = min(30.0, max(2.0, (len(features) - 1) / 4))
-    found = TSNE(
+    positions = TSNE(
         perplexity=perplexity, init="pca", random_state=SEED, learning_rate="auto"
     ).fit_transform(features)
-    return np.asarray(found, dtype=np.float64)
+    return np.asarray(positions, dtype=np.float64)
 
 
-def _means(found: Predictions) -> dict[str, np.ndarray]:
+def _means(predictions: Predictions) -> dict[str, np.ndarray]:
     """Return the features [D] of each video, averaged over its clips."""
-    if not found.features.shape[2]:
+    if not predictions.features.shape[2]:
         return {}
-    means = found.features.astype(np.float64).mean(axis=1)
-    good = (np.abs(means) < 1e15).all(axis=1)  # finite, and so are their squares
-    return {video: mean for video, mean, ok in zip(found.videos, means, good, strict=True) if ok}
+    means = predictions.features.astype(np.float64).mean(axis=1)
+    # Finite features whose squares are finite too.
+    drawable = (np.abs(means) < 1e15).all(axis=1)
+    return {
+        video: mean
+        for video, mean, ok in zip(predictions.videos, means, drawable, strict=True)
+        if ok
+    }

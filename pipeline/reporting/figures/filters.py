@@ -30,10 +30,10 @@ class Filters:
     Attributes:
         name: Name of the run.
         weights: float64 [F, C, T, H, W].
-        state: How it was trained, for captions.
-        distilled: Whether it is that of a student before finetuning.
-        inflated: Whether it is that of an inflated network.
-        start: Whether it is that of an inflated network before its finetuning.
+        state: Description of its training for captions.
+        distilled: Whether it belongs to a student before finetuning.
+        inflated: Whether it belongs to an inflated network.
+        start: Whether it belongs to an inflated network before its finetuning.
     """
 
     name: str
@@ -45,28 +45,28 @@ class Filters:
 
 
 def read_filters(run: Run) -> list[Filters]:
-    """Return the filters of a run's exported model, after the inflated ones it started from."""
+    """Return the filters of a run: inflated ones before finetuning, and the exported ones."""
     inflated = run.kind == "finetune" and run.init.startswith("inflate")
     distilled = run.kind == "student"
     state = "distilled" if distilled else "inflated, after finetuning" if inflated else "finetuned"
     start = _stem(run.path / START) if inflated else None
     trained = _stem(run.model)
-    found = []
+    filters = []
     start, trained = (
         weights if weights is not None and _drawable(weights) else None
         for weights in (start, trained)
     )
     if start is not None:
-        found.append(
+        filters.append(
             Filters(run.name, start, "inflated, before finetuning", inflated=True, start=True)
         )
     if trained is not None:
-        found.append(Filters(run.name, trained, state, distilled, inflated))
-    return found
+        filters.append(Filters(run.name, trained, state, distilled, inflated))
+    return filters
 
 
 def _drawable(weights: np.ndarray) -> bool:
-    """Return whether these are filters that fit on a page: a file may have any array."""
+    """Check whether an array has the shape and the values of filters that a page can show."""
     fits = weights.ndim == 5 and min(weights.shape) > 0 and max(weights.shape[2:]) <= 64
     return fits and bool((np.abs(weights) < 1e15).all())
 
@@ -104,38 +104,39 @@ def variation_over_time(weights: np.ndarray) -> float:
     return float(np.sqrt(ratio).mean())
 
 
-def over_time(found: Sequence[Filters]) -> Figure | None:
+def over_time(filters: Sequence[Filters]) -> Figure | None:
     """Draw Figure 3: filters with a temporal extent, at each of their time steps.
 
-    A distilled student is above an inflated network before and after its finetuning, or else above
-    another network.
+    A distilled student is shown above an inflated network before and after its finetuning, or above
+    another network if there is no inflated one.
     """
-    able = [f for f in found if f.weights.shape[2] > 1]
-    if not able:
+    temporal = [each for each in filters if each.weights.shape[2] > 1]
+    if not temporal:
         return None
-    rows = [f for f in _rows(able) if f.weights.shape[1] == RGB]
+    shown = [each for each in _rows(temporal) if each.weights.shape[1] == RGB]
     table = Table(
         "Variation of first-layer filters over time", columns("run", "filters", ">variation")
     )
-    for f in able:
-        table.add(f.name, f.state, f"{variation_over_time(f.weights):.3f}")
+    for each in temporal:
+        table.add(each.name, each.state, f"{variation_over_time(each.weights):.3f}")
     table.notes = [
-        "Norm of the part that changes over time divided by the norm of the filter, mean over filters: 0 is a repeated "
-        "still picture, like an inflated kernel before training; 1 is change only."
+        "Norm of the part that changes over time divided by the norm of the filter, mean over filters: 0 for a "
+        "repeated still picture, like an inflated kernel before training; 1 for change alone."
     ]
-    if not rows:  # flow has no colours to show
+    # Filters of flow have no colours.
+    if not shown:
         return None
-    steps = max(f.weights.shape[2] for f in rows)
-    canvas, axes = new_canvas(2.75 * steps, 2.95 * len(rows), len(rows), steps)
-    for row, f in enumerate(rows):
+    steps = max(each.weights.shape[2] for each in shown)
+    canvas, axes = new_canvas(2.75 * steps, 2.95 * len(shown), len(shown), steps)
+    for row, each in enumerate(shown):
         for step in range(steps):
             ax = axes[row * steps + step]
             ax.axis("off")
-            if step < f.weights.shape[2]:
-                ax.imshow(_mosaic(f.weights, step), interpolation="nearest")
+            if step < each.weights.shape[2]:
+                ax.imshow(_mosaic(each.weights, step), interpolation="nearest")
                 ax.set_title(f"\nt = {step}", fontsize=10.5)
-        # Above all steps, and not part of the layout, which would widen the first column.
-        words = f"{short(f.name, 60)} ({f.state}): variation {variation_over_time(f.weights):.3f}"
+        # The text is above all steps. As a part of the layout it would widen the first column.
+        words = f"{short(each.name, 60)} ({each.state}): variation {variation_over_time(each.weights):.3f}"
         axes[row * steps].annotate(
             words,
             (0, 1),
@@ -148,72 +149,80 @@ def over_time(found: Sequence[Filters]) -> Figure | None:
     caption = (
         "The first convolution at each of its time steps, one square per filter, scaled over all its steps: grey is 0. "
         "A filter that is equal at every t responds to a still picture; one that changes responds to motion. "
-        + _describe_rows(rows)
+        + _describe_rows(shown)
     )
     title = "Figure 3: first-layer filters over time"
     return finish(
-        canvas, "figure-3-filters", title, caption, list(dict.fromkeys(f.name for f in rows)), table
+        canvas,
+        "figure-3-filters",
+        title,
+        caption,
+        list(dict.fromkeys(each.name for each in shown)),
+        table,
     )
 
 
-def _rows(able: Sequence[Filters]) -> list[Filters]:
+def _rows(temporal: Sequence[Filters]) -> list[Filters]:
     """Choose a distilled student, and the first inflated run before and after its finetuning.
 
     Without an inflated run, another network takes its place.
     """
-    trained = [f for f in able if not f.inflated]
-    first = next((f for f in trained if f.distilled), trained[0] if trained else None)
-    inflated = next((f.name for f in able if f.inflated), None)
+    trained = [each for each in temporal if not each.inflated]
+    first = next((each for each in trained if each.distilled), trained[0] if trained else None)
+    inflated = next((each.name for each in temporal if each.inflated), None)
     if inflated is not None:
-        return [f for f in (first,) if f is not None] + [
-            f for f in able if f.inflated and f.name == inflated
-        ]
-    return [
-        f
-        for f in (first, next((f for f in trained if not f.distilled and f is not first), None))
-        if f is not None
-    ]
+        others = [each for each in temporal if each.inflated and each.name == inflated]
+    else:
+        others = [each for each in trained if not each.distilled and each is not first][:1]
+    return others if first is None else [first, *others]
 
 
 def _describe_rows(rows: Sequence[Filters]) -> str:
     """Describe the rows of the figure for its caption."""
     if len(rows) == 1:
-        return f"This is {_words(rows[0], None)}. No other network of this kind is among the runs."
-    words = "; ".join(_words(f, before) for f, before in zip(rows, [None, *rows[:-1]], strict=True))
-    missing = "" if any(f.inflated for f in rows) else " No inflated network is among the runs."
-    return f"From top to bottom: {words}.{missing}"
+        return f"This is {_describe_row(rows[0], None)}. No other network of this kind is among the runs."
+    texts = "; ".join(
+        _describe_row(each, previous)
+        for each, previous in zip(rows, [None, *rows[:-1]], strict=True)
+    )
+    missing = (
+        "" if any(each.inflated for each in rows) else " No inflated network is among the runs."
+    )
+    return f"From top to bottom: {texts}.{missing}"
 
 
-def _words(f: Filters, before: Filters | None) -> str:
-    if f.start:
+def _describe_row(filters: Filters, previous: Filters | None) -> str:
+    if filters.start:
         return "an inflated network before its finetuning"
-    if f.inflated:
-        if before is not None and before.start:
+    if filters.inflated:
+        if previous is not None and previous.start:
             return "the same after its finetuning"
         return "an inflated network after its finetuning (its run has no filters from before)"
     return (
         "a distilled student before any finetuning"
-        if f.distilled
+        if filters.distilled
         else "a network finetuned from another initialisation"
     )
 
 
-def in_space(found: Sequence[Filters], kinetics: Filters | None = None) -> Figure | None:
+def in_space(filters: Sequence[Filters], kinetics: Filters | None = None) -> Figure | None:
     """Draw Figure 4: the spatial filters of R(2+1)D's first convolution, next to `kinetics`."""
-    able = [f for f in found if f.weights.shape[2] == 1 and f.weights.shape[1] == RGB]
-    if not able:
+    spatial = [
+        each for each in filters if each.weights.shape[2] == 1 and each.weights.shape[1] == RGB
+    ]
+    if not spatial:
         return None
-    first = next((f for f in able if f.distilled), able[0])
-    other = kinetics or next((f for f in able if f.distilled != first.distilled), None)
-    shown = [f for f in (first, other) if f is not None]
-    pictures = [_mosaic(f.weights, 0) for f in shown]
+    first = next((each for each in spatial if each.distilled), spatial[0])
+    other = kinetics or next((each for each in spatial if each.distilled != first.distilled), None)
+    shown = [each for each in (first, other) if each is not None]
+    pictures = [_mosaic(each.weights, 0) for each in shown]
     tall = max(len(picture) / picture.shape[1] for picture in pictures)
     canvas, axes = new_canvas(4.2 * len(shown), 4.2 * tall + 0.3, 1, len(shown))
-    for ax, f, picture in zip(axes, shown, pictures, strict=True):
+    for ax, each, picture in zip(axes, shown, pictures, strict=True):
         ax.axis("off")
         ax.imshow(picture, interpolation="nearest")
         ax.set_anchor("N")
-        ax.set_title(f"{short(f.name, 40)}: {len(f.weights)} filters", fontsize=10.5)
+        ax.set_title(f"{short(each.name, 40)}: {len(each.weights)} filters", fontsize=10.5)
     caption = (
         "The spatial half of the first convolution, one square per filter, each scaled separately: grey is 0. Trained "
         "filters show edges and colour blobs; noise indicates few steps or few clips."
@@ -228,7 +237,7 @@ def in_space(found: Sequence[Filters], kinetics: Filters | None = None) -> Figur
         "figure-4-filters",
         "Figure 4: spatial filters of R(2+1)D",
         caption,
-        [f.name for f in shown],
+        [each.name for each in shown],
     )
 
 

@@ -13,15 +13,20 @@ from ..charts import Line, thin
 from ..runs import Run
 from .canvas import INK, Figure, colour, finish, line_style, new_canvas, short
 
-CURVES = 8  # in one panel; more cannot be distinguished
-SHOWN = 0.9  # share of each held-out curve that is inside of the axes in any case
+# Curves in one panel; more cannot be distinguished.
+CURVES = 8
+# Share of each held-out curve that is always inside the axes.
+SHOWN = 0.9
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A measure of one run: its training and held-out curves, which may be empty.
+    """The curves of a measure of one run.
 
-    `exported` is the step whose weights are exported, if it is known.
+    Attributes:
+        training: Training curve, which may be empty.
+        held_out: Held-out curve, which may be empty.
+        exported: The step whose weights are exported, None if it is not recorded.
     """
 
     training: Line
@@ -41,29 +46,29 @@ class Curves:
 
     @property
     def end(self) -> tuple[float, float] | None:
-        """Where the exported epoch is marked: on the held-out curve, else on the training curve."""
+        """Point of the exported epoch on the held-out curve or, without one, the training curve."""
         line = self.held_out if len(self.held_out.x) else self.training
         if self.exported is None or not len(line.x):
             return None
-        at = int(np.argmin(np.abs(line.x - self.exported)))
-        return float(line.x[at]), float(line.y[at])
+        index = int(np.argmin(np.abs(line.x - self.exported)))
+        return float(line.x[index]), float(line.y[index])
 
 
 def learning_curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None:
     """Draw the curves of the first CURVES runs of a kind that logged a loss."""
     losses = [(run, Curves.of(run, "loss")) for run in runs if run.kind == kind]
-    losses = [(run, found) for run, found in losses if not found.empty]
+    losses = [(run, curves) for run, curves in losses if not curves.empty]
     if not losses:
         return None
     shown = losses[:CURVES]
     accuracies = [Curves.of(run, "accuracy") for run, _ in shown]
-    panels = 1 if all(found.empty for found in accuracies) else 2
+    panels = 1 if all(curves.empty for curves in accuracies) else 2
     canvas, axes = new_canvas(8 if panels == 1 else 12, 3.6 + 0.19 * len(shown) / panels, 1, panels)
-    _panel(axes[0], [found for _, found in shown], "loss")
+    _panel(axes[0], [curves for _, curves in shown], "loss")
     if panels == 2:
         _panel(axes[1], accuracies, "accuracy, %", 100)
-    validated = any(len(found.held_out.x) for _, found in shown)
-    marked = any(found.end for _, found in shown)
+    validated = any(len(curves.held_out.x) for _, curves in shown)
+    marked = any(curves.end for _, curves in shown)
     handles = [
         Line2D([], [], color=colour(i), ls=line_style(i // 2), lw=1.8, label=short(run.name, 60))
         for i, (run, _) in enumerate(shown)
@@ -75,15 +80,15 @@ def learning_curves(runs: Sequence[Run], kind: str, title: str) -> Figure | None
         fontsize=10,
     )
     caption = _caption(len(losses), validated, marked)
-    _, high, highest = _limits([found for _, found in shown])
+    _, high, highest = _limits([curves for _, curves in shown])
     if highest > high:
         caption += f" Held-out losses up to {highest:.3g} are above the frame."
     return finish(canvas, f"curves-{kind}", title, caption, [run.name for run, _ in shown])
 
 
-def _panel(ax: Axes, found: Sequence[Curves], label: str, scale: float = 1) -> None:
-    validated = any(len(curves.held_out.x) for curves in found)
-    for i, curves in enumerate(found):
+def _panel(ax: Axes, measured: Sequence[Curves], label: str, scale: float = 1) -> None:
+    validated = any(len(curves.held_out.x) for curves in measured)
+    for i, curves in enumerate(measured):
         style = line_style(i // 2)
         line = curves.training
         ax.plot(
@@ -106,18 +111,18 @@ def _panel(ax: Axes, found: Sequence[Curves], label: str, scale: float = 1) -> N
             )
     ax.set_xlabel("step")
     ax.set_ylabel(label)
-    low, high, _ = _limits(found)
+    low, high, _ = _limits(measured)
     pad = 0.05 * (high - low) or 0.05
     ax.set_ylim(scale * (low - pad), scale * (high + pad))
 
 
-def _limits(found: Sequence[Curves]) -> tuple[float, float, float]:
-    """Return the range of an axis, and the highest value, which may be outside of it.
+def _limits(measured: Sequence[Curves]) -> tuple[float, float, float]:
+    """Return both ends of an axis, and the highest value, which may be above the axis.
 
-    The first epochs of a validation can have losses that would flatten every curve.
+    Held-out losses of the first epochs can be so high that they would flatten every curve.
     """
-    training = np.concatenate([curves.training.y for curves in found] + [np.zeros(0)])
-    held_out = [curves.held_out.y for curves in found if len(curves.held_out.y)]
+    training = np.concatenate([curves.training.y for curves in measured] + [np.zeros(0)])
+    held_out = [curves.held_out.y for curves in measured if len(curves.held_out.y)]
     values = np.concatenate([training, *held_out])
     if not len(values):
         return 0.0, 1.0, 1.0
@@ -127,7 +132,7 @@ def _limits(found: Sequence[Curves]) -> tuple[float, float, float]:
 
 
 def _legend(validated: bool, marked: bool) -> list[Line2D]:
-    """Return what the kinds of lines mean."""
+    """Return the legend of the kinds of lines."""
     handles = [
         Line2D([], [], color=INK, lw=1.0, alpha=0.55, label="thin: training"),
         Line2D([], [], color=INK, lw=1.8, marker="o", ms=3.5, label="dots: held out, each epoch"),

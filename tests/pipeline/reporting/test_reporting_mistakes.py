@@ -33,7 +33,7 @@ from distinit.pipeline.reporting.confusions import (
     draw_matrix,
     frequent_confusions,
 )
-from distinit.pipeline.reporting.example_videos import PLACES, ExampleVideos
+from distinit.pipeline.reporting.example_videos import POSITIONS, ExampleVideos
 from distinit.pipeline.reporting.mistakes import find_changes, find_mistakes, wrong_videos
 from distinit.pipeline.reporting.run_folders import find_runs
 from distinit.pipeline.reporting.runs import Run
@@ -144,7 +144,7 @@ def test_the_gallery_holds_the_wrong_videos_with_their_frames(
     for wrong in found.shown[:-1]:
         at = predictions.videos.index(wrong.example.video)
         assert wrong.label == CLASSES[predictions.labels[at]]
-        assert wrong.of_label == pytest.approx(odds[at, predictions.labels[at]], abs=1e-6)
+        assert wrong.label_probability == pytest.approx(odds[at, predictions.labels[at]], abs=1e-6)
         assert [share for _, share in wrong.guesses] == pytest.approx(
             np.sort(odds[at])[::-1][:3].tolist(), abs=1e-6
         )
@@ -166,7 +166,8 @@ def _assert_frames(reader: ExampleVideos, example: Any, videos: Path) -> None:
         images = [frame.to_image() for frame in file.decode(video=0)]
     size = (picture.width // 3, picture.height)
     expected = [
-        images[int(place * len(images))].resize(size, Image.Resampling.BILINEAR) for place in PLACES
+        images[int(position * len(images))].resize(size, Image.Resampling.BILINEAR)
+        for position in POSITIONS
     ]
     joined = np.concatenate([np.asarray(image, float) for image in expected], axis=1)
     assert np.abs(np.asarray(picture, float) - joined).mean() < 8
