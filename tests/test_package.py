@@ -151,7 +151,7 @@ def test_modules_of_decoding_processes_do_not_load_torch(tmp_path: Path) -> None
 
 def test_every_public_name_loads_and_is_documented() -> None:
     stages = {name.replace("-", "_") for name in STAGES if not name.startswith("targets-")}
-    assert sorted(distinit.__all__) == sorted({*distinit._HOME, *stages})
+    assert sorted(distinit.__all__) == sorted({*distinit._MODULES, *stages})
     for name in distinit.__all__:
         assert getattr(distinit, name).__doc__, name
         assert name in dir(distinit)
