@@ -1,4 +1,4 @@
-"""Ablations: a grid of trainings and finetunings over one store, which is only read."""
+"""Run ablations: a grid of trainings and finetunings over one store, which is only read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
         UsageError: The plan or a config is invalid.
         StoreError: The store is damaged.
         LabelsError: A data set cannot be used.
-        DistInitError: A cell failed; raised after all others have run.
+        DistInitError: A cell failed; raised after all other cells have run.
     """
     check_local(config.out)
     plan = read_plan(config.plan, config.base)
@@ -67,11 +67,11 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
     steps = list(dict.fromkeys(step for each in cell_steps for step in each.steps))
     open_steps = [step for step in steps if step.result(out) is None]
     console.info(
-        f"{plan.title}: {len(cell_steps)} cells of {len(steps)} runs, "
-        f"{len(steps) - len(open_steps)} of these done already"
+        f"{plan.title}: {len(cell_steps)} cells of {len(steps)} runs, {len(steps) - len(open_steps)} of them finished"
     )
-    long = sum(step.clips for step in open_steps) >= LONG_CLIPS or config.max_hours is not None
-    if config.dry_run or (open_steps and long):
+    num_clips = sum(step.clips for step in open_steps)
+    is_long = num_clips >= LONG_CLIPS or config.max_hours is not None
+    if config.dry_run or (open_steps and is_long):
         costs = show_cost(
             progress.records(),
             [each.steps for each in cell_steps],
@@ -88,13 +88,13 @@ def ablate(config: AblateConfig, console: Console) -> dict[str, Any]:
         if config.workers is not None or config.scheduler is not None:
             run_on_workers(config.workers, config.scheduler, open_steps, progress)
         else:
-            _run_here(open_steps, progress, console)
+            _run_steps(open_steps, progress, console)
         progress.write()
     return _summary(progress, out, console)
 
 
-def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
-    """Run one step after the other in this process."""
+def _run_steps(steps: list[Step], progress: Progress, console: Console) -> None:
+    """Run the steps one after another in this process."""
     for number, step in enumerate(steps, 1):
         if step.student_key in progress.failed:
             progress.failed[step.key] = progress.failed[step.student_key]
@@ -105,7 +105,8 @@ def _run_here(steps: list[Step], progress: Progress, console: Console) -> None:
             COMMANDS[step.kind](step_options(step, progress.out), console)
         except TrainingInterrupted:
             raise
-        except Exception as error:  # the other steps run whatever the error is
+        # Whatever the error is, the other steps run.
+        except Exception as error:
             progress.failed[step.key] = (
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             )
@@ -122,7 +123,7 @@ def _summary(progress: Progress, out: Path, console: Console) -> dict[str, Any]:
         first = failed[0]
         raise DistInitError(
             f"{len(failed)} of {len(records)} cells failed, all others are done; the same command retries them; the "
-            f"first, {first['row']}, {first['dataset']}, seed {first['seed']}: {first['reason']}"
+            f"first failure is {first['row']}, {first['dataset']}, seed {first['seed']}: {first['reason']}"
         )
     console.info(
         f"{len(records)} cells are done; `distinit report {out} --out report` shows their results"

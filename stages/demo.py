@@ -32,8 +32,8 @@ RECORD = "demo.yaml"
 def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Extract targets, train a student, finetune it and a network from scratch, and report.
 
-    Finished parts are kept. The student never sees a test clip: the unlabelled corpus is the train
-    side of the labels.
+    Finished parts are kept. The unlabelled corpus is the train side of the labels, so that the
+    student never sees a test clip.
 
     Returns:
         The results of all stages.
@@ -75,48 +75,49 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     student = train_student(training, console)
 
     results = {}
-    starts = {"distinit": str(runs / "student"), "scratch": "scratch"}
-    for number, (name, init) in enumerate(starts.items(), start=3):
+    inits = {"distinit": str(runs / "student"), "scratch": "scratch"}
+    for number, (name, init) in enumerate(inits.items(), start=3):
         console.info(
             f"{number}/5 finetune: train on the labels, {'from the student' if number == 3 else 'from scratch'}"
         )
-        # The network of a student is known; from scratch it must be given.
+        # Without a student, the network must be given.
         network = {"student": training.student.model_dump()} if init == "scratch" else {}
         results[name] = finetune(_finetuning(config, runs / name, init, network), console)
 
     console.info("5/5 report")
-    made = report(ReportConfig(folders=[str(runs)], out=str(out / "report")), console)
+    reported = report(ReportConfig(folders=[str(runs)], out=str(out / "report")), console)
     seconds = time.monotonic() - started
-    _show_next_steps(config, results, made, seconds, console)
+    _show_next_steps(config, results, reported, seconds, console)
     return {
         "out": str(out),
         "store": str(store),
-        "report": made["report"],
+        "report": reported["report"],
         "seconds": round(seconds, 1),
         "extract_targets": extracted,
         "train_student": student,
         "finetune": results,
-        "differences": made["differences"],
+        "differences": reported["differences"],
     }
 
 
 def _check_out(out: Path, store: Path) -> None:
     """Check that the folder is that of a demo, since clips of the demo are added to its store.
 
-    Version 0.1 wrote its record last: the store of an interrupted demo is recognised by its corpus.
+    Version 0.1 wrote its record last, so that the store of an interrupted demo is recognised by its
+    corpus.
     """
-    demo_store = False
+    is_demo_store = False
     if store.exists():
         with contextlib.suppress(StoreError):
             corpora = {corpus["name"] for corpus in TargetStore.open(store).index.corpora}
-            demo_store = corpora <= {"demo"}
-    check_output_dir(out, "demo", () if demo_store else (store.name,), record=RECORD)
+            is_demo_store = corpora <= {"demo"}
+    check_output_dir(out, "demo", () if is_demo_store else (store.name,), record=RECORD)
 
 
 def _finetuning(
     config: DemoConfig, run: Path, init: str, network: dict[str, Any]
 ) -> FinetuneConfig:
-    """Return the config of a finetuning, with equal settings for both initialisations."""
+    """Return the config of a finetuning; both initialisations have equal settings."""
     return load_config(
         FinetuneConfig,
         "finetune",
@@ -135,18 +136,18 @@ def _finetuning(
 def _show_next_steps(
     config: DemoConfig,
     results: dict[str, Any],
-    made: dict[str, Any],
+    reported: dict[str, Any],
     seconds: float,
     console: Console,
 ) -> None:
     """Show the paths of the results, the limits of the numbers, and commands to try next."""
-    tested = next(iter(results.values()))["test_videos"]
+    num_tested = next(iter(results.values()))["test_videos"]
     out = shlex.quote(str(config.out))
     lines = [
-        f"{seconds / 60:.1f} minutes. With {tested} test clips and one seed, the demo shows that everything runs, not",
-        "which initialisation is better. Both had the same short schedule; scratch requires a longer one.",
+        f"{seconds / 60:.1f} minutes. With {num_tested} test clips and one seed, the demo shows that everything runs,",
+        "but not which initialisation is better. Both had the same short schedule; scratch requires a longer one.",
         "",
-        f"  report   {made['report']}",
+        f"  report   {reported['report']}",
         f"  store    {config.out / 'targets.zarr'}",
         f"  student  {config.out / 'runs' / 'student' / 'student.safetensors'}",
         "",

@@ -31,18 +31,19 @@ from ..pipeline.students.student_files import load_student
 from ..pipeline.training.hardware import pick_workers, torch_threads
 
 ENDINGS = {".h5": "HDF5", ".hdf5": "HDF5", ".npz": "NumPy"}
-CHUNK = 2**16  # values of a chunk of the table of features, at most
+# Largest number of values in a chunk of a table.
+CHUNK = 2**16
 
 
 def embed(config: EmbedConfig, console: Console) -> dict[str, Any]:
-    """Write the features of each video, and return what was written.
+    """Write the features of each video into one file.
 
     Features are the input of the student's heads: means over time and space of each clip, and
-    without `per_clip` also over the clips. Clips are evenly spread, with the frames and size that
-    the student was trained with.
+    without `per_clip` also over the clips. Clips are evenly spread, with the frames and size of the
+    student's training.
 
     Returns:
-        File, sizes and failures; `ok` is False if a video is unreadable.
+        Path, shape and failures; `ok` is False if a video is unreadable.
 
     Raises:
         CheckpointError: There is no student.
@@ -54,8 +55,9 @@ def embed(config: EmbedConfig, console: Console) -> dict[str, Any]:
     paths = list_paths(config.sources)
     out = claim_file(config.out, ENDINGS, "embed", config)
     views = config.clips * config.crops
-    rows: tuple[int, ...] = (len(paths), views) if config.per_clip else (len(paths),)
-    shape = (*rows, student.feature_size)
+    shape: tuple[int, ...] = (len(paths), student.feature_size)
+    if config.per_clip:
+        shape = (len(paths), views, student.feature_size)
     about = {
         "model": str(Path(config.model)),
         "student": student.options.describe(),
@@ -63,7 +65,7 @@ def embed(config: EmbedConfig, console: Console) -> dict[str, Any]:
         "clip_size": student.meta.clip_size,
         **config.model_dump(include={"clips", "crops", "per_clip"}),
     }
-    with _file(out, shape, views, about) as (numbers, texts):
+    with _feature_file(out, shape, views, about) as (numbers, texts):
         texts["videos"] = [escape_path(path) for path in paths]
         texts["status"], texts["reasons"] = _fill(numbers, student, paths, config, console)
     failed, truncated = (
@@ -93,7 +95,7 @@ def _fill(
     config: EmbedConfig,
     console: Console,
 ) -> tuple[list[str], list[str]]:
-    """Fill the tables of numbers, and return status and reason of each video."""
+    """Fill the tables of numbers; return status and reason of each video."""
     device = resolve_device(config.device)
     student.to(device)
     clips = make_clips(student, paths, clips=config.clips, crops=config.crops)
@@ -125,18 +127,18 @@ def _fill(
 
 
 @contextmanager
-def _file(
+def _feature_file(
     out: Path, shape: tuple[int, ...], views: int, about: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[str]]]]:
-    """Yield arrays to fill and texts to add, of a file that appears whole when the block ends.
+    """Yield arrays to fill and texts to add; the complete file appears when the block ends.
 
-    HDF5 takes each row when it is assigned, so that memory does not grow with the videos.
+    HDF5 writes each row when it is assigned, so that memory does not grow with the videos.
 
     Args:
         out: The file.
-        shape: Of the features.
-        views: Clips times crops of a video.
-        about: What the features are of, as JSON.
+        shape: Shape of the features.
+        views: Clips times crops per video.
+        about: Description of the features, stored as JSON.
     """
     videos = shape[0]
     empty: dict[str, tuple[tuple[int, ...], np.generic]] = {

@@ -62,13 +62,14 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         The content of result.json.
 
     Raises:
-        UsageError: A run is not of finetune, or another data set or protocol has no `out`.
+        UsageError: A run is not one of finetune, or `out` is missing with another data set or
+            protocol.
         CheckpointError: The model is missing, or has other classes.
         LabelsError: The labels cannot be used.
         PredictionsError: Predictions cannot be used.
-        SourceError: A file of the run is a link to a place outside of its folder.
+        SourceError: A file of the run is a link that leads out of its folder.
     """
-    config = _without_runs_own_out(config)
+    config = _without_own_run(config)
     if config.fuse:
         return _fuse(config)
     if config.compare:
@@ -78,11 +79,11 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     )
 
 
-def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
-    """Remove an `out` that is the tested run itself.
+def _without_own_run(config: EvaluateConfig) -> EvaluateConfig:
+    """Return the config without an `out` that is the tested run itself.
 
     Raises:
-        UsageError: `out` is another run, whose predictions and result would be lost.
+        UsageError: `out` is another run, whose predictions and result would be overwritten.
     """
     if config.out is None:
         return config
@@ -92,8 +93,8 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
     require_no_store(out)
     if not (out / CONFIG).exists() and not split_folders(out):
         return config
-    single = not (config.fuse or config.compare)
-    if single and os.path.realpath(out) == os.path.realpath(config.runs[0]):
+    is_test = not (config.fuse or config.compare)
+    if is_test and os.path.realpath(out) == os.path.realpath(config.runs[0]):
         return config.model_copy(update={"out": None})
     raise UsageError(
         f"--out {out}: is a run, whose predictions and result would be overwritten; choose another --out"
@@ -102,13 +103,13 @@ def _without_runs_own_out(config: EvaluateConfig) -> EvaluateConfig:
 
 def _fuse(config: EvaluateConfig) -> dict[str, Any]:
     """Fuse runs of one split, or runs of `finetune --split all` split by split."""
-    splits = [split_folders(Path(run)) for run in config.runs]
-    if config.out is None or not all(splits):
+    folders = [split_folders(Path(run)) for run in config.runs]
+    if config.out is None or not all(folders):
         return fuse(config.runs, config.weights, config.out)
-    if any(each.keys() != splits[0].keys() for each in splits):
+    if any(by_split.keys() != folders[0].keys() for by_split in folders):
         listed = "; ".join(
-            f"{run}: {', '.join(map(str, each))}"
-            for run, each in zip(config.runs, splits, strict=True)
+            f"{run}: {', '.join(map(str, by_split))}"
+            for run, by_split in zip(config.runs, folders, strict=True)
         )
         raise UsageError(f"--fuse: the runs have different splits ({listed})")
     out = Path(config.out)
@@ -116,11 +117,11 @@ def _fuse(config: EvaluateConfig) -> dict[str, Any]:
     with folder_lock(out):
         results = {
             split: fuse(
-                [str(each[split]) for each in splits],
+                [str(by_split[split]) for by_split in folders],
                 config.weights,
                 str(split_folder(out, split)),
             )
-            for split in splits[0]
+            for split in folders[0]
         }
         return summarise_splits(out, results, "late fusion")
 
@@ -134,7 +135,7 @@ def _evaluate(config: EvaluateConfig, console: Console, ranks: Ranks) -> dict[st
         return _evaluate_all_splits(config, run, splits, console, ranks)
     if config.split == ALL:
         raise UsageError(
-            f"--split all: {run} was trained on one split, so that it has seen test videos of the others"
+            f"--split all: {run} was trained on one split, and its training videos include test videos of the others"
         )
     if isinstance(config.split, int) and config.split in splits:
         run, config = splits[config.split], config.model_copy(update={"split": None})
@@ -154,19 +155,19 @@ def _evaluate_all_splits(
     if out is not None:
         ranks.on_main(lambda: check_result_dir(out, {"run": str(out)}))
     configs = {
-        n: config.model_copy(
-            update={"split": None, "out": None if out is None else str(split_folder(out, n))}
+        split: config.model_copy(
+            update={"split": None, "out": None if out is None else str(split_folder(out, split))}
         )
-        for n in splits
+        for split in splits
     }
     # All splits are checked before the first is tested.
     jobs = ranks.on_all_ranks(
-        lambda: {n: _assemble(configs[n], folder) for n, folder in splits.items()}
+        lambda: {split: _assemble(configs[split], folder) for split, folder in splits.items()}
     )
     with ranks.holding(folder_lock(out or run)):
         results = {
-            n: _evaluate_split(configs[n], jobs[n], folder, console, ranks)
-            for n, folder in splits.items()
+            split: _evaluate_split(configs[split], jobs[split], folder, console, ranks)
+            for split, folder in splits.items()
         }
         title = short_dataset(next(iter(results.values()))["dataset"])
         return ranks.on_main(lambda: summarise_splits(out or run, results, title))
@@ -193,9 +194,9 @@ def _test(
     if ranks.is_main:
         counts = count_some(job.labels, job.labels.test)
         warn_of_short_videos(counts, len(job.labels.test), clip_frames, channels)
-    overlap = ranks.on_main(lambda: _count_seen(config, job, _folder(run)))
-    own = config.dataset is None and config.split is None
-    looks = ranks.on_main(lambda: count_looks(_folder(run)) if own else None)
+    seen_counts = ranks.on_main(lambda: _count_seen(config, job, _folder(run)))
+    is_own_split = config.dataset is None and config.split is None
+    looks = ranks.on_main(lambda: count_looks(_folder(run)) if is_own_split else None)
     metrics = evaluate_student(
         job.student,
         job.labels,
@@ -212,7 +213,7 @@ def _test(
         "dataset": job.labels.dataset,
         "split": job.labels.split,
         "predictions": str(out / PREDICTIONS),
-        **({} if overlap is None else {"overlap": overlap}),
+        **({} if seen_counts is None else {"overlap": seen_counts}),
         **({} if looks is None else {"test_looks": looks}),
         "metrics": metrics,
     }
@@ -222,7 +223,7 @@ def _test(
 
 @dataclass(frozen=True)
 class _Job:
-    """A student, the labels to test it on, and how."""
+    """A student, the labels to test it on, and the test protocol."""
 
     student: Student
     labels: Labels
@@ -232,34 +233,34 @@ class _Job:
 
 
 def _assemble(config: EvaluateConfig, run: Path) -> _Job:
-    model, used = _opened(run)
-    options = _options(config.test, used)
-    _refuse_overwriting(config, options, used)
+    model, recorded = _open_run(run)
+    options = _options(config.test, recorded)
+    _refuse_overwriting(config, options, recorded)
     student = load_student(model, factory=config.factory)
     classes = student.meta.classes.get(HEAD, [])
     if not classes:
         raise CheckpointError(f"{run}: expected a model of distinit finetune, it has no labels")
-    given, in_place = config.model_fields_set, config.out is None
+    set_fields, in_place = config.model_fields_set, config.out is None
     labels = load_labels(
-        config.dataset or used["dataset"],
-        config.split if isinstance(config.split, int) else used.get("split"),
-        copies=config.copies if "copies" in given else used.get("copies"),
-        root=config.root if "root" in given or config.dataset else used.get("root"),
-        partial=bool(used.get("partial") if config.partial is None else config.partial),
+        config.dataset or recorded["dataset"],
+        config.split if isinstance(config.split, int) else recorded.get("split"),
+        copies=config.copies if "copies" in set_fields else recorded.get("copies"),
+        root=config.root if "root" in set_fields or config.dataset else recorded.get("root"),
+        partial=bool(recorded.get("partial") if config.partial is None else config.partial),
         classes=None if in_place else classes,
     )
     notes: tuple[str, ...] = ()
-    # A test without --out replaces the result of the run, so that it must be of the same labels.
+    # A test without --out replaces the result of the run, so that the labels must be the same.
     if in_place:
         require_classes(labels.classes, classes, origin=labels.dataset, expected_origin=str(run))
         folder = _folder(run)
-        # Files that are read after the test are checked before it.
+        # Check now the files that are read after the test.
         for name in (*TEST_FILES, LAST):
             is_regular_file(folder / name, folder)
         require_same_labels(folder, read_identity(folder), labels, "give --out to test on them")
-    elif used and config.dataset is None and config.split is None:
+    elif recorded and config.dataset is None and config.split is None:
         notes = tuple(_other_labels(_folder(run), labels))
-    clips = used.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}
+    clips = recorded.get("clips") or {"size": student.meta.clip_size, "resize": student.meta.resize}
     view = ClipView.model_validate(
         {key: clips.get(key) for key in ClipView.model_fields if key in clips}
     )
@@ -267,18 +268,21 @@ def _assemble(config: EvaluateConfig, run: Path) -> _Job:
 
 
 def _other_labels(run: Path, labels: Labels) -> Iterator[str]:
-    """Yield a note if the label file of the run lists other test videos than before training."""
+    """Yield a note if the label file of the run has changed its test videos since the training."""
     record = RunLabels.read(run)
     if record is not None and (difference := record.difference(labels, ("test",))):
-        yield f"{labels.dataset}: not the test videos of the labels that {run} was trained with ({difference})"
+        yield (
+            f"{labels.dataset}: the test videos differ from those of the labels that {run} was trained with "
+            f"({difference})"
+        )
 
 
 def _count_seen(config: EvaluateConfig, job: _Job, run: Path) -> dict[str, int] | None:
-    """Count the test videos that the run has seen, and warn of them.
+    """Count the test videos that the run was trained on, and warn if there are any.
 
     Returns:
-        See `overlap`; None without `out`, where the training has counted them, and for runs without
-        any record.
+        The counts of `overlap`. None without `out`, since the training has counted them, and for
+        runs without a record.
     """
     if config.out is None:
         return None
@@ -296,14 +300,20 @@ def _count_seen(config: EvaluateConfig, job: _Job, run: Path) -> dict[str, int] 
 
 
 def _trained_on(config: EvaluateConfig, run: Path) -> SeenVideos | None:
-    """Return the training videos in the label file of a run, None if it cannot be read any more."""
-    used = _run_config(run) if (run / CONFIG).is_file() else {}
-    if not used:
+    """Return the training videos in the label file of a run, None if it cannot be read."""
+    recorded = _run_config(run) if (run / CONFIG).is_file() else {}
+    if not recorded:
         return None
-    root = config.root if config.dataset is None and config.root is not None else used.get("root")
+    root = (
+        config.root if config.dataset is None and config.root is not None else recorded.get("root")
+    )
     try:
         labels = load_labels(
-            used["dataset"], used.get("split"), copies=used.get("copies"), root=root, partial=True
+            recorded["dataset"],
+            recorded.get("split"),
+            copies=recorded.get("copies"),
+            root=root,
+            partial=True,
         )
     except (LabelsError, UsageError):
         return None
@@ -317,15 +327,15 @@ def _folder(run: Path) -> Path:
     return run.parent if run.is_file() else run
 
 
-def _opened(run: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the file of the model, and the config of its run, {} for a file without a run."""
+def _open_run(run: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the model file, and the recorded config of its run, {} for a file without a run."""
     if run.is_file():
-        in_run = run.name == MODEL_FILE and (run.parent / CONFIG).is_file()
-        return run, (_run_config(run.parent) if in_run else {})
-    used = _run_config(run)
+        is_in_run = run.name == MODEL_FILE and (run.parent / CONFIG).is_file()
+        return run, (_run_config(run.parent) if is_in_run else {})
+    recorded = _run_config(run)
     if not is_regular_file(run / MODEL_FILE, run):
         raise CheckpointError(f"{run}: has no {MODEL_FILE}, the training is not finished")
-    return run / MODEL_FILE, used
+    return run / MODEL_FILE, recorded
 
 
 def _run_config(run: Path) -> dict[str, Any]:
@@ -343,17 +353,17 @@ def _run_config(run: Path) -> dict[str, Any]:
     return current_keys(content["finetune"])
 
 
-def _options(given: EvaluationOptions | None, used: dict[str, Any]) -> EvaluationOptions:
-    """Return the test options of the run, updated with those that are given."""
-    update = given.model_dump(include=given.model_fields_set) if given is not None else {}
-    return EvaluationOptions.model_validate({**used.get("test", {}), **update})
+def _options(test: EvaluationOptions | None, recorded: dict[str, Any]) -> EvaluationOptions:
+    """Return the recorded test options of the run, updated with those set in `test`."""
+    update = test.model_dump(include=test.model_fields_set) if test is not None else {}
+    return EvaluationOptions.model_validate({**recorded.get("test", {}), **update})
 
 
 def _refuse_overwriting(
-    config: EvaluateConfig, options: EvaluationOptions, used: dict[str, Any]
+    config: EvaluateConfig, options: EvaluationOptions, recorded: dict[str, Any]
 ) -> None:
-    """Check that a test with other data or another protocol than the run's has an `out`."""
-    if not used and (config.dataset is None or config.out is None):
+    """Check that `out` is given for a test whose data or protocol differ from those of the run."""
+    if not recorded and (config.dataset is None or config.out is None):
         raise UsageError(f"{config.runs[0]} is a model without its run: give --dataset and --out")
     if config.out is not None:
         return
@@ -361,7 +371,7 @@ def _refuse_overwriting(
         raise UsageError(
             "--dataset, --root and --split require --out: the run keeps the predictions of its own data"
         )
-    protocol = EvaluationOptions.model_validate(used.get("test", {})).protocol()
+    protocol = EvaluationOptions.model_validate(recorded.get("test", {})).protocol()
     for key, value in options.protocol().items():
         if value != protocol[key]:
             raise UsageError(

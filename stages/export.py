@@ -37,16 +37,16 @@ CONFIG_JSON, CARD = "config.json", "README.md"
 
 
 def export(config: GraphConfig, console: Console) -> dict[str, Any]:
-    """Write a student in another form, and compare what was written with the student.
+    """Write a student in another form, and compare the exported model with the student.
 
-    The exported file is run on random clips; where it differs nothing is left at `out`, but for the
-    model file of `hub`.
+    The exported file is run on random clips. If its outputs differ, nothing is left at `out` except
+    the model file of `hub`.
 
     Returns:
-        Paths, and the largest difference of any output from the student's.
+        Paths, and the largest difference between an output and that of the student.
 
     Raises:
-        CheckpointError: There is no student, it cannot be exported, or the export differs from it.
+        CheckpointError: There is no student, it cannot be exported, or the outputs differ.
         UsageError: `out` cannot be written, or a package is missing.
     """
     if config.to == "onnx":
@@ -54,22 +54,22 @@ def export(config: GraphConfig, console: Console) -> dict[str, Any]:
     student = load_student(config.model, factory=config.factory)
     endings = {ENDINGS[config.to]: ""} if config.to in ENDINGS else {}
     out = claim_file(config.out, endings, "export", config, second_ending=".json")
-    about = _describe(student, config)
+    about = _description(student, config)
     probe = probe_clips(student, PROBES)
     expected = student_outputs(student, probe)
     if config.to == "hub":
         run = _run_of(config.model)
-        save_student(out / MODEL_FILE, student, _public(student))
-        found = student_outputs(load_student(out / MODEL_FILE, factory=config.factory), probe)
-        difference = largest_difference(found, expected, config.tolerance)
+        save_student(out / MODEL_FILE, student, _public_meta(student))
+        outputs = student_outputs(load_student(out / MODEL_FILE, factory=config.factory), probe)
+        difference = largest_difference(outputs, expected, config.tolerance)
         write_page(out / CARD, model_card(about, run))
         record = out / CONFIG_JSON
     else:
         content = make_graph(student, config.to)
-        with replacing(out) as part:
-            part.write_bytes(content)
-            found = run_graph(part.read_bytes(), config.to, probe)
-            difference = largest_difference(found, expected, config.tolerance)
+        with replacing(out) as partial:
+            partial.write_bytes(content)
+            outputs = run_graph(partial.read_bytes(), config.to, probe)
+            difference = largest_difference(outputs, expected, config.tolerance)
         record = out.with_name(f"{out.name}.json")
     about["verified"] = {"probe": list(probe.shape), "largest_difference": difference}
     write_whole(record, json.dumps(about, indent=1).encode(), UsageError)
@@ -79,8 +79,8 @@ def export(config: GraphConfig, console: Console) -> dict[str, Any]:
     return {"out": str(out), "to": config.to, "about": str(record), **about["verified"]}
 
 
-def _describe(student: Student, config: GraphConfig) -> dict[str, Any]:
-    """Return what a program must know to use the export, JSON-able."""
+def _description(student: Student, config: GraphConfig) -> dict[str, Any]:
+    """Return the metadata that a program needs to use the export, as plain data."""
     meta, rgb = student.meta.completed(student.options.channels), student.options.channels == 3
     return {
         "format": FORMAT,
@@ -107,16 +107,16 @@ def _describe(student: Student, config: GraphConfig) -> dict[str, Any]:
     }
 
 
-def _public(student: Student) -> Any:
+def _public_meta(student: Student) -> Any:
     """Return the metadata without the paths of this machine."""
-    kept = {
+    extra = {
         key: value for key, value in student.meta.extra.items() if key not in ("dataset", "init")
     }
-    return student.meta.model_copy(update={"extra": kept})
+    return student.meta.model_copy(update={"extra": extra})
 
 
 def _run_of(model: str) -> Run | None:
     """Return the run of a run folder, None for a file."""
     folder = Path(model)
-    known = folder.is_dir() and recorded_sections(folder / CONFIG) & set(KINDS)
-    return read_run(folder, folder.resolve().name) if known else None
+    is_run = folder.is_dir() and recorded_sections(folder / CONFIG) & set(KINDS)
+    return read_run(folder, folder.resolve().name) if is_run else None

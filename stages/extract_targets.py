@@ -1,4 +1,4 @@
-"""Stage one: frozen image teachers look at the sampled frames of every video, once."""
+"""Stage one: run frozen image teachers once over sampled frames of every video."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from ..pipeline.video.pool.decode_pool import DecodePool
 
 
 def extract_targets(config: ExtractConfig, console: Console) -> dict[str, Any]:
-    """Extract targets of all listed videos into the store, and count what was done.
+    """Extract targets of all listed videos into the store, and return a summary.
 
-    Running it again on the same sources continues where it was stopped, and does nothing when all
-    is done.
+    Another run with the same sources continues an interrupted one, and does nothing if all videos
+    are done.
 
     Raises:
-        SourceError: Of the sources.
-        TeacherError: A teacher cannot be loaded or run; WeightsError for its weights.
-        StoreError: The store cannot be opened or written; StoreMismatchError if it holds something
-            else.
-        DeviceError: This machine has no such device.
+        SourceError: A source cannot be read, or has no videos.
+        TeacherError: A teacher cannot be loaded or run.
+        WeightsError: The weights of a teacher cannot be loaded.
+        StoreError: The store cannot be opened or written.
+        StoreMismatchError: The store holds other videos, teachers or sampling.
+        DeviceError: The device is missing.
     """
     check_local(config.out)
-    listed = _list(config, console)
+    videos = _list(config, console)
     with DecodePool(
         processes=config.decoders or cores(),
         memory_gb=config.memory_gb,
         timeout_s=config.timeout_s,
     ) as pool:
-        if listed is not None and not config.dry_run and not config.out.exists():
-            share = listed if config.part is None else Part.parse(config.part).share(listed)
+        if videos is not None and not config.dry_run and not config.out.exists():
+            share = videos if config.part is None else Part.parse(config.part).share(videos)
             pool.begin_probing([share.absolute(i) for i in range(min(len(share), PROBED_AT_ONCE))])
-        # Loads torch and teachers while the decoding processes read the files: both take seconds.
+        # This import loads torch, which takes seconds. Meanwhile the decoding processes read files.
         from ..pipeline.extraction.extraction import extract
 
-        return extract(config, listed, pool, console)
+        return extract(config, videos, pool, console)
 
 
 def _list(config: ExtractConfig, console: Console) -> VideoList | None:
-    """Return the listed sources; None (all of the store) without sources on an existing store."""
+    """List the sources; return None, which means all videos of the store, without any source."""
     if not config.sources:
         if not config.out.exists():
             raise UsageError(f"no SOURCE given, and {config.out} does not exist yet")

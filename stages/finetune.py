@@ -92,14 +92,15 @@ _WRITES = (*RUN_FILES, *TEST_FILES, START, SEEN_VIDEOS, SEARCH_FOLDER)
 def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     """Train on the train videos of a data set, and test on its test videos.
 
-    With a validation side the best checkpoint on it is tested. With a search the options are chosen
-    on it first, and the training is that on both sides; the test side is used once, at the end.
+    With a validation side, the best checkpoint on that side is tested. With a search, the options
+    are chosen on the validation side, and the last training uses train and validation videos. The
+    test side is used once, at the end.
 
     Writes RUN/config.yaml, checkpoints, metrics.jsonl, model.safetensors, predictions.h5 and
     result.json; with `--split all` into a folder per split, and their mean into RUN/result.json.
 
     Returns:
-        The content of result.json, and under `next` what to type next.
+        The content of result.json, and under `next` the commands to run next.
 
     Raises:
         UsageError: Options do not fit each other, the initialisation or the folder.
@@ -110,20 +111,20 @@ def finetune(config: FinetuneConfig, console: Console) -> dict[str, Any]:
         WeightsError: Weights cannot be loaded.
     """
     if config.dry_run:
-        return _try_out(config, console)
+        return _dry_run(config, console)
     require_trackers(config.loop.loggers)
     return run_distributed(_finetune, config, console, config.loop)
 
 
-def _try_out(config: FinetuneConfig, console: Console) -> dict[str, Any]:
-    """Show what a finetuning would be, with its first batch, and do not train.
+def _dry_run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
+    """Describe a finetuning and its first batch without training.
 
-    With `--split all`, of the first split.
+    With `--split all`, this is the finetuning on the first split.
     """
     if config.split == ALL:
         first = available_splits(config.dataset, config.root)[0]
         config = config.model_copy(update={"split": first})
-    _require_fitting(Path(config.out), config.split)
+    _check_run_kind(Path(config.out), config.split)
     config = _scheduled(config)
     job = _assemble(config, _load_labels(config))
     _, job, rate = _measured(config, job, SINGLE_PROCESS, config.loop.gpus)
@@ -135,16 +136,16 @@ def _try_out(config: FinetuneConfig, console: Console) -> dict[str, Any]:
 def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
     """Run one process of the training and the test; only rank 0 writes and holds locks."""
     out = Path(config.out)
-    ranks.on_main(lambda: _require_fitting(out, config.split))
+    ranks.on_main(lambda: _check_run_kind(out, config.split))
     if config.split != ALL:
         summary = _finetune_split(config, console, ranks)
         console.info(f"model: {summary['model']}, predictions: {summary['predictions']}")
         return _with_next(out, summary, f"distinit predict {shlex.quote(config.out)} VIDEO")
-    begun = ranks.on_main(lambda: bool(split_folders(out)))
-    if config.resume is True and not begun:
+    has_runs = ranks.on_main(lambda: bool(split_folders(out)))
+    if config.resume is True and not has_runs:
         raise UsageError(f"--resume: {out} has no run; --resume auto starts one")
     splits = ranks.on_all_ranks(lambda: _checked_splits(config))
-    ranks.on_main(lambda: _require_own_splits(out, splits))
+    ranks.on_main(lambda: _check_split_folders(out, splits))
     with ranks.holding(folder_lock(out)):
         results = _finetune_splits(config, splits, console, ranks)
         title = short_dataset(config.dataset)
@@ -156,7 +157,7 @@ def _finetune(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[st
 def _finetune_splits(
     config: FinetuneConfig, splits: Sequence[int], console: Console, ranks: Ranks
 ) -> dict[int, dict[str, Any]]:
-    """Train and test on one split after the other; return the result of each."""
+    """Train and test on one split after another; return the result of each."""
     results = {}
     for split in splits:
         console.info(f"split {split}")
@@ -168,24 +169,24 @@ def _finetune_splits(
         }
         results[split] = _finetune_split(config.model_copy(update=update), console, ranks)
         if config.loop.batch_size == "auto":
-            # That of the first split, so that the splits differ in nothing else.
+            # All splits use the batch size of the first one, so that they are comparable.
             size = {"batch_size": results[split]["batch_size"]}
             config = config.model_copy(update={"loop": config.loop.model_copy(update=size)})
     return results
 
 
 def _checked_splits(config: FinetuneConfig) -> tuple[int, ...]:
-    """Return the splits of the data set after checking all of them, before the first is trained."""
+    """Return the splits of the data set after checking the labels of each."""
     splits = available_splits(config.dataset, config.root)
     for split in splits:
         _load_labels(config.model_copy(update={"split": split}))
     return splits
 
 
-def _require_fitting(out: Path, split: int | str | None) -> None:
-    """Check that the folder has no run of another command, nor of one split instead of all.
+def _check_run_kind(out: Path, split: int | str | None) -> None:
+    """Check that the folder has no run of another command, nor one of a single split with `all`.
 
-    Runs of one and of all splits both write RUN/result.json.
+    Runs of a single split and runs of all splits both write RUN/result.json.
     """
     splits = split_folders(out)
     check_output_dir(out, COMMAND, () if splits else _WRITES)
@@ -200,14 +201,14 @@ def _require_fitting(out: Path, split: int | str | None) -> None:
         )
 
 
-def _require_own_splits(out: Path, splits: Sequence[int]) -> None:
+def _check_split_folders(out: Path, splits: Sequence[int]) -> None:
     """Check the folders of all splits before the first is trained."""
     for split in splits:
         check_output_dir(split_folder(out, split), COMMAND, _WRITES)
 
 
 def _finetune_split(config: FinetuneConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """Train and test on one split, in a run folder that is locked meanwhile."""
+    """Train and test on one split in a locked run folder."""
     config = ranks.on_main(lambda: _scheduled(config))
     device = ranks.on_all_ranks(lambda: resolve_device(config.loop.device))
     # Rank 0 first, so that an initialisation is downloaded once.
@@ -217,10 +218,10 @@ def _finetune_split(config: FinetuneConfig, console: Console, ranks: Ranks) -> d
     with ranks.holding(run_dir_lock(Path(config.out), resume=config.resume)):
         config, job, rate = _measured(config, job, ranks, ranks.world)
         if config.loop.budget is not None:
-            # From here on, the schedule is as if it had been given.
-            loop = {"loop": job.options}
-            config, used = config.model_copy(update=loop), job.config.model_copy(update=loop)
-            job = replace(job, config=used)
+            # From here on, the schedule replaces the budget.
+            update = {"loop": job.options}
+            config = config.model_copy(update=update)
+            job = replace(job, config=job.config.model_copy(update=update))
         if ranks.is_main:
             _describe_run(job, console)
         if not Path(config.out, LAST).exists():
@@ -233,15 +234,15 @@ def _train_and_test(
 ) -> dict[str, Any]:
     """Search, train, export and test; return the content of result.json."""
     run_dir = Path(config.out)
-    searched, stop = None, Stop(patience=config.patience)
+    record, stop = None, Stop(patience=config.patience)
     if config.search:
-        searched = _search(job, run_dir, console, ranks)
-        stop = Stop(epochs=searched.best.best_epoch)
-        job = ranks.on_all_ranks(lambda: _chosen(config, job.labels, searched))
+        record = _search(job, run_dir, console, ranks)
+        stop = Stop(epochs=record.best.best_epoch)
+        job = ranks.on_all_ranks(lambda: _final_job(config, job.labels, record))
     overlap = _record_run(job, run_dir, console, ranks)
     result = _train(job, run_dir, console, ranks, stop)
     config, labels, student = job.config, job.labels, job.student
-    exported = _exported(job)
+    exported = _exported_checkpoint(job)
     if exported == "best":
         ranks.on_all_ranks(
             lambda: load_weights(run_dir, "best", student, weights=config.loop.weights)
@@ -262,8 +263,8 @@ def _train_and_test(
     summary = _summary(config, labels, job.report, result, metrics) | {
         "overlap": overlap,
         "exported": exported,
-        "validation": _validated(job, result),
-        "search": None if searched is None else _searched(searched),
+        "validation": _validation_result(job, result),
+        "search": None if record is None else _search_result(record),
         "test_looks": looks,
     }
     final = _final(metrics, result)
@@ -273,23 +274,23 @@ def _train_and_test(
 
 
 def _final(metrics: dict[str, Any], result: FitResult) -> dict[str, Any]:
-    """Return the numbers of the test, for the trackers."""
+    """Return the final numbers of test and validation for the trackers."""
     tested = {f"test/{name}": metrics[name]["value"] for name in MEASURES if name in metrics}
     validated = {f"validation/{name}": value for name, value in result.best_validation.items()}
     return {**tested, **validated, "clips_per_second": result.clips_per_second}
 
 
-def _with_next(out: Path, summary: dict[str, Any], *more: str) -> dict[str, Any]:
-    """Return what a finetuning returns: its summary, and what to type next."""
+def _with_next(out: Path, summary: dict[str, Any], *commands: str) -> dict[str, Any]:
+    """Return a summary with the commands to run next."""
     run = shlex.quote(str(out))
-    return summary | {"next": [f"distinit report {run} --out report", *more]}
+    return summary | {"next": [f"distinit report {run} --out report", *commands]}
 
 
 def _record_run(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> dict[str, int]:
-    """Check a run that is resumed, and write what identifies a run into its folder.
+    """Check a resumed run, and write config, initial weights and labels into the run folder.
 
     Returns:
-        Number of test videos that the initialisation has seen, see `record_and_compare`.
+        Counts of test videos that the initialisation was trained on, see `record_and_compare`.
     """
     config, labels = job.config, job.labels
     saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
@@ -299,7 +300,7 @@ def _record_run(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> dic
         ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity, labels))
         ranks.on_all_ranks(lambda: require_not_longer(run_dir, job.options))
     ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, config))
-    # The inflated weights, for a report: training changes them.
+    # A report shows the inflated weights, which training changes.
     if config.init.startswith("inflate:"):
         ranks.on_main(lambda: save_start(run_dir / START, job.student))
     return ranks.on_main(
@@ -315,19 +316,19 @@ def _search(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> SearchR
             "--search: requires a validation side to choose on: --held-out 0.2, val in a column splitN, or "
             "a folder val/"
         )
-    # From here on, the folder is known as a run.
+    # The config identifies the folder as a run.
     ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, config))
 
     def train(options: FinetuneConfig, folder: Path, epochs: int) -> dict[str, Any]:
-        # What becomes of a candidate is in search.json.
+        # The results of candidates are in search.json, not in the trackers.
         quiet = options.loop.model_copy(update={"loggers": ()})
         options = options.model_copy(update={"loop": quiet})
         candidate = ranks.on_all_ranks(lambda: _assemble(options, labels))
         stop = Stop(epochs=epochs, patience=options.patience)
         result = _train(candidate, folder, console, ranks, stop, resume="auto")
-        last = _exported(candidate) == "last"
-        measured = result.validation if last else result.best_validation
-        return {**measured, "best_epoch": result.epochs if last else result.best_epoch}
+        is_last = _exported_checkpoint(candidate) == "last"
+        measures = result.validation if is_last else result.best_validation
+        return {**measures, "best_epoch": result.epochs if is_last else result.best_epoch}
 
     identity = job.identity() | job.options.identity() | {"epochs": config.loop.epochs}
     identity |= {"stop": {"patience": config.patience, "export": config.export}}
@@ -340,22 +341,22 @@ def _search(job: _Job, run_dir: Path, console: Console, ranks: Ranks) -> SearchR
     return record
 
 
-def _chosen(config: FinetuneConfig, labels: Labels, record: SearchRecord) -> _Job:
-    """Return the last training of a search: the chosen options, on train and validation videos."""
+def _final_job(config: FinetuneConfig, labels: Labels, record: SearchRecord) -> _Job:
+    """Return the last training of a search: chosen options, train and validation videos."""
     chosen = record.config(config)
     return _assemble(chosen, labels.with_val_in_train())
 
 
-def _exported(job: _Job) -> str:
-    """Return which checkpoint is exported and tested: last or best.
+def _exported_checkpoint(job: _Job) -> str:
+    """Return the checkpoint that is exported and tested, "last" or "best".
 
     Without a validation side the best checkpoint is that of the lowest training loss.
     """
     return job.config.export or ("best" if job.labels.val else "last")
 
 
-def _validated(job: _Job, result: FitResult) -> dict[str, Any] | None:
-    """Return what was measured on the validation side, for result.json."""
+def _validation_result(job: _Job, result: FitResult) -> dict[str, Any] | None:
+    """Return the measures on the validation side for result.json, None without that side."""
     if not job.labels.val:
         return None
     return {
@@ -366,10 +367,10 @@ def _validated(job: _Job, result: FitResult) -> dict[str, Any] | None:
     }
 
 
-def _searched(record: SearchRecord) -> dict[str, Any]:
+def _search_result(record: SearchRecord) -> dict[str, Any]:
     """Return the search for result.json."""
     return {
-        "candidates": [asdict(each) for each in record.candidates],
+        "candidates": [asdict(candidate) for candidate in record.candidates],
         "chosen": record.best.options,
         "epochs": record.best.best_epoch,
         "epochs_of_candidates": record.epochs_trained,
@@ -384,7 +385,7 @@ def _train(
     stop: Stop,
     resume: Resume | None = None,
 ) -> FitResult:
-    """Train a student; `resume` is by default that of the config."""
+    """Train a student; by default `resume` is that of the config."""
     config, labels, student, options = job.config, job.labels, job.student, job.options
     console.info(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
     measure = validation(
@@ -416,7 +417,7 @@ def _train(
 
 @dataclass(frozen=True)
 class _Job:
-    """A student, the labels to train it on, and how.
+    """A student, the labels to train it on, and the config of the training.
 
     Attributes:
         config: The resolved config.
@@ -434,7 +435,7 @@ class _Job:
 
     @property
     def options(self) -> LoopOptions:
-        """The loop for this number of videos."""
+        """The options of the loop for the number of training videos."""
         return self.config.loop.for_videos(len(self.labels.train))
 
     def clips(self) -> LabelledClips:
@@ -450,15 +451,16 @@ class _Job:
         )
 
     def total_clips(self) -> int:
-        """Return the clips of the training, those of a search included."""
+        """Return the number of clips of the training, including those of a search."""
         options = self.options
         epochs = epochs_of_search(self.config) if self.config.search else options.epochs
         return epochs * options.clips_per_epoch
 
     def identity(self) -> dict[str, Any]:
-        """Return what a resume must share, by top-level key, so that an error names the difference.
+        """Return the properties that a resumed training must share, by top-level key.
 
-        The digest of the first weights also reveals a changed seed or file.
+        An error names the key that differs. The digest of the initial weights also reveals a
+        changed seed or file.
         """
         return {
             "classes": list(self.labels.classes),
@@ -469,20 +471,20 @@ class _Job:
             "dropout": self.config.dropout,
             "freeze": self.config.freeze,
             "clips": self.config.clips.identity_dump(),
-            **self._validated_by(),
+            **self._validation_identity(),
         }
 
-    def _validated_by(self) -> dict[str, Any]:
-        """Return what a resume must share of the validation, {} without one."""
+    def _validation_identity(self) -> dict[str, Any]:
+        """Return the part of the identity that describes the validation, {} without one."""
         config, labels = self.config, self.labels
         if labels.val:
             return {"validation": {"videos": videos_digest(labels.val), "clips": config.val_clips}}
-        # The last training of a search, which is as long as its best candidate.
+        # The last training of a search also uses the validation videos.
         return {"train": videos_digest(labels.train)} if config.search else {}
 
 
 def _scheduled(config: FinetuneConfig) -> FinetuneConfig:
-    """Return the config with the schedule of the run that is resumed, or with a budget."""
+    """Return the config with the recorded schedule of a resumed run, or with a budget."""
     loop = recorded_schedule(Path(config.out), COMMAND, config.loop, resume=config.resume)
     return config.model_copy(update={"loop": loop})
 
@@ -493,13 +495,13 @@ def _measured(
     """Return config and job with numbers in place of `--batch-size auto` and `--minutes`.
 
     Args:
-        config: The config as given.
+        config: The config.
         job: The job of this config.
-        ranks: The processes that measure, of which rank 0 does.
+        ranks: The processes; rank 0 measures.
         world: Number of processes of the training.
 
     Returns:
-        Config, job, and the rate that was measured for `--minutes`.
+        Config, job, and the rate that was measured for `--minutes`, None without it.
     """
     labels, rate = job.labels, None
     if config.loop.batch_size == "auto":
@@ -513,7 +515,7 @@ def _measured(
 
 def _sized(config: FinetuneConfig, labels: Labels, world: int) -> FinetuneConfig:
     """Return the config with a number in place of `--batch-size auto`."""
-    # Clips are drawn by number, so that a data set for any batch size has them.
+    # Clips are drawn by number: they are the same for every batch size.
     small = config.loop.model_copy(update={"batch_size": EXAMPLES})
     job = _assemble(config.model_copy(update={"loop": small}), labels)
     loop = with_batch_size(
@@ -525,21 +527,22 @@ def _sized(config: FinetuneConfig, labels: Labels, world: int) -> FinetuneConfig
 def _fitted(
     config: FinetuneConfig, job: _Job, minutes: float, world: int
 ) -> tuple[FinetuneConfig, Rate]:
-    """Return the config with the budget of clips that `--minutes` has time for, and the rate."""
+    """Return the config with the budget of clips that fits into `--minutes`, and the rate."""
     loop, options = config.loop, job.options
     rate = measure_rate(job.student, job.clips(), options)
     clips = clips_in(minutes, rate, options, world)
-    # A search shares the time among its candidates and the last training.
+    # A search divides the time between its candidates and the last training.
     clips = int(clips * options.epochs * options.clips_per_epoch / job.total_clips())
     fitted = loop.model_copy(update={"budget": max(1, clips), "minutes": None})
     return config.model_copy(update={"loop": fitted}), rate
 
 
 def _load_labels(config: FinetuneConfig) -> Labels:
-    """Load the labels, with the validation side that is held out.
+    """Load the labels, and hold out a validation side.
 
     Raises:
-        LabelsError: A leak, with --strict.
+        LabelsError: The labels cannot be used; with --strict also if the initialisation was trained
+            on test videos.
     """
     labels = load_labels(
         config.dataset,
@@ -564,13 +567,13 @@ def _assemble(config: FinetuneConfig, labels: Labels) -> _Job:
 def _check_same(
     run_dir: Path, saved: dict[str, Any], identity: dict[str, Any], labels: Labels
 ) -> None:
-    """Check the identity of a checkpoint: labels first, whose differences are described best."""
+    """Check the identity of a checkpoint; labels first, since their differences are explained."""
     require_same_labels(run_dir, saved, labels, "choose another --out")
     check_identity(run_dir, saved, identity)
 
 
 def _resolved(config: FinetuneConfig, labels: Labels, init: Initialization) -> FinetuneConfig:
-    """Fill in what the initialisation decides, and make paths absolute."""
+    """Return the config with the network and clips of the initialisation, and absolute paths."""
     update: dict[str, Any] = {
         "dataset": canonical(config.dataset),
         "root": None if config.root is None else os.path.abspath(config.root),
@@ -580,16 +583,16 @@ def _resolved(config: FinetuneConfig, labels: Labels, init: Initialization) -> F
         "student": init.options,
     }
     file = student_file(config.init)
-    # None for weights in torchvision's format, which have no record of clips.
+    # Weights in torchvision's format have no record of clips.
     meta = read_meta(file) if file is not None else None
     if meta is not None:
         stored = {"clip_frames": meta.clip_length, "size": meta.clip_size, "resize": meta.resize}
-        given = config.clips.model_fields_set
-        # The resize of the file belongs to its size.
-        if "size" in given:
+        set_fields = config.clips.model_fields_set
+        # The stored resize belongs to the stored size.
+        if "size" in set_fields:
             stored.pop("resize")
         update["clips"] = config.clips.model_copy(
-            update={k: v for k, v in stored.items() if k not in given}
+            update={k: v for k, v in stored.items() if k not in set_fields}
         )
     clips = update.get("clips", config.clips)
     try:
@@ -617,7 +620,7 @@ def _build(
 
 
 def _describe_run(job: _Job, console: Console) -> None:
-    """Log data set, network and initialisation, and warn of what a user should know of the data."""
+    """Log data set, network and initialisation, and the notes on the labels as warnings."""
     config, labels, student, report = job.config, job.labels, job.student, job.report
     for note in labels.notes:
         console.warn(note)
@@ -640,11 +643,11 @@ def _describe_run(job: _Job, console: Console) -> None:
     if report is None:
         console.info("initialisation: from scratch")
         return
-    # The heads of our own students are left out on purpose; for other files log what does not fit.
+    # The heads of our own students are unused on purpose. Unused tensors of other files are logged.
     file = student_file(config.init)
-    left = () if file is not None and read_meta(file) is not None else report.left
-    names = ", ".join(left[:6]) + (", …" if len(left) > 6 else "")
-    skipped = f", not used: {names}" if left else ""
+    unused = () if file is not None and read_meta(file) is not None else report.left
+    names = ", ".join(unused[:6]) + (", …" if len(unused) > 6 else "")
+    skipped = f", not used: {names}" if unused else ""
     console.info(
         f"initialisation: {len(report.loaded)} tensors of {report.path}{skipped}; the head is new"
     )
@@ -654,16 +657,17 @@ def _describe_run(job: _Job, console: Console) -> None:
 
 def balance(labels: Labels) -> str:
     """Describe the balance of the classes, and the accuracy of guessing the most frequent one."""
-    counts = Counter(video.label for video in labels.train)
-    (most, count), (fewest, few) = counts.most_common()[0], counts.most_common()[-1]
-    guess = sum(video.label == most for video in labels.test) / len(labels.test)
-    each = (
-        f"{count} train videos per class"
-        if count == few
-        else f"{few} ({labels.classes[fewest]}) to {count} ({labels.classes[most]}) train videos per class, "
-        f"{count / few:.1f} times as many"
+    counts = Counter(video.label for video in labels.train).most_common()
+    (largest, max_videos), (smallest, min_videos) = counts[0], counts[-1]
+    accuracy = sum(video.label == largest for video in labels.test) / len(labels.test)
+    text = (
+        f"{max_videos} train videos per class"
+        if max_videos == min_videos
+        else f"{min_videos} ({labels.classes[smallest]}) to {max_videos} ({labels.classes[largest]}) train videos "
+        f"per class, {max_videos / min_videos:.1f} times as many"
     )
-    return f"{each}; always guessing {labels.classes[most]!r} is correct for {100 * guess:.1f} % of the test videos"
+    guess = f"always guessing {labels.classes[largest]!r} is correct for {100 * accuracy:.1f} % of the test videos"
+    return f"{text}; {guess}"
 
 
 def _export(config: FinetuneConfig, labels: Labels, student: Student, run_dir: Path) -> None:

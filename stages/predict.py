@@ -26,7 +26,7 @@ from ..pipeline.evaluation.own_videos import (
 )
 from ..pipeline.evaluation.predictions import OK, Predictions
 from ..pipeline.evaluation.predictor import HEAD
-from ..pipeline.evaluation.predictor import predict as fill_in
+from ..pipeline.evaluation.predictor import predict as fill_predictions
 from ..pipeline.students.student import Student
 from ..pipeline.students.student_files import load_student
 from ..pipeline.training.hardware import pick_workers, torch_threads
@@ -37,14 +37,14 @@ ENDINGS = {".csv": "a row per video", ".json": "as --json", ".parquet": "as .csv
 def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
     """Show the best classes of each video with their probabilities.
 
-    The clips are those of a test: `test.clips` clips, evenly spread, with the frames and size that
-    the model was trained with.
+    The clips are those of a test: `test.clips` evenly spread clips with the frames and size of the
+    model's training.
 
     Returns:
         Videos with their best classes; `ok` is False if a video is unreadable.
 
     Raises:
-        CheckpointError: There is no model, or one without labels.
+        CheckpointError: There is no model, or it has no labels.
         UsageError: `out` cannot be written.
         SourceError: A source has no videos.
         DeviceError: The device is missing.
@@ -58,7 +58,8 @@ def predict(config: PredictConfig, console: Console) -> dict[str, Any]:
     paths = list_paths(config.sources)
     out = None if config.out is None else claim_file(config.out, ENDINGS, "predict", config)
     if out is not None and out.suffix == ".parquet":
-        require_parquet()  # before the work, not after it
+        # Check it now instead of after the predictions.
+        require_parquet()
     predictions = _score(student, paths, config, console)
     videos = _best(predictions, min(config.top, len(predictions.classes)))
     failed = predictions.failures()
@@ -100,7 +101,7 @@ def _score(
         torch_threads(None, workers, device),
         console.progress("predicting", len(paths), "videos") as bar,
     ):
-        fill_in(
+        fill_predictions(
             student,
             clips,
             predictions,
@@ -113,7 +114,7 @@ def _score(
 
 
 def _best(predictions: Predictions, top: int) -> list[dict[str, Any]]:
-    """Return frames and `top` classes of each readable video, the best class first."""
+    """Return the number of frames and the `top` best classes of each readable video."""
     scores = probabilities(predictions)
     rows = []
     for i, video in enumerate(predictions.videos):
@@ -136,12 +137,14 @@ def _show(rows: list[dict[str, Any]], predictions: Predictions, console: Console
         table = Table(title, columns("video", "class", ">%", "then"))
         for row in rows:
             first, *others = row["top"]
-            then = ", ".join(f"{each['class']} {100 * each['probability']:.1f}" for each in others)
+            others_text = ", ".join(
+                f"{each['class']} {100 * each['probability']:.1f}" for each in others
+            )
             table.add(
                 os.path.relpath(row["video"], common),
                 first["class"],
                 f"{100 * first['probability']:.1f}",
-                then,
+                others_text,
             )
         console.table(table.to_rich())
     log_problems(predictions.failures(), predictions.truncated())
@@ -153,13 +156,13 @@ def _write(out: Path, result: dict[str, Any], predictions: Predictions, top: int
         write_page(out, as_json(plain(result)) + "\n")
         return
     top = min(top, len(predictions.classes))
-    columns = {"video": "string", "status": "string", "reason": "string", "frames": "int64"}
+    types = {"video": "string", "status": "string", "reason": "string", "frames": "int64"}
     for k in range(1, top + 1):
-        columns |= {f"class{k}": "string", f"probability{k}": "float64"}
+        types |= {f"class{k}": "string", f"probability{k}": "float64"}
     ranked = {row["video"]: row["top"] for row in result["videos"]}
     rows = []
     for i, video in enumerate(map(escape_path, predictions.videos)):
-        cells = [each[key] for each in ranked.get(video, ()) for key in ("class", "probability")]
-        about = [video, predictions.status[i], predictions.reasons[i], int(predictions.frames[i])]
-        rows.append([*about, *(cells or [None] * 2 * top)])
-    write_rows(out, columns, rows)
+        classes = [each[key] for each in ranked.get(video, ()) for key in ("class", "probability")]
+        row = [video, predictions.status[i], predictions.reasons[i], int(predictions.frames[i])]
+        rows.append([*row, *(classes or [None] * 2 * top)])
+    write_rows(out, types, rows)

@@ -1,6 +1,6 @@
 """Make small, seekable copies of videos, or files of their optical flow.
 
-Each has a map to its source's frames.
+Each file has a map to the frames of its source.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ from ..pipeline.video.pool.decode_pool import DecodePool, Failed
 
 COMMAND = "prepare"
 PARTIAL, LOCK = ".partial", "lock"
-_AHEAD = 256  # copies, finished or read, that may wait for one long video listed before them
+# Finished copies that may wait for a long video that is listed before them.
+_AHEAD = 256
 
 
 def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
-    """Copy what is not copied yet; return what the folder holds of these sources afterwards.
+    """Copy the sources that have no copy yet; return a summary of the copies of all sources.
 
-    Running it again continues where it stopped; a source that has changed is copied again.
+    Another run continues an interrupted one. A source that has changed is copied again.
 
     Raises:
-        SourceError: A source names nothing.
-        UsageError: `out` holds copies made with other options.
+        SourceError: A source has no videos.
+        UsageError: `out` holds copies with other options.
     """
     check_local(config.out)
     if config.flow:
@@ -57,30 +58,29 @@ def prepare(config: PrepareConfig, console: Console) -> dict[str, Any]:
         _mark(out, config, videos)
         write_config(out / CONFIG, COMMAND, config.model_copy(update={"out": out.absolute()}))
         status = StatusFile(out / "status.csv")
-        began = time.monotonic()
+        started = time.monotonic()
         todo, tally = _plan(config, videos, out, status, console)
         if len(todo) < len(videos) and todo:
-            console.info(f"{len(videos) - len(todo)} of {len(videos)} are done already")
+            console.info(f"{len(videos) - len(todo)} of {len(videos)} videos are done already")
         status.begin()
-        _copy(config, videos, todo, out, status, tally, console)
+        _copy_videos(config, videos, todo, out, status, tally, console)
         status.finish(_keys(videos))
-        return summary(out, len(videos), len(todo), time.monotonic() - began, tally)
+        return summary(out, len(videos), len(todo), time.monotonic() - started, tally)
 
 
 def _list(config: PrepareConfig, console: Console) -> VideoList:
-    """Return the listed sources, without what is in `out` itself."""
+    """List the sources, without the videos in `out` itself."""
     videos = list_videos(config.sources)
-    own = os.path.join(os.path.realpath(config.out), "")
-    kept = [
-        i for i in range(len(videos)) if not os.path.realpath(videos.absolute(i)).startswith(own)
+    out = os.path.join(os.path.realpath(config.out), "")
+    outside = [
+        i for i in range(len(videos)) if not os.path.realpath(videos.absolute(i)).startswith(out)
     ]
-    if len(kept) < len(videos):
+    if len(outside) < len(videos):
         console.info(
-            f"{len(videos) - len(kept)} videos are located in {config.out} itself and are left out"
+            f"{len(videos) - len(outside)} videos are located in {config.out} itself and are left out"
         )
-        videos = VideoList(
-            videos.corpora, videos.corpus[kept], [videos.paths[i] for i in kept], videos.ignored
-        )
+        paths = [videos.paths[i] for i in outside]
+        videos = VideoList(videos.corpora, videos.corpus[outside], paths, videos.ignored)
     console.info(videos.describe())
     if not len(videos):
         raise UsageError(
@@ -91,14 +91,14 @@ def _list(config: PrepareConfig, console: Console) -> VideoList:
 
 @contextmanager
 def _claim(config: PrepareConfig) -> Iterator[Path]:
-    """Lock the output folder against a second run, and remove the leftovers of a killed one."""
+    """Yield the locked output folder, without leftovers of a killed run."""
     out = config.out
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file, expected a folder")
     if out.is_dir() and read_marker(out) is None and not _only_claimed(out):
         raise UsageError(f"--out {out}: holds other files; choose a new or empty folder")
     (out / PARTIAL).mkdir(parents=True, exist_ok=True)
-    busy = UsageError(f"--out {out}: another run of distinit prepare is at work there")
+    busy = UsageError(f"--out {out}: another run of distinit prepare is writing it")
     with locked(out / PARTIAL / LOCK, busy, make=True):
         _sweep(out)
         yield out
@@ -106,53 +106,66 @@ def _claim(config: PrepareConfig) -> Iterator[Path]:
 
 
 def _only_claimed(out: Path) -> bool:
-    """Check whether a folder without a marker is empty, but for leftovers of a killed run."""
-    inside = [path.name for path in (out / PARTIAL).iterdir()] if (out / PARTIAL).is_dir() else []
-    return {path.name for path in out.iterdir()} <= {PARTIAL} and set(inside) <= {LOCK, MARKER}
+    """Check whether a folder without a marker has nothing but leftovers of a killed run."""
+    names = {path.name for path in out.iterdir()}
+    partial = out / PARTIAL
+    partial_names = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
+    return names <= {PARTIAL} and partial_names <= {LOCK, MARKER}
 
 
 def _sweep(out: Path) -> None:
+    """Remove unfinished files."""
     sweep_run(out)
-    for left in (out / PARTIAL).iterdir():
-        if left.name != LOCK:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for path in (out / PARTIAL).iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _mark(out: Path, config: PrepareConfig, videos: VideoList) -> None:
-    """Write what the copies are like and which corpora there are; refuse to mix."""
+    """Write the options of the copies and their corpora into the marker of the folder.
+
+    Raises:
+        UsageError: The folder has copies with other options, or other corpora of these names.
+    """
     options = _options(config)
     marker: dict[str, Any] = read_marker(out) or {"options": options, "corpora": {}}
     if kind_of(marker["options"]) != kind_of(options):
-        held, asked = ("copies", "--flow") if config.flow else ("optical flow", "copies")
-        raise UsageError(f"--out {out}: holds {held}, asked for {asked}; choose another folder")
+        existing, requested = ("copies", "--flow") if config.flow else ("optical flow", "copies")
+        raise UsageError(
+            f"--out {out}: holds {existing}, but {requested} was requested; choose another folder"
+        )
     for key, value in marker["options"].items():
         if options.get(key) != value:
-            differ = f"--out {out}: its copies have {key}={value}, asked for {key}={options.get(key)}; choose another "
+            advice = (
+                f"--out {out}: its copies have {key}={value}, requested was {key}={options.get(key)}; choose another "
+                "folder"
+            )
             if not config.replace:
-                raise UsageError(f"{differ}folder, or --replace to make them again")
-            if left := marker["corpora"].keys() - {corpus.name for corpus in videos.corpora}:
+                raise UsageError(f"{advice}, or --replace to make them again")
+            if missing := marker["corpora"].keys() - {corpus.name for corpus in videos.corpora}:
                 raise UsageError(
-                    f"{differ}folder, or name {', '.join(sorted(left))} as well: --replace is for all"
+                    f"{advice}, or name {', '.join(sorted(missing))} as well: --replace is for all corpora"
                 )
     corpora = dict(marker["corpora"])
     for corpus in videos.corpora:
-        before = unescape_path(corpora.get(corpus.name, {}).get("root", escape_path(corpus.root)))
-        if before != corpus.root and os.path.isdir(before) and not config.replace:
+        root = unescape_path(corpora.get(corpus.name, {}).get("root", escape_path(corpus.root)))
+        if root != corpus.root and os.path.isdir(root) and not config.replace:
             raise UsageError(
-                f"--out {out}: corpus {corpus.name!r} there is {before}, not {corpus.root}; "
+                f"--out {out}: its corpus {corpus.name!r} was copied from {root}, not {corpus.root}; "
                 f"give this one another name, as in new={corpus.root}"
             )
         corpora[corpus.name] = {"root": escape_path(corpus.root)}
     text = json.dumps(
         {"format": FORMAT, "version": 1, "options": options, "corpora": corpora}, indent=1
     )
-    # In the folder that the next run sweeps: without its marker the folder may hold nothing else.
-    with replacing(out / MARKER, out / PARTIAL / MARKER) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+    # The temporary file is in the folder that the next run sweeps, since an output folder without a
+    # marker must hold nothing else.
+    with replacing(out / MARKER, out / PARTIAL / MARKER) as file:
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
-    """Return what makes two copies of one source differ."""
+    """Return the options that a copy depends on, as plain data."""
     if config.flow:
         return _flow_options(config).model_dump(mode="json")
     return config.copies.model_dump(mode="json", exclude={"quality_frames"})
@@ -160,16 +173,18 @@ def _options(config: PrepareConfig) -> dict[str, Any]:
 
 def _flow_options(config: PrepareConfig) -> FlowOptions:
     if config.copies.size is None:
-        raise UsageError("--flow with --short-side: flow is that of clips of one size, --size HxW")
+        raise UsageError("--flow with --short-side: optical flow requires a fixed size, --size HxW")
     return FlowOptions(size=config.copies.size, bound=config.flow_bound)
 
 
 def _keys(videos: VideoList) -> Iterator[tuple[str, str]]:
+    """Yield the key of each video in the status file: escaped corpus and path."""
     for i, path in enumerate(videos.paths):
         yield escape_path(videos.corpora[int(videos.corpus[i])].name), escape_path(path)
 
 
 def _target(config: PrepareConfig, out: Path, videos: VideoList, i: int) -> str:
+    """Return the path of the copy of a video."""
     corpus = videos.corpora[int(videos.corpus[i])].name
     return os.path.join(
         os.path.abspath(out), corpus, copy_name(videos.paths[i], "flow" if config.flow else "copy")
@@ -179,19 +194,19 @@ def _target(config: PrepareConfig, out: Path, videos: VideoList, i: int) -> str:
 def _plan(
     config: PrepareConfig, videos: VideoList, out: Path, status: StatusFile, console: Console
 ) -> tuple[list[int], Tally]:
-    """Return the videos to copy, and the tally of those that are done or have failed before."""
+    """Return the videos to copy, and the tally of the others: done, or failed before."""
     todo, tally, options = [], Tally(), _options(config)
-    unproved = 0
+    num_unproved = 0
 
-    def look(i: int) -> tuple[Row | None, bool]:
-        return _done(_target(config, out, videos, i), videos.absolute(i), options)
+    def check(i: int) -> tuple[Row | None, bool]:
+        return _existing_row(_target(config, out, videos, i), videos.absolute(i), options)
 
     keys = _keys(videos)
     readers = ThreadPoolExecutor(cores())
     with readers, console.progress("checking existing copies", len(videos), "videos") as bar:
         for first in range(0, len(videos), _AHEAD):
-            some = range(first, min(first + _AHEAD, len(videos)))
-            for i, (row, proved) in zip(some, readers.map(look, some), strict=True):
+            block = range(first, min(first + _AHEAD, len(videos)))
+            for i, (row, proved) in zip(block, readers.map(check, block), strict=True):
                 key = next(keys)
                 if row is None and not config.retry_failed:
                     row = _failed_before(status.row(key), videos.absolute(i))
@@ -200,59 +215,61 @@ def _plan(
                 else:
                     status.set(key, row)
                     tally.add(row)
-                    unproved += not proved and row["status"] == "ok"
+                    num_unproved += not proved and row["status"] == "ok"
                 bar.advance()
-    if unproved:
+    if num_unproved:
         console.info(
-            f"{unproved} were made by distinit 0.1, without a digest: only checksums of frames were compared"
+            f"{num_unproved} copies of distinit 0.1 have no digest: only checksums of their frames were compared"
         )
     return todo, tally
 
 
-def _done(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None, bool]:
-    """Return the row of a copy that is whole, and whether every byte of it has a checksum.
+def _existing_row(target: str, source: str, options: dict[str, Any]) -> tuple[Row | None, bool]:
+    """Return the row of an existing copy, and whether a checksum covers each of its bytes.
 
-    It was made with these options, of the source as it is now. A damaged copy whose source is gone
-    is kept: its other frames can still be read.
+    The row is None if the copy is missing or damaged, or has other options or another state of the
+    source: it has to be made again. A damaged copy whose source no longer exists is kept, since its
+    other frames can still be read; its row has the status "failed".
     """
     if not os.path.exists(target):
         return None, False
     flow = target.endswith(ENDINGS["flow"])
     try:
         copy: FrameMap | FlowMap = read_flow_map(target) if flow else read_map(target)
-        if not _of_source(copy, source, options):
+        if not _matches(copy, source, options):
             return None, False
         proved = check_flow(target) if flow else check_copy(target)
         return {"status": "ok", **copy_row(copy, os.stat(target).st_size)}, proved
     except (VideoError, OSError) as error:
         if os.path.lexists(source):
-            return None, False  # another file, or one that was damaged since: made again
-        return {
-            "status": "failed",
-            "reason": f"{error}, and its source is gone: it cannot be made again",
-        }, False
+            # The target is another file, or a copy that is damaged.
+            return None, False
+        reason = f"{error}, and its source is missing: it cannot be made again"
+        return {"status": "failed", "reason": reason}, False
 
 
-def _of_source(copy: FrameMap | FlowMap, source: str, options: dict[str, Any]) -> bool:
-    """Return whether a copy was made with these options, of the source as it is now.
+def _matches(copy: FrameMap | FlowMap, source: str, options: dict[str, Any]) -> bool:
+    """Check whether a copy has these options and the current state of its source.
 
-    One without a source may stay.
+    A copy whose source no longer exists matches.
     """
     if {**copy.options, **options} != copy.options:
         return False
     try:
-        now = os.stat(source)
-        return now.st_size == copy.source.size and (
-            now.st_mtime_ns == copy.source.mtime_ns or digest(source) == copy.source.digest
+        stat = os.stat(source)
+        return stat.st_size == copy.source.size and (
+            stat.st_mtime_ns == copy.source.mtime_ns or digest(source) == copy.source.digest
         )
+    # The source still is in a list, but no longer exists.
     except FileNotFoundError:
-        return True  # a list still names it: the copy outlives its source
+        return True
+    # The attempt to copy will report the error.
     except (VideoError, OSError):
-        return False  # the attempt to copy says why
+        return False
 
 
 def _failed_before(row: Row | None, source: str) -> Row | None:
-    """Return the row of a source that failed, by its own fault, and has not changed since."""
+    """Return the row of a source that could not be copied and has not changed since, else None."""
     if (
         row is None
         or row["status"] != "failed"
@@ -261,16 +278,16 @@ def _failed_before(row: Row | None, source: str) -> Row | None:
     ):
         return None
     try:
-        now = os.stat(source)
+        stat = os.stat(source)
     except OSError:
         return None
-    same = str(now.st_size) == str(row["source_bytes"]) and str(now.st_mtime_ns) == str(
+    is_unchanged = str(stat.st_size) == str(row["source_bytes"]) and str(stat.st_mtime_ns) == str(
         row["source_mtime_ns"]
     )
-    return row if same else None
+    return row if is_unchanged else None
 
 
-def _copy(
+def _copy_videos(
     config: PrepareConfig,
     videos: VideoList,
     todo: list[int],
@@ -279,7 +296,12 @@ def _copy(
     tally: Tally,
     console: Console,
 ) -> None:
-    workers = min(config.workers or cores(), max(1, len(todo)))
+    """Copy the videos `todo`, and record the row of each.
+
+    Raises:
+        OSError: The disk is full.
+        DistInitError: The same failure repeats, see `SameFailure`.
+    """
     parts = os.path.join(os.path.abspath(out), PARTIAL)
     options = _flow_options(config) if config.flow else config.copies
     jobs = (
@@ -294,42 +316,35 @@ def _copy(
     )
     keys = list(_keys(videos)) if todo else []
     pool = DecodePool(
-        processes=workers,
+        processes=min(config.workers or cores(), max(1, len(todo))),
         views=(),
         memory_gb=config.memory_gb,
         timeout_s=config.timeout_s,
         ahead=_AHEAD,
     )
     watch = SameFailure(0 if config.retry_failed else config.max_failures)
-    held: list[tuple[int, Row]] = []
+    # Rows are recorded once it is known that the failures are not all the same.
+    pending: list[tuple[int, Row]] = []
 
     def record() -> None:
-        for i, row in held:
+        for i, row in pending:
             if row["status"] == "failed":
                 _drop(_target(config, out, videos, i))
             status.add(keys[i], row)
             tally.add(row)
-        held.clear()
+        pending.clear()
 
     with pool, console.progress("flow" if config.flow else "copying", len(todo), "videos") as bar:
         for i, answer in zip(todo, pool.copies(jobs), strict=True):
+            source = videos.absolute(i)
+            row: Row = {"status": "ok"}
             if isinstance(answer, Failed):
-                for number in (
-                    errno.ENOSPC,
-                    errno.EDQUOT,
-                    errno.EFBIG,
-                ):  # not the video's fault, nor one that passes
-                    if os.strerror(number).lower() in answer.reason.lower():
-                        raise OSError(number, os.strerror(number), str(out))
-                row: Row = {
-                    "status": "failed",
-                    "reason": answer.reason,
-                    **_as_it_is(videos.absolute(i)),
-                }
+                _raise_disk_error(answer.reason, out)
+                row = {"status": "failed", "reason": answer.reason, **_source_state(source)}
             else:
-                row = {"status": "ok", **answer}
-            watch.add(i, row.get("reason"), videos.absolute(i))
-            held.append((i, row))
+                row |= answer
+            watch.add(i, row.get("reason"), source)
+            pending.append((i, row))
             if not watch.watching:
                 record()
             bar.advance(failed=sum(tally.reasons.values()))
@@ -338,18 +353,26 @@ def _copy(
         record()
 
 
-def _as_it_is(source: str) -> Row:
+def _raise_disk_error(reason: str, out: Path) -> None:
+    """Raise OSError if the reason of a failure is a full disk, a quota or a limit of file sizes.
+
+    Such a failure is not the fault of the video, and would repeat for all others.
+    """
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(number).lower() in reason.lower():
+            raise OSError(number, os.strerror(number), str(out))
+
+
+def _source_state(source: str) -> Row:
+    """Return size and time of a source for its row, {} if it does not exist."""
     try:
-        now = os.stat(source)
+        stat = os.stat(source)
     except (OSError, ValueError):
         return {}
-    return {"source_bytes": now.st_size, "source_mtime_ns": now.st_mtime_ns}
+    return {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns}
 
 
 def _drop(target: str) -> None:
-    """Remove the copy of an earlier state of the source.
-
-    A copy of something else is worse than none.
-    """
+    """Remove the copy of an earlier state of a source that cannot be copied again."""
     if os.path.exists(target):
         os.unlink(target)

@@ -1,4 +1,4 @@
-"""`distinit targets browse STORE --out DIR`: the store as a page that a browser opens from disk."""
+"""Write a page about a store that a browser opens from disk (`distinit targets browse`)."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ RECORD = "browse.yaml"
 
 
 def targets_browse(options: BrowseConfig, console: Console) -> dict[str, Any]:
-    """Write OUT/browse.html; the result holds what is on it.
+    """Write OUT/browse.html, and return its path and the paths of the shown videos.
 
-    Raises StoreError, UsageError (a corpus that the store does not have, `out` cannot be written).
+    Raises:
+        StoreError: The store cannot be read.
+        UsageError: `video_roots` names a corpus that the store does not have, or `out` cannot be
+            written.
     """
     store = TargetStore.open(options.store)
     check_video_roots(store, options.video_roots)
     page = Path(options.out) / "browse.html"
     check_page_dir(page, (RECORD,))
-    found = summarize_store(
+    content = summarize_store(
         store, options.sample, seed=options.seed, video_roots=options.video_roots
     )
-    write_page(page, store_page(found, __version__))
+    write_page(page, store_page(content, __version__))
     write_config(page.with_name(RECORD), "targets-browse", options)
-    missing = {video.path: video.problem for video in found.videos if video.problem is not None}
+    missing = {video.path: video.problem for video in content.videos if video.problem is not None}
     for path, problem in missing.items():
         console.warn(f"{path}: shown without pictures, {problem}")
-    console.info(f"{len(found.videos)} videos of {store.n_videos}: {page}")
+    console.info(f"{len(content.videos)} videos of {store.n_videos}: {page}")
     return {
         "page": str(page),
-        "videos": [video.path for video in found.videos],
+        "videos": [video.path for video in content.videos],
         "missing": missing,
-        "failures": len(found.failures),
+        "failures": len(content.failures),
     }

@@ -1,4 +1,4 @@
-"""`distinit targets compare STORE`: teachers side by side."""
+"""Compare the teachers of a store (`distinit targets compare`)."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ RECORD = "compare.yaml"
 
 
 def targets_compare(options: CompareConfig, console: Console) -> dict[str, Any]:
-    """Show how far teachers agree, and with `out` write OUT/compare.html.
+    """Show the agreement of teachers, and with `out` write OUT/compare.html.
 
     Raises:
         StoreError: The store cannot be read.
-        UsageError: Fewer than two teachers, or `out` cannot be written.
+        UsageError: There are fewer than two teachers, or `out` cannot be written.
     """
     store = TargetStore.open(options.store)
     check_video_roots(store, options.video_roots)
     page = None if options.out is None else Path(options.out) / "compare.html"
     if page is not None:
         check_page_dir(page, (RECORD,))
-    found = compare_teachers(store, options.teachers, sample=options.sample, seed=options.seed)
+    comparison = compare_teachers(store, options.teachers, sample=options.sample, seed=options.seed)
     roots = None if page is None else options.video_roots
-    videos = disputed_videos(store, found, options.videos, roots)
-    for table in (pairs_table(found), teachers_table(found), disputed_table(videos)):
+    videos = disputed_videos(store, comparison, options.videos, roots)
+    for table in (pairs_table(comparison), teachers_table(comparison), disputed_table(videos)):
         if table.rows:
             console.table(table.to_rich())
     if page is not None:
-        write_page(page, teachers_page(store, found, videos, __version__))
+        write_page(page, teachers_page(store, comparison, videos, __version__))
         write_config(page.with_name(RECORD), "targets-compare", options)
         for video in videos:
             if video.problem is not None:
@@ -53,5 +53,5 @@ def targets_compare(options: CompareConfig, console: Console) -> dict[str, Any]:
     return {
         "store": store.name,
         "page": None if page is None else str(page),
-        **as_dict(found, videos),
+        **as_dict(comparison, videos),
     }

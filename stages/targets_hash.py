@@ -1,4 +1,4 @@
-"""Hash the cached frames of a store that have no perceptual hashes yet; no teacher is run."""
+"""Add the missing perceptual hashes of a store's cached frames; no teacher is run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from ..pipeline.store.writer import StoreWriter
 from ..pipeline.video.perceptual_hash import HASH_VIEW
 from ..pipeline.video.pool.decode_pool import DecodePool
 
-BATCH = 64  # pictures
+# Frames per batch.
+BATCH = 64
 
 
 def targets_hash(options: HashConfig, console: Console) -> dict[str, Any]:
-    """Decode the cached frames of shards without hashes again, and commit each shard's hashes.
+    """Decode the cached frames of shards without hashes again, and commit the hashes of each shard.
 
-    A store of version 1 becomes one of version 2. Killed at any moment and run again, the store is
-    the same. A video that is gone or has changed has no hashes, and is tried again by the next run.
+    A store of version 1 becomes one of version 2. A run that was killed is continued by the next
+    one, with the same result. A video that is missing or has changed gets no hashes, and the next
+    run tries it again.
 
     Raises:
         StoreError: The store is damaged or another process writes it.
-        UsageError: `video_roots` name a corpus that it does not have.
+        UsageError: `video_roots` names a corpus that the store does not have.
     """
     store = TargetStore.open(options.store)
     check_video_roots(store, options.video_roots)
@@ -39,24 +41,31 @@ def targets_hash(options: HashConfig, console: Console) -> dict[str, Any]:
         plan.roots.update(options.video_roots)
         for shard in hashed_in_part(plan):
             writer.drop_hashes(shard)
-        shards = [s for s in sorted(writer.index.frame_commits) if s not in writer.index.hashes]
-        before = len(store.hashed_rows())
+        shards = [
+            shard
+            for shard in sorted(writer.index.frame_commits)
+            if shard not in writer.index.hashes
+        ]
+        num_before = len(store.hashed_rows())
         _hash_shards(plan, shards, options, console)
     store = TargetStore.open(options.store)
     index = store.index
-    failed = {plan.path(int(index.video[s])): why for s, why in sorted(index.unhashed.items())}
-    rows = len(store.hashed_rows())
+    failed = {
+        plan.path(int(index.video[segment])): reason
+        for segment, reason in sorted(index.unhashed.items())
+    }
+    num_hashed = len(store.hashed_rows())
     console.info(
-        f"{rows} of {store.n_rows} rows have hashes, {rows - before} of them new"
+        f"{num_hashed} of {store.n_rows} rows have hashes, {num_hashed - num_before} of them new"
         + (f"; {len(failed)} videos cannot be hashed:" if failed else "")
     )
-    for path, why in failed.items():
-        console.info(f"{path}: {why}")
-    return {"store": store.name, "rows": store.n_rows, "hashed": rows, "failed": failed}
+    for path, reason in failed.items():
+        console.info(f"{path}: {reason}")
+    return {"store": store.name, "rows": store.n_rows, "hashed": num_hashed, "failed": failed}
 
 
 def _hash_shards(plan: StorePlan, shards: list[int], options: HashConfig, console: Console) -> None:
-    """Decode the frames of these shards and commit their hashes, shard by shard."""
+    """Decode the frames of these shards, and commit their hashes shard by shard."""
     writer, index = plan.writer, plan.writer.index
     total = int(index.rows[np.isin(index.shard, shards)].sum())
     with (

@@ -1,10 +1,10 @@
-"""What is in a store, for a person and as JSON."""
+"""Show the content of a store, as tables and as JSON (`distinit targets info`)."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,17 @@ from ..pipeline.store.stats import failures, teacher_stats
 from ..pipeline.store.storage import LocalFiles
 from ..pipeline.store.store_options import InfoConfig
 
+# Failed videos that are listed.
 LISTED = 1000
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 def targets_info(options: InfoConfig, console: Console) -> dict[str, Any]:
-    """Show counts, corpora, teachers, entropies and failures of a store. Raises StoreError."""
+    """Show counts, corpora, teachers, entropies and failures of a store.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
     store = TargetStore.open(options.store)
     state = store.video_state
     reasons = store.index.video_reasons()
@@ -40,7 +45,7 @@ def targets_info(options: InfoConfig, console: Console) -> dict[str, Any]:
         "videos": _counts(state),
         "rows": store.n_rows,
         "hashed_rows": len(store.hashed_rows()),
-        "bytes": _bytes(store),
+        "bytes": _store_bytes(store),
         "corpora": [
             {
                 "name": name,
@@ -60,15 +65,17 @@ def targets_info(options: InfoConfig, console: Console) -> dict[str, Any]:
     return info
 
 
-def _kept(teacher: dict[str, Any]) -> str:
-    """Describe the encoding and what it costs."""
-    key, word = ("kl_mean", "KL") if teacher["output"] == "logits" else ("cosine_mean", "1 − cos")
+def _encoding_text(teacher: dict[str, Any]) -> str:
+    """Describe the encoding of a teacher and its error."""
+    key, measure = (
+        ("kl_mean", "KL") if teacher["output"] == "logits" else ("cosine_mean", "1 − cos")
+    )
     error = teacher["encoding_error"][key]
-    return teacher["encoding"] + (f", {word} {error:.0e}" if error is not None else "")
+    return teacher["encoding"] + (f", {measure} {error:.0e}" if error is not None else "")
 
 
-def _bytes(store: TargetStore) -> int:
-    """Return the size of the store's files; of a remote store, of its committed shards alone."""
+def _store_bytes(store: TargetStore) -> int:
+    """Return the size of the store's files, or of the committed shards of a remote store."""
     if isinstance(store.files, LocalFiles):
         return sum(
             _file_bytes(Path(folder, name))
@@ -76,7 +83,11 @@ def _bytes(store: TargetStore) -> int:
             for name in names
         )
     index = store.index
-    commits = (index.frame_commits, index.hashes, *(t.commits for t in index.teachers.values()))
+    commits = (
+        index.frame_commits,
+        index.hashes,
+        *(teacher.commits for teacher in index.teachers.values()),
+    )
     return sum(map(_committed_bytes, commits))
 
 
@@ -86,7 +97,7 @@ def _committed_bytes(commits: Mapping[int, dict[str, Any]]) -> int:
 
 
 def _file_bytes(path: Path) -> int:
-    """0 for a file that is gone since it was listed: an extraction moves what it has staged."""
+    """Return the size of a file, 0 if it no longer exists: an extraction moves staged files."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -94,12 +105,14 @@ def _file_bytes(path: Path) -> int:
 
 
 def _counts(state: np.ndarray) -> dict[str, int]:
-    names = {"ok": OK, "failed": FAILED, "pending": PENDING}
-    return {"listed": len(state), **{n: int((state == code).sum()) for n, code in names.items()}}
+    """Count videos by status."""
+    codes = {"ok": OK, "failed": FAILED, "pending": PENDING}
+    counts = {name: int((state == code).sum()) for name, code in codes.items()}
+    return {"listed": len(state), **counts}
 
 
 def _fingerprint(store: TargetStore, name: str) -> dict[str, Any] | None:
-    """Return what a teacher's fingerprint records next to the logits; None if it has none."""
+    """Return the conditions of a teacher's fingerprint, None if it has none."""
     node = store.fingerprint(name)
     return (
         None
@@ -108,20 +121,20 @@ def _fingerprint(store: TargetStore, name: str) -> dict[str, Any] | None:
     )
 
 
-def _in_words(fingerprint: dict[str, Any] | None) -> str:
-    """Present or missing, and what it rests on where that is not the teacher itself."""
+def _fingerprint_text(fingerprint: dict[str, Any] | None) -> str:
+    """Describe a fingerprint: present or missing, and its basis unless the teacher computed it."""
     if fingerprint is None:
         return "missing"
     basis = fingerprint["basis"] or {}
-    what: dict[Any, str] = {
-        "rows": f" (after {basis.get('rows')} rows again)",
+    basis_texts: dict[Any, str] = {
+        "rows": f" (after {basis.get('rows')} rows were computed again)",
         "accepted": " (--accept-teacher)",
     }
-    return "present" + what.get(basis.get("kind"), "")
+    return "present" + basis_texts.get(basis.get("kind"), "")
 
 
 def _bars(counts: list[int]) -> str:
-    """Draw a histogram as one line of text; whatever is not empty shows."""
+    """Draw a histogram as one line of text; every bin that is not empty has a bar."""
     highest = max(counts, default=0) or 1
     return "".join(BARS[-(-n * (len(BARS) - 1) // highest)] for n in counts)
 
@@ -145,99 +158,124 @@ def _teacher(store: TargetStore, name: str) -> dict[str, Any]:
         "bytes": (size := _committed_bytes(store.index.teachers[name].commits)),
         "bytes_a_row": round(size / max(rows, 1), 1),
         "failures": dict(Counter(store.index.video_reasons(name).values()).most_common()),
-        **(_of_logits(store, name) if record.output == "logits" else {}),
+        **(_logit_stats(store, name) if record.output == "logits" else {}),
     }
 
 
-def _of_logits(store: TargetStore, name: str) -> dict[str, Any]:
-    """Entropies and classes, of a teacher with logits alone."""
-    found = teacher_stats(store, name)
-    counts, edges = found.histogram()
-    values = found.entropy[np.isfinite(found.entropy)]
+def _logit_stats(store: TargetStore, name: str) -> dict[str, Any]:
+    """Return entropies and most frequent classes of a teacher with logits."""
+    stats = teacher_stats(store, name)
+    counts, edges = stats.histogram()
+    values = stats.entropy[np.isfinite(stats.entropy)]
     return {
         "entropy_nats": {
             "mean": float(values.mean()) if len(values) else None,
-            **{f"q{round(q * 100):02d}": v for q, v in found.quantiles().items()},
+            **{
+                f"q{round(quantile * 100):02d}": value
+                for quantile, value in stats.quantiles().items()
+            },
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         },
         "most_frequent": [
-            {"class": label, "share": share} for label, share in found.most_frequent(10)
+            {"class": name, "share": share} for name, share in stats.most_frequent(10)
         ],
     }
 
 
 def _show(info: dict[str, Any], console: Console) -> None:
-    videos = info["videos"]
-    about = Table(title=info["store"], show_header=False)
-    about.add_row("videos", f"{videos['listed']:,}: {videos['ok']:,} ok, {videos['failed']:,} failed, "
-                  f"{videos['pending']:,} pending")  # fmt: skip
-    about.add_row("cached frames", f"{info['rows']:,}, {info['sampling']}")
-    about.add_row(
-        "size", f"{info['bytes'] / 1e6:,.1f} MB, {info['bytes_a_row']:,.0f} bytes per frame"
-    )
-    shards = info["shards"]
-    about.add_row(
-        "shards", f"{shards['committed']} of {shards['planned']}, {info['shard_rows']} rows each"
-    )
-    about.add_row(
-        "made",
-        f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}",
-    )
-    about.add_row("hashes", f"{info['hashed_rows']:,} of {info['rows']:,} frames")
-    words = [f"{t['name']} {_in_words(t['fingerprint'])}" for t in info["teachers"]]
-    about.add_row("fingerprints", ", ".join(words) or "–")
-    console.table(about)
-    corpora = Table("corpus", "extracted from")
-    for column in ("ok", "failed", "pending", "frames"):
-        corpora.add_column(column, justify="right")
-    for c in info["corpora"]:
-        corpora.add_row(
-            c["name"], c["root"], *(f"{c[k]:,}" for k in ("ok", "failed", "pending", "rows"))
-        )
-    console.table(corpora)
-    # Two tables, so that both fit 80 columns.
-    teachers = Table("teacher")
-    for column in ("output", "view", "frames", "bytes per frame"):
-        teachers.add_column(column, justify="right")
+    _show_store(info, console)
+    _show_corpora(info["corpora"], console)
+    _show_teachers(info["teachers"], console)
+    _show_failures(info, console)
+
+
+def _show_store(info: dict[str, Any], console: Console) -> None:
+    videos, shards = info["videos"], info["shards"]
+    fingerprints = [f"{t['name']} {_fingerprint_text(t['fingerprint'])}" for t in info["teachers"]]
+    rows = {
+        "videos": f"{videos['listed']:,}: {videos['ok']:,} ok, {videos['failed']:,} failed, "
+        f"{videos['pending']:,} pending",
+        "cached frames": f"{info['rows']:,}, {info['sampling']}",
+        "size": f"{info['bytes'] / 1e6:,.1f} MB, {info['bytes_a_row']:,.0f} bytes per frame",
+        "shards": f"{shards['committed']} of {shards['planned']}, {info['shard_rows']} rows each",
+        "created": f"{info['created']}, format version {info['format_version']}, id {info['store_id'][:12]}",
+        "hashes": f"{info['hashed_rows']:,} of {info['rows']:,} frames",
+        "fingerprints": ", ".join(fingerprints) or "–",
+    }
+    table = Table(title=info["store"], show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    console.table(table)
+
+
+def _show_corpora(corpora: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table("corpus", "extracted from")
+    for title in ("ok", "failed", "pending", "frames"):
+        table.add_column(title, justify="right")
+    for corpus in corpora:
+        counts = (f"{corpus[key]:,}" for key in ("ok", "failed", "pending", "rows"))
+        table.add_row(corpus["name"], corpus["root"], *counts)
+    console.table(table)
+
+
+def _show_teachers(teachers: Sequence[dict[str, Any]], console: Console) -> None:
+    """Show several tables, so that each fits 80 columns."""
+    sizes = Table("teacher")
+    for title in ("output", "view", "frames", "bytes per frame"):
+        sizes.add_column(title, justify="right")
     contents = Table("teacher", "weights", "kept as", "most frequent classes")
     entropies = Table("teacher")
-    for column in ("entropy median", "5 % to 95 %"):
-        entropies.add_column(column, justify="right")
+    for title in ("entropy median", "5 % to 95 %"):
+        entropies.add_column(title, justify="right")
     # Bars in two lines would not be a histogram.
     entropies.add_column("histogram, to ln of the classes", no_wrap=True)
-    for t in info["teachers"]:
-        size = f"{t['bytes_a_row']:,.0f}" if t["rows"] else "–"
-        weights = str(t["identity"].get("weights", ""))
-        labels = ", ".join(f"{m['class']} {m['share']:.0%}" for m in t.get("most_frequent", [])[:4])
-        what = f"{t['width']:,} {'classes' if t['output'] == 'logits' else 'features'}"
-        teachers.add_row(t["name"], what, t["view"], f"{t['rows']:,}", size)
-        contents.add_row(t["name"], weights, _kept(t), labels)
-        if t["output"] != "logits":
-            continue
-        e = t["entropy_nats"]
-        spread = f"{e['q05']:.2f} to {e['q95']:.2f}" if t["rows"] else "–"
-        median = f"{e['q50']:.2f} nats" if t["rows"] else "–"
-        histogram = e["histogram"]
-        bars = f"0 ▕{_bars(histogram['counts'])}▏ {histogram['edges'][-1]:.1f} nats"
-        entropies.add_row(t["name"], median, spread, bars)
-    for table in (teachers, contents, entropies):
-        console.table(table)
-    failures = Counter(info["failures"])
-    for t in info["teachers"]:
-        failures.update(
-            {f"{t['name']}: {r}": n for r, n in t["failures"].items() if r not in failures}
+    for teacher in teachers:
+        name, has_rows = teacher["name"], bool(teacher["rows"])
+        output = (
+            f"{teacher['width']:,} {'classes' if teacher['output'] == 'logits' else 'features'}"
         )
-    if failures:
+        row_bytes = f"{teacher['bytes_a_row']:,.0f}" if has_rows else "–"
+        sizes.add_row(name, output, teacher["view"], f"{teacher['rows']:,}", row_bytes)
+        weights = str(teacher["identity"].get("weights", ""))
+        frequent = teacher.get("most_frequent", [])[:4]
+        classes = ", ".join(f"{each['class']} {each['share']:.0%}" for each in frequent)
+        contents.add_row(name, weights, _encoding_text(teacher), classes)
+        if teacher["output"] != "logits":
+            continue
+        entropy, histogram = teacher["entropy_nats"], teacher["entropy_nats"]["histogram"]
+        median = f"{entropy['q50']:.2f} nats" if has_rows else "–"
+        spread = f"{entropy['q05']:.2f} to {entropy['q95']:.2f}" if has_rows else "–"
+        bars = f"0 ▕{_bars(histogram['counts'])}▏ {histogram['edges'][-1]:.1f} nats"
+        entropies.add_row(name, median, spread, bars)
+    for table in (sizes, contents, entropies):
+        console.table(table)
+
+
+def _show_failures(info: dict[str, Any], console: Console) -> None:
+    """Show the reasons of failures, and with `--failed` the videos."""
+    num_videos = Counter(info["failures"])
+    for teacher in info["teachers"]:
+        num_videos.update(
+            {
+                f"{teacher['name']}: {reason}": count
+                for reason, count in teacher["failures"].items()
+                if reason not in num_videos
+            }
+        )
+    if num_videos:
         table = Table("videos", "failed because")
-        for reason, count in failures.most_common(20):
+        for reason, count in num_videos.most_common(20):
             table.add_row(str(count), reason)
         console.table(table)
-    if "failed" in info and not info["failed"]:
+    if "failed" not in info:
+        return
+    failed = info["failed"]
+    if not failed:
         console.info("no video failed")
-    elif "failed" in info:
-        table = Table("corpus", "file", "reason")
-        for f in info["failed"][:LISTED]:
-            table.add_row(f["corpus"], f["path"], f["reason"])
-        console.table(table)
-        if len(info["failed"]) > LISTED:
-            console.info(f"{len(info['failed']) - LISTED} more; --json lists all")
+        return
+    table = Table("corpus", "file", "reason")
+    for failure in failed[:LISTED]:
+        table.add_row(failure["corpus"], failure["path"], failure["reason"])
+    console.table(table)
+    if len(failed) > LISTED:
+        console.info(f"{len(failed) - LISTED} more; --json lists all")

@@ -1,4 +1,4 @@
-"""Merge the stores of machines that shared nothing."""
+"""Merge stores that separate machines extracted (`distinit targets merge`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def targets_merge(options: MergeConfig, console: Console) -> dict[str, Any]:
 
     Raises:
         StoreError: A part is unfinished, damaged or being written.
-        StoreMismatchError: Parts do not fit each other or `out`, or a video is in two of them.
+        StoreMismatchError: Parts do not match each other or `out`, or have a video in common.
         UsageError: `out` is a part, or a part is given twice.
     """
     check_local(options.out)
@@ -38,7 +38,7 @@ def targets_merge(options: MergeConfig, console: Console) -> dict[str, Any]:
         raise UsageError(f"--out {out}: is one of the parts")
     check_parts(stores, allow_different_numerics=options.allow_different_numerics)
     fingerprints = _fingerprints(stores, console)
-    _say_missing(stores, console)
+    _warn_missing(stores, console)
     placed, corpora = place(stores)
     first = stores[0].attributes
     origin = {"merged_from": [_identity(store) for store in stores]}
@@ -78,7 +78,7 @@ def _identity(store: TargetStore) -> dict[str, Any]:
 
 
 def _fingerprints(stores: Sequence[TargetStore], console: Console) -> dict[str, dict[str, Any]]:
-    """Return the fingerprint of each teacher that all parts agree on; none where a part has none.
+    """Return the fingerprints of the teachers that have one in every part, by teacher.
 
     Raises:
         StoreMismatchError: The teachers of two parts computed different logits.
@@ -88,34 +88,38 @@ def _fingerprints(stores: Sequence[TargetStore], console: Console) -> dict[str, 
         nodes = {
             store.name: node for store in stores if (node := store.fingerprint(name)) is not None
         }
-        known = {
-            where: Fingerprint.parse(node, f"{where}/teachers/{name}")
-            for where, node in nodes.items()
+        fingerprints = {
+            part: Fingerprint.parse(node, f"{part}/teachers/{name}") for part, node in nodes.items()
         }
-        first = next(iter(known), "")
-        for where, other in known.items():
-            if how := known[first].differs(other):
+        first = next(iter(fingerprints), "")
+        for part, fingerprint in fingerprints.items():
+            if difference := fingerprints[first].differs(fingerprint):
                 raise StoreMismatchError(
-                    f"the parts do not fit: teacher {name!r} of {where} says other logits than that of {first}: {how}"
+                    f"the parts do not match: teacher {name!r} of {part} has other logits than that of {first}: "
+                    f"{difference}"
                 )
-        if without := [store.name for store in stores if store.name not in known]:
+        if without := [store.name for store in stores if store.name not in fingerprints]:
             console.warn(
                 f"teacher {name!r}: no fingerprint in {', '.join(without)}, and so none in the merged store; the next "
                 f"extract-targets adds it after a sample of rows was computed again from videos"
             )
-        else:  # what a user accepted is not proven by being merged
-            doubtful = [
-                where for where, other in known.items() if other.basis.get("kind") == "accepted"
-            ]
-            agreed[name] = nodes[doubtful[0] if doubtful else first]
+            continue
+        # A fingerprint that a user accepted remains one in the merged store.
+        accepted = [
+            part
+            for part, fingerprint in fingerprints.items()
+            if fingerprint.basis.get("kind") == "accepted"
+        ]
+        agreed[name] = nodes[accepted[0] if accepted else first]
     return agreed
 
 
-def _say_missing(stores: Sequence[TargetStore], console: Console) -> None:
-    """Warn where the parts record how many they are, and not all were given."""
+def _warn_missing(stores: Sequence[TargetStore], console: Console) -> None:
+    """Warn if the parts record their number, and some of them are missing."""
     parts = [str(store.attributes.get("part") or "") for store in stores]
     counts = {part.partition("/")[2] for part in parts}
-    if len(counts) == 1 and (of := counts.pop()):
-        missing = [f"{i}/{of}" for i in range(1, int(of) + 1) if f"{i}/{of}" not in parts]
+    if len(counts) == 1 and (count := counts.pop()):
+        names = [f"{i}/{count}" for i in range(1, int(count) + 1)]
+        missing = [name for name in names if name not in parts]
         if missing:
-            console.warn(f"not all parts are here; missing: {', '.join(missing)}")
+            console.warn(f"parts are missing: {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""`distinit targets probe`: what can cached targets teach about a user's labels?"""
+"""Probe cached targets on a user's labels (`distinit targets probe`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..pipeline.store.reader import TargetStore, check_video_roots
 
 
 def targets_probe(options: ProbeConfig, console: Console) -> dict[str, Any]:
-    """Show the accuracy of a linear probe per teacher and number of frames.
+    """Show the accuracy of a linear probe for each teacher and number of frames.
 
     Raises:
         StoreError: The store cannot be read.
@@ -40,21 +40,26 @@ def targets_probe(options: ProbeConfig, console: Console) -> dict[str, Any]:
     notes = list(labels.notes)
     with console.progress("probing", len(names) * len(counts), "probes") as bar:
         for name in names:
-            has = np.isin(labels.videos, store.usable([name]))
-            if not has.all():
-                notes.append(f"{(~has).sum()} labelled videos have no targets of {name}")
+            has_targets = np.isin(labels.videos, store.usable([name]))
+            if not has_targets.all():
+                notes.append(f"{(~has_targets).sum()} labelled videos have no targets of {name}")
             for result in probe_teacher(
-                store, name, labels.choose(has), counts, folds=options.folds, seed=options.seed
+                store,
+                name,
+                labels.choose(has_targets),
+                counts,
+                folds=options.folds,
+                seed=options.seed,
             ):
                 results.append(result)
                 bar.advance(1)
-    unfit = _unfit(results)
+    unfit = _unfit_teachers(results)
     _show(options, labels, results, notes, console)
     for name, best in unfit.items():
         console.warn(
-            f"teacher {name} cannot tell these classes apart: a linear probe of its targets reaches "
+            f"teacher {name} cannot distinguish these classes: a linear probe of its targets reaches "
             f"{best.accuracy.percent()}, the most frequent class has {100 * best.most_frequent:.1f} %; "
-            f"expect little from a student of it on these labels"
+            f"expect little of its students on these labels"
         )
     return {
         "store": store.name,
@@ -71,22 +76,23 @@ def targets_probe(options: ProbeConfig, console: Console) -> dict[str, Any]:
 
 
 def _sampled(labels: StoreLabels, options: ProbeConfig) -> StoreLabels:
-    """Take at most `sample` videos, so that a probe of a large data set stays quick."""
+    """Choose at most `sample` videos, so that the probe of a large data set is quick."""
     count = len(labels.videos)
     if count <= options.sample:
         return labels
-    keep = np.zeros(count, bool)
-    keep[np.random.default_rng(options.seed).permutation(count)[: options.sample]] = True
+    is_sampled = np.zeros(count, bool)
+    is_sampled[np.random.default_rng(options.seed).permutation(count)[: options.sample]] = True
     labels.notes.append(f"{options.sample} of {count} labelled videos are used; see --sample")
-    return labels.choose(keep)
+    return labels.choose(is_sampled)
 
 
-def _unfit(results: list[ProbeResult]) -> dict[str, ProbeResult]:
-    """Return the best probe of each teacher none of whose probes beats the most frequent class."""
+def _unfit_teachers(results: list[ProbeResult]) -> dict[str, ProbeResult]:
+    """Return the best probe of each teacher whose probes do not beat the most frequent class."""
     best: dict[str, ProbeResult] = {}
     for result in results:
-        known = best.setdefault(result.teacher, result)
-        if result.accuracy.low - result.most_frequent > known.accuracy.low - known.most_frequent:
+        previous = best.setdefault(result.teacher, result)
+        gain = result.accuracy.low - result.most_frequent
+        if gain > previous.accuracy.low - previous.most_frequent:
             best[result.teacher] = result
     return {name: result for name, result in best.items() if not result.beats_most_frequent}
 
@@ -98,26 +104,26 @@ def _show(
     notes: list[str],
     console: Console,
 ) -> None:
-    tested = len(results[0].correct) if results else 0
-    how = f"split {options.split}" if options.split is not None else f"{options.folds} folds"
+    num_tested = len(results[0].correct) if results else 0
+    protocol = f"split {options.split}" if options.split is not None else f"{options.folds} folds"
     table = Table(
-        f"linear probe of cached targets on {short_dataset(options.dataset)}, {how}, "
-        f"{tested} test videos of {len(labels.classes)} classes, "
+        f"linear probe of cached targets on {short_dataset(options.dataset)}, {protocol}, "
+        f"{num_tested} test videos of {len(labels.classes)} classes, "
         f"{len(np.unique(labels.group))} sources",
         columns(
             "teacher", "output", "kept as", ">width", ">frames", ">accuracy, %", ">95 % interval"
         ),
         notes=[*_baselines(results, labels), *notes],
     )
-    for each in results:
+    for result in results:
         table.add(
-            each.teacher,
-            each.output,
-            each.encoding,
-            f"{each.width}",
-            ALL_FRAMES if each.frames is None else str(each.frames),
-            f"{100 * each.accuracy.value:.1f}",
-            brackets(each.accuracy.low, each.accuracy.high),
+            result.teacher,
+            result.output,
+            result.encoding,
+            f"{result.width}",
+            ALL_FRAMES if result.frames is None else str(result.frames),
+            f"{100 * result.accuracy.value:.1f}",
+            brackets(result.accuracy.low, result.accuracy.high),
         )
     console.table(table.to_rich())
 

@@ -1,6 +1,6 @@
-"""Check a store: structure, counts, digests, finiteness, entropies.
+"""Check a store: structure, counts, digests, finiteness, entropies (`distinit targets verify`).
 
-Damaged shards are dropped on request.
+With `--repair`, the commits of damaged shards are dropped.
 """
 
 from __future__ import annotations
@@ -21,86 +21,119 @@ from ..pipeline.store.writer import StoreWriter
 
 
 def targets_verify(options: VerifyConfig, console: Console) -> dict[str, Any]:
-    """Print the findings of a store, a line each; `repair` drops the commits of damaged shards.
+    """Print a line per finding; with `repair`, also drop the commits of damaged shards.
 
-    The next `extract-targets` fills dropped shards again, `targets hash` dropped hashes of frames.
-    With `frames` the frames of all videos are compared with their files (`frame_check`); with
-    `deep` random videos are decoded and shown to the teachers once more (`deep_check`).
+    The next `extract-targets` fills dropped shards again, the next `targets hash` dropped hashes.
+    With `frames`, the frames of all videos are compared with their files (`frame_check`). With
+    `deep`, random videos are decoded and given to the teachers once more (`deep_check`).
 
     Raises:
         StoreError: It is no store at all.
-        UsageError: A corpus or teacher that it does not have.
+        UsageError: The store does not have a corpus or teacher.
     """
     store = TargetStore(store_files(options.store), damaged=True)
     writer: StoreWriter | None = None
     with ExitStack() as stack:
-        if options.repair:  # nobody commits between what is found and what is dropped
+        # With a writer, no other process commits between the checks and the repair.
+        if options.repair:
             writer = stack.enter_context(
                 StoreWriter(store.path, sampling=store.attributes["sampling"], damaged=True)
             )
             store = TargetStore(store_files(options.store), damaged=True)
-        index = store.index
-        with console.progress("verifying", total=index.n_shards, unit="shards") as bar:
-            findings = list(verify(store.path, index, bar.advance))
-        compared: dict[str, Any] = {}
-        by_video: dict[int, list[Finding]] = {}
-        if options.frames:
-            from ..pipeline.extraction.deep_verify import frame_check, identify_again
-
-            by_video = frame_check(store, options.video_roots)
-            findings += [finding for of_video in by_video.values() for finding in of_video]
-        if options.deep:
-            from ..pipeline.extraction.deep_verify import deep_check
-
-            found, compared = deep_check(
-                store,
-                options.deep,
-                seed=options.seed,
-                video_roots=options.video_roots,
-                weights=options.weights,
-                allow_teachers=options.allow_teachers,
-                device=options.device,
-            )
-            findings += found
-        for finding in findings:
-            console.info(str(finding))
-        dropped = 0
-        if writer is not None and by_video and not index.faults:
-            identify_again(store, writer, list(by_video), options.video_roots)
+        findings, deep = _check(store, options, writer, console)
+        num_dropped = 0
         if options.repair and any(finding.shard is not None for finding in findings):
-            dropped = drop_commits(Path(store.path), findings)
-            console.info(f"{dropped} commits dropped; {_how_to_fill(findings, store.name)}")
-    unchecked = without_digest(store.files, index)
-    if unchecked:
-        console.info(
-            f"{unchecked} files have no digest, as version 0.1 wrote them: not all of their bits can be checked"
-        )
-    if not findings:
-        console.info(
-            f"{store.n_rows} rows of {index.n_shards} shards and {len(index.teachers)} teachers: all good"
-        )
-    for name, c in compared.get("teachers", {}).items():
-        if c["rows"]:
-            console.info(f"{name}: {c['rows']} rows of {compared['videos']} videos computed again, "
-                       f"{c['bit_equal']:.2%} of them equal to the bit")  # fmt: skip
+            num_dropped = drop_commits(Path(store.path), findings)
+            console.info(f"{num_dropped} commits dropped; {_how_to_fill(findings, store.name)}")
+    num_unchecked = without_digest(store.files, store.index)
+    _show_summary(store, findings, deep, num_unchecked, console)
     return {
         "store": str(store.path),
-        "shards": index.n_shards,
+        "shards": store.index.n_shards,
         "rows": store.n_rows,
         "findings": [{"shard": f.shard, "teacher": f.teacher, "what": f.what} for f in findings],
-        "dropped": dropped,
-        "unchecked_files": unchecked,
-        **({"deep": compared} if options.deep else {}),
+        "dropped": num_dropped,
+        "unchecked_files": num_unchecked,
+        **({"deep": deep} if options.deep else {}),
         "ok": not findings,
     }
 
 
+def _check(
+    store: TargetStore, options: VerifyConfig, writer: StoreWriter | None, console: Console
+) -> tuple[list[Finding], dict[str, Any]]:
+    """Run the requested checks of a store, and print a line per finding.
+
+    With a writer, the identities of files that `frames` finds changed are written again if the
+    teachers were run on the same videos.
+
+    Returns:
+        The findings, and the result of `deep_check`, {} without it.
+    """
+    index = store.index
+    with console.progress("verifying", total=index.n_shards, unit="shards") as bar:
+        findings = list(verify(store.path, index, bar.advance))
+    by_video: dict[int, list[Finding]] = {}
+    if options.frames:
+        from ..pipeline.extraction.deep_verify import frame_check, identify_again
+
+        by_video = frame_check(store, options.video_roots)
+        findings += [finding for video in by_video.values() for finding in video]
+    deep: dict[str, Any] = {}
+    if options.deep:
+        from ..pipeline.extraction.deep_verify import deep_check
+
+        deep_findings, deep = deep_check(
+            store,
+            options.deep,
+            seed=options.seed,
+            video_roots=options.video_roots,
+            weights=options.weights,
+            allow_teachers=options.allow_teachers,
+            device=options.device,
+        )
+        findings += deep_findings
+    for finding in findings:
+        console.info(str(finding))
+    if writer is not None and by_video and not index.faults:
+        identify_again(store, writer, list(by_video), options.video_roots)
+    return findings, deep
+
+
+def _show_summary(
+    store: TargetStore,
+    findings: Sequence[Finding],
+    deep: dict[str, Any],
+    num_unchecked: int,
+    console: Console,
+) -> None:
+    """Log files without digests, the result of a store without findings, and the deep check."""
+    if num_unchecked:
+        console.info(
+            f"{num_unchecked} files of version 0.1 have no digest: not all of their bits can be checked"
+        )
+    if not findings:
+        console.info(
+            f"{store.n_rows} rows of {store.index.n_shards} shards and {len(store.index.teachers)} teachers: "
+            "no findings"
+        )
+    for name, compared in deep.get("teachers", {}).items():
+        if compared["rows"]:
+            console.info(
+                f"{name}: {compared['rows']} rows of {deep['videos']} videos computed again, "
+                f"{compared['bit_equal']:.2%} of them bit-equal"
+            )
+
+
 def _how_to_fill(findings: Sequence[Finding], store: str) -> str:
-    """Return which commands fill dropped commits again: an extraction hashes what it decodes."""
+    """Return the commands that fill dropped commits again.
+
+    An extraction also hashes the frames that it decodes.
+    """
     damaged = [finding for finding in findings if finding.shard is not None]
     extracted = {finding.shard for finding in damaged if finding.teacher != HASHES}
     commands = ["run the same extract-targets command again to fill them"] if extracted else []
     if {finding.shard for finding in damaged} - extracted:
-        what = "hashes of frames alone" if extracted else "them"
-        commands.append(f"`distinit targets hash {shlex.quote(store)}` fills in {what}")
+        missing = "hashes of frames alone" if extracted else "them"
+        commands.append(f"`distinit targets hash {shlex.quote(store)}` fills in {missing}")
     return "; ".join(commands)

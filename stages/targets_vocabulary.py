@@ -1,4 +1,4 @@
-"""`distinit targets vocabulary CLASSES`: a head for features from names of classes."""
+"""Make a head for features from class names (`distinit targets vocabulary`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..pipeline.teachers.teacher_options import TeacherSpec
 
 
 def targets_vocabulary(options: VocabularyConfig, console: Console) -> dict[str, Any]:
-    """Embed classes by the text tower of a teacher, and write them as a head for its features.
+    """Embed classes with the text tower of a teacher, and write them as a head for its features.
 
     Raises:
         UsageError: There are fewer than two classes, or the teacher has no text tower.
@@ -32,19 +32,19 @@ def targets_vocabulary(options: VocabularyConfig, console: Console) -> dict[str,
         raise UsageError(f"{options.classes}: {len(classes)} classes, a head requires at least 2")
     spec = TeacherSpec(name=options.teacher, weights=options.weights, outputs=("features",))
     prompts = [[text.replace("{}", name) for text in options.prompts] for name in classes]
-    found = text_embeddings(spec, prompts)
+    embeddings = text_embeddings(spec, prompts)
     bias = None
-    if found.logit_bias is not None:
-        bias = np.full(len(classes), found.logit_bias, np.float32)
-    head = ClassHead(found.weight, bias, classes, found.logit_scale, normalize=True)
+    if embeddings.logit_bias is not None:
+        bias = np.full(len(classes), embeddings.logit_bias, np.float32)
+    head = ClassHead(embeddings.weight, bias, classes, embeddings.logit_scale, normalize=True)
     head.write(Path(options.out))
     console.info(
-        f"{options.out}: {len(classes)} classes of {found.weight.shape[1]} features, logit scale "
-        f"{found.logit_scale:.1f}; train-student --head NAME={options.out} uses it"
+        f"{options.out}: {len(classes)} classes of {embeddings.weight.shape[1]} features, logit scale "
+        f"{embeddings.logit_scale:.1f}; train-student --head NAME={options.out} uses it"
     )
     return {
         "head": options.out,
         "classes": list(classes),
-        "features": found.weight.shape[1],
-        "logit_scale": found.logit_scale,
+        "features": embeddings.weight.shape[1],
+        "logit_scale": embeddings.logit_scale,
     }

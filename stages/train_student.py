@@ -87,9 +87,17 @@ COMMAND = "train-student"
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a training is made of, once the store is open and the filter measured.
+    """The parts of a training, after the store was opened and the filter measured.
 
-    held_out_share: share of the videos that are held out, by whose clips `held_out` is.
+    Attributes:
+        store: The target store.
+        teachers: The teachers to learn from, in the store's order.
+        train: The training clips.
+        held_out: Clips of held-out videos, None if no such clip counts.
+        held_out_share: Share of the videos that are held out.
+        filter: Thresholds of the entropy filter, and the share of draws that they keep.
+        excluded: The excluded videos, None without `exclude`.
+        baselines: Loss of the best constant predictor by teacher, if losses are balanced.
     """
 
     store: TargetStore
@@ -98,12 +106,12 @@ class _Parts:
     held_out: StudentClips | None
     held_out_share: float
     filter: Filter
-    left_out: Exclusion | None
+    excluded: Exclusion | None
     baselines: dict[str, float]
 
     @property
     def targets(self) -> Mapping[str, TeacherTargets]:
-        """What each head learns."""
+        """The targets of each head, by teacher."""
         return self.train.sampler.targets
 
     @property
@@ -115,18 +123,24 @@ class _Parts:
 def train_student(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Train a student, export RUN/student.safetensors, and return a summary.
 
-    With `loop.gpus` above 1, or under torchrun, in several processes that train one student.
+    With `loop.gpus` above 1, or under torchrun, several processes train one student.
 
-    Raises UsageError, StoreError, StoreMismatchError, CheckpointError, TrainingError, DeviceError.
+    Raises:
+        UsageError: Options do not fit each other, the store or the folder.
+        StoreError: The store cannot be used.
+        StoreMismatchError: The store has more videos than when the run began.
+        CheckpointError: A checkpoint cannot be used.
+        TrainingError: The training fails.
+        DeviceError: The device is missing.
     """
     if config.dry_run:
-        return _try_out(config, console)
+        return _dry_run(config, console)
     require_trackers(config.loop.loggers)
     return run_distributed(_train, config, console, config.loop)
 
 
-def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Show what a training would be, with its first batch, and do not train."""
+def _dry_run(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Describe a training and its first batch without training."""
     check_local(config.out)
     config = _scheduled(config)
     store, teachers, _ = _open(config)
@@ -140,10 +154,7 @@ def _try_out(config: TrainConfig, console: Console) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """Run one process of the training.
-
-    Rank 0 alone writes, and holds the lock of the run folder.
-    """
+    """Run one process of the training; only rank 0 writes and holds the lock of the run folder."""
     run_dir = Path(config.out)
     ranks.on_main(lambda: check_output_dir(run_dir, COMMAND, (*RUN_FILES, SEEN_VIDEOS, RESULT)))
     config = ranks.on_main(lambda: _scheduled(config))
@@ -160,53 +171,25 @@ def _train_locked(
     console: Console,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Train, export and summarise, in a folder that is locked."""
+    """Train, export and summarise in a locked run folder."""
     run_dir = Path(config.out)
     saved = ranks.on_all_ranks(lambda: read_identity(run_dir) if config.resume else None)
     assemble = partial(_assemble, store=store, teachers=teachers, saved=saved, console=console)
     config, parts, rate = _measured(config, assemble, ranks, ranks.world)
     options = config.loop.for_videos(parts.num_videos)
-    # A budget is written as the schedule that it has decided.
+    # With a budget, the schedule that follows from it is recorded.
     loop = config.loop if config.loop.budget is None else options
     config = config.model_copy(update={"loop": loop, "held_out": parts.held_out_share})
     identity = _identity(config, parts, options)
-    if saved is not None:  # before the config of the run is overwritten
-        ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity))
-        ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
-    ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, _absolute(config)))
-    if saved is None or not (run_dir / SEEN_VIDEOS).exists():
-        ranks.on_main(
-            lambda: _seen(store, parts.train.sampler.videos, config.video_roots).write(run_dir)
-        )
+    _record_run(config, parts, options, saved, identity, ranks)
 
     student = ranks.on_all_ranks(lambda: _build(config, parts.targets))
-    console.info(
-        f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
-        f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
-        f"{options.describe_epochs()} from {counted(parts.num_videos, 'video')}"
-    )
-    console.info(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+    _describe_training(config, parts, student, options, ranks, console)
     if saved is None:
         clips = options.total_steps * options.step_clips
         announce(student, parts.train, options, clips, ranks, rate)
     objective = make_objective(config.targets, parts.targets, parts.baselines)
     bounds = ranks.on_main(lambda: _bounds(parts.train.sampler, objective, console))
-
-    def held_out() -> dict[str, float]:
-        if parts.held_out is None:
-            return {}
-        return evaluate_distillation(
-            student,
-            objective,
-            parts.held_out,
-            len(parts.held_out.sampler.videos),
-            batch_size=options.clips_at_once(ranks.world),
-            workers=pick_workers(options.workers, device),
-            device=device,
-            precision=options.precision,
-            ranks=ranks,
-        )
-
     result = fit(
         model=student,
         dataset=parts.train,
@@ -215,7 +198,7 @@ def _train_locked(
         run_dir=run_dir,
         identity=identity,
         resume=config.resume,
-        validate=held_out if parts.held_out is not None else None,
+        validate=_validation(parts.held_out, student, objective, options, device, ranks),
         ranks=ranks,
     )
 
@@ -236,8 +219,78 @@ def _train_locked(
     return ranks.on_main(finish)
 
 
+def _record_run(
+    config: TrainConfig,
+    parts: _Parts,
+    options: LoopOptions,
+    saved: dict[str, Any] | None,
+    identity: dict[str, Any],
+    ranks: Ranks,
+) -> None:
+    """Check a run that is resumed, and write the config and the training videos into its folder.
+
+    Args:
+        config: The config with the schedule that is recorded.
+        parts: The parts of the training.
+        options: The loop for the number of videos.
+        saved: Identity in the checkpoint of a resumed run, else None.
+        identity: Identity of this training.
+        ranks: The processes; rank 0 writes.
+    """
+    run_dir = Path(config.out)
+    # Before the config of the run is overwritten.
+    if saved is not None:
+        ranks.on_all_ranks(lambda: _check_same(run_dir, saved, identity))
+        ranks.on_all_ranks(lambda: require_not_longer(run_dir, options))
+    ranks.on_main(lambda: write_config(run_dir / CONFIG, COMMAND, _absolute(config)))
+    if saved is None or not (run_dir / SEEN_VIDEOS).exists():
+        videos = parts.train.sampler.videos
+        ranks.on_main(lambda: _seen(parts.store, videos, config.video_roots).write(run_dir))
+
+
+def _describe_training(
+    config: TrainConfig,
+    parts: _Parts,
+    student: Student,
+    options: LoopOptions,
+    ranks: Ranks,
+    console: Console,
+) -> None:
+    """Log the student, its heads and the schedule."""
+    console.info(
+        f"{config.student.describe()}: {count_parameters(student) / 1e6:.1f} M parameters, "
+        f"heads {', '.join(f'{name} [{k}]' for name, k in student.classes.items())}; "
+        f"{options.describe_epochs()} from {counted(parts.num_videos, 'video')}"
+    )
+    console.info(f"{options.describe_steps(ranks.world)}; {options.describe_rate()}")
+
+
+def _validation(
+    held_out: StudentClips | None,
+    student: Student,
+    objective: Distillation,
+    options: LoopOptions,
+    device: torch.device,
+    ranks: Ranks,
+) -> Callable[[], dict[str, float]] | None:
+    """Return the function that measures a student on held-out clips, None without such clips."""
+    if held_out is None:
+        return None
+    return lambda: evaluate_distillation(
+        student,
+        objective,
+        held_out,
+        len(held_out.sampler.videos),
+        batch_size=options.clips_at_once(ranks.world),
+        workers=pick_workers(options.workers, device),
+        device=device,
+        precision=options.precision,
+        ranks=ranks,
+    )
+
+
 def _scheduled(config: TrainConfig) -> TrainConfig:
-    """Return the config with the schedule of the run that is resumed, or with a budget."""
+    """Return the config with the recorded schedule of a resumed run, or with a budget."""
     loop = recorded_schedule(Path(config.out), COMMAND, config.loop, resume=config.resume)
     return config.model_copy(update={"loop": loop})
 
@@ -248,13 +301,13 @@ def _measured(
     """Return the config with numbers in place of `--batch-size auto` and `--minutes`.
 
     Args:
-        config: The config as given.
-        assemble: Makes the parts of a config.
-        ranks: The processes that measure, of which rank 0 does.
+        config: The config.
+        assemble: Function from a config to its parts.
+        ranks: The processes; rank 0 measures.
         world: Number of processes of the training.
 
     Returns:
-        Config, its parts, and the rate that was measured for `--minutes`.
+        Config, its parts, and the rate that was measured for `--minutes`, None without it.
     """
     if config.loop.batch_size == "auto":
         config = ranks.on_main(lambda: _sized(config, assemble, world))
@@ -269,24 +322,24 @@ def _sized(
     config: TrainConfig, assemble: Callable[[TrainConfig], _Parts], world: int
 ) -> TrainConfig:
     """Return the config with a number in place of `--batch-size auto`."""
-    # Clips are drawn by number, so that a data set for any batch size has them.
+    # Clips are drawn by number: they are the same for every batch size.
     small = config.loop.model_copy(update={"batch_size": EXAMPLES})
     parts = assemble(config.model_copy(update={"loop": small}))
 
-    def made() -> tuple[Student, StudentClips, Distillation]:
+    def example() -> tuple[Student, StudentClips, Distillation]:
         objective = make_objective(config.targets, parts.targets, parts.baselines)
         return _build(config, parts.targets), parts.train, objective
 
     schedule = small.for_videos(parts.num_videos)
     clips = schedule.epochs * schedule.clips_per_epoch
-    loop = with_batch_size(config.loop, world, clips, made)
+    loop = with_batch_size(config.loop, world, clips, example)
     return config.model_copy(update={"loop": loop})
 
 
 def _fitted(
     config: TrainConfig, parts: _Parts, minutes: float, world: int
 ) -> tuple[TrainConfig, Rate]:
-    """Return the config with the budget of clips that `--minutes` has time for, and the rate."""
+    """Return the config with the budget of clips that fits into `--minutes`, and the rate."""
     loop, student = config.loop, _build(config, parts.targets)
     rate = measure_rate(student, parts.train, loop)
     budget = clips_in(minutes, rate, loop, world)
@@ -303,7 +356,7 @@ def _open(config: TrainConfig) -> tuple[TargetStore, tuple[str, ...], torch.devi
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
-    """Return the config with paths that hold from any folder."""
+    """Return the config with absolute paths."""
     video_roots = {name: os.path.abspath(folder) for name, folder in config.video_roots.items()}
     paths: dict[str, Any] = {
         "store": absolute(config.store),
@@ -319,26 +372,84 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 
 def _teachers(config: TrainConfig, store: TargetStore) -> tuple[str, ...]:
-    """Return the teachers to learn from, in the store's order.
-
-    The order in which they are named changes nothing.
+    """Return the teachers to learn from, in the store's order, whatever the order of the option.
 
     Raises:
-        UsageError: The store lacks one.
+        StoreError: The store has no teachers.
+        UsageError: The store lacks a teacher, or an option names another one.
     """
     names = store.target_names(config.targets.teachers)
     if not names:
         raise StoreError(f"{store.name} has no teachers; run distinit extract-targets first")
     names = tuple(name for name in store.teachers if name in names)
-    by_teacher = {
+    options = {
         f"targets.{key}": getattr(config.targets, key)
         for key in ("max_entropy", "max_entropy_quantile", "loss_weights", "loss")
     }
-    for key, named in {**by_teacher, "student_head": config.student_head}.items():
-        for name in named if isinstance(named, dict) else ():
+    for key, value in {**options, "student_head": config.student_head}.items():
+        for name in value if isinstance(value, dict) else ():
             if name not in names:
                 raise UsageError(f"{key} names {name!r}; the heads are: {', '.join(names)}")
     return names
+
+
+@dataclass(frozen=True)
+class _Videos:
+    """The videos of a training.
+
+    Attributes:
+        train: Videos to learn from, by their index in the store.
+        shares: The training videos of each corpus, and its share of the clips; None if `corpora` is
+            not given.
+        held_out: Held-out videos.
+        held_out_share: Share of the usable videos that are held out.
+        excluded: The excluded videos, None without `exclude`.
+    """
+
+    train: np.ndarray
+    shares: tuple[list[np.ndarray], list[float]] | None
+    held_out: np.ndarray
+    held_out_share: float
+    excluded: Exclusion | None
+
+
+def _choose_videos(
+    config: TrainConfig,
+    store: TargetStore,
+    teachers: tuple[str, ...],
+    saved: dict[str, Any] | None,
+    console: Console,
+) -> _Videos:
+    """Choose the videos to learn from and those that are held out.
+
+    Args:
+        config: The config.
+        store: The target store.
+        teachers: The teachers to learn from.
+        saved: Identity in the checkpoint of a resumed run, whose held-out share is the default.
+        console: The console.
+
+    Raises:
+        UsageError: No video is left to learn from.
+    """
+    usable = store.usable(teachers)
+    excluded = optional_exclusion(store, config.exclude, config.exclude_split, config.video_roots)
+    if excluded is not None:
+        console.info(excluded.describe())
+        usable = excluded.remove_from(usable)
+    recorded = saved["held_out"]["share"] if saved is not None else None
+    share = held_out_share(recorded if config.held_out is None else config.held_out, len(usable))
+    videos, held_out = split_held_out(usable, share, config.loop.seed)
+    if len(usable) and not len(videos):
+        raise UsageError(f"--held-out {share:g} leaves none of {len(usable)} videos to learn from")
+    shares = None
+    if config.targets.corpora is not None:
+        corpus, names = store.column("corpus"), list(store.corpora)
+        shares = by_corpus(videos, corpus, names, config.targets.corpora)
+        videos = np.concatenate(shares[0])
+        chosen = [names.index(name) for name in config.targets.corpora]
+        held_out = held_out[np.isin(corpus[held_out], chosen)]
+    return _Videos(videos, shares, held_out, share, excluded)
 
 
 def _assemble(
@@ -348,29 +459,12 @@ def _assemble(
     saved: dict[str, Any] | None,
     console: Console,
 ) -> _Parts:
-    """Return the data sets, with the filter's thresholds in nats."""
-    seed, channels = config.loop.seed, config.student.channels
+    """Return the parts of a training, with the filter's thresholds in nats."""
+    channels = config.student.channels
     if channels == FLOW_CHANNELS:
         require_opencv()
-    usable = store.usable(teachers)
-    left_out = optional_exclusion(store, config.exclude, config.exclude_split, config.video_roots)
-    if left_out is not None:
-        console.info(left_out.describe())
-        usable = left_out.remove_from(usable)
-    recorded = saved["held_out"]["share"] if saved is not None else None
-    share = held_out_share(recorded if config.held_out is None else config.held_out, len(usable))
-    videos, held_ids = split_held_out(usable, share, seed)
-    if len(usable) and not len(videos):
-        raise UsageError(f"--held-out {share:g} leaves none of {len(usable)} videos to learn from")
-    shares = None
-    if config.targets.corpora is not None:
-        corpus, names = store.column("corpus"), list(store.corpora)
-        shares = by_corpus(videos, corpus, names, config.targets.corpora)
-        videos = np.concatenate(shares[0])
-        held_ids = held_ids[
-            np.isin(corpus[held_ids], [names.index(name) for name in config.targets.corpora])
-        ]
-    options = config.loop.for_videos(len(videos))
+    videos = _choose_videos(config, store, teachers, saved, console)
+    options = config.loop.for_videos(len(videos.train))
     heads = _class_heads(config, store, teachers)
 
     def sampler(
@@ -382,56 +476,61 @@ def _assemble(
             picks=PickRule.parse(config.targets.picks),
             clip_frames=config.clips.clip_frames,
             videos=ids,
-            seed=seed,
+            seed=config.loop.seed,
             epoch_clips=options.clips_per_epoch,
             flip=config.clips.flip,
             view=config.clips,
             max_entropy=thresholds,
             filter_mode=config.targets.filter_mode,
             fixed=fixed,
-            shares=None if fixed else shares,
+            shares=None if fixed else videos.shares,
             ahead=pictures_needed(0, channels),
             teacher_dropping=config.targets.teacher_dropping,
             heads=heads,
         )
 
-    unfiltered = sampler(videos, {})
+    def clips(sampler: TargetSampler) -> StudentClips:
+        return StudentClips(sampler, config.clips, config.video_roots, channels=channels)
+
+    unfiltered = sampler(videos.train, {})
     unfiltered.check_windows()
-    found = measure_thresholds(config.targets, unfiltered, saved)
-    thresholds = found.thresholds
-    train = StudentClips(
-        sampler(videos, thresholds), config.clips, config.video_roots, channels=channels
-    )
+    filter_ = measure_thresholds(config.targets, unfiltered, saved)
+    train = clips(sampler(videos.train, filter_.thresholds))
     for line in train.missing():
         console.warn(line)
-    warn_of_short_videos(
-        store.frame_counts[videos].tolist(),
-        len(videos),
-        config.clips.clip_frames,
-        channels,
+    counts = store.frame_counts[videos.train].tolist()
+    warn_of_short_videos(counts, len(videos.train), config.clips.clip_frames, channels)
+    held_out_ids = _usable_held_out(
+        videos.held_out,
+        lambda ids: sampler(ids, filter_.thresholds, fixed=True),
+        config.held_out_clips,
     )
-    held_ids = _usable_held_out(
-        held_ids, lambda ids: sampler(ids, thresholds, fixed=True), config.held_out_clips
-    )
-    if share > 0 and len(held_ids) == 0:
+    held_out = None
+    if len(held_out_ids):
+        held_out = clips(sampler(held_out_ids, filter_.thresholds, fixed=True))
+    elif videos.held_out_share > 0:
         console.warn(
-            f"held_out={share:g}: no clip of these videos counts; best is by training loss"
+            f"held_out={videos.held_out_share:g}: no clip of these videos counts; best is by training loss"
         )
-    held = None
-    if len(held_ids):
-        fixed = sampler(held_ids, thresholds, fixed=True)
-        held = StudentClips(fixed, config.clips, config.video_roots, channels=channels)
-    baselines = measure_baselines(config.targets, train.sampler, saved)
-    return _Parts(store, teachers, train, held, share, found, left_out, baselines)
+    return _Parts(
+        store=store,
+        teachers=teachers,
+        train=train,
+        held_out=held_out,
+        held_out_share=videos.held_out_share,
+        filter=filter_,
+        excluded=videos.excluded,
+        baselines=measure_baselines(config.targets, train.sampler, saved),
+    )
 
 
 def _class_heads(
     config: TrainConfig, store: TargetStore, teachers: tuple[str, ...]
 ) -> dict[str, ClassHead]:
-    """Return the heads that make logits of features.
+    """Return the heads that compute logits from features, by teacher.
 
     Raises:
-        UsageError: The filter needs a head that was not given.
+        UsageError: The filter requires a head that was not given.
     """
     records = {name: store.teachers[name] for name in teachers}
     outputs = {name: record.output for name, record in records.items()}
@@ -439,8 +538,8 @@ def _class_heads(
     heads = read_heads(config.targets.heads, widths, outputs)
     for key in ("max_entropy", "max_entropy_quantile"):
         limit = getattr(config.targets, key)
-        judged = () if limit is None else limit if isinstance(limit, dict) else teachers
-        for name in judged:
+        filtered = () if limit is None else limit if isinstance(limit, dict) else teachers
+        for name in filtered:
             if outputs[name] == "features" and name not in heads:
                 raise UsageError(
                     f"--{key.replace('_', '-')} {limit}: teacher {name!r} gives features, which have "
@@ -452,38 +551,40 @@ def _class_heads(
 
 def _seen(store: TargetStore, videos: np.ndarray, video_roots: dict[str, str]) -> SeenVideos:
     """Return the videos that a student learns from, without those held out or excluded."""
-    places = [store.video_path(int(video), video_roots) for video in videos]
-    if video_roots:  # a corpus may have moved, or copies of it may be read
-        lay = [store.video_path(int(video)) for video in videos]
-        places = [
-            now if os.path.exists(now) else before for now, before in zip(places, lay, strict=True)
+    paths = [store.video_path(int(video), video_roots) for video in videos]
+    # With video roots, a corpus may have moved, or prepared copies of it may be read.
+    if video_roots:
+        originals = [store.video_path(int(video)) for video in videos]
+        paths = [
+            path if os.path.exists(path) else original
+            for path, original in zip(paths, originals, strict=True)
         ]
     return SeenVideos(
-        store.column("digest")[videos], places, np.full(len(videos), SEEN_BY_RUN, np.uint8)
+        store.column("digest")[videos], paths, np.full(len(videos), SEEN_BY_RUN, np.uint8)
     )
 
 
 def _usable_held_out(
-    ids: np.ndarray, fixed: Callable[[np.ndarray], TargetSampler], most: int
+    ids: np.ndarray, make_sampler: Callable[[np.ndarray], TargetSampler], max_videos: int
 ) -> np.ndarray:
-    """Return the first `most` held-out videos that have a window and whose clip the filter keeps.
+    """Return the first `max_videos` held-out videos with a window and a clip that the filter keeps.
 
-    Both are known before anything is decoded, and a list of none would end the training after its
-    first epoch.
+    Without this check, which decodes nothing, a training whose held-out clips are all rejected
+    would fail after its first epoch.
     """
     if len(ids) == 0:
         return ids
-    sampler = fixed(ids)
+    sampler = make_sampler(ids)
     usable = (
         int(video)
         for k, video in enumerate(ids)
         if sampler.has_window(int(video)) and sampler.draw(0, k).counts
     )
-    return np.array(list(islice(usable, most)), np.int64)
+    return np.array(list(islice(usable, max_videos)), np.int64)
 
 
 def _bounds(sampler: TargetSampler, objective: Distillation, console: Console) -> LossBounds | None:
-    """Log the two reference losses of the first draws before training starts."""
+    """Log and return the two reference losses of the first draws."""
     bounds = loss_bounds(first_draws(sampler), objective)
     if bounds is not None:
         console.info(
@@ -501,45 +602,45 @@ def _explained(
 ) -> dict[str, Any]:
     """Return the reference losses and the explained fraction for result.json.
 
-    The fraction is that of the loss on held-out clips where every teacher has some, else of the
-    training loss. A fraction of nearly 0 is warned of.
+    The fraction is that of the held-out loss if every teacher has held-out clips, else that of the
+    training loss. A fraction near 0 causes a warning.
     """
     if bounds is None:
         return dict.fromkeys(
             ("baseline_loss", "loss_lower_bound", "explained_fraction", "explained_by")
         )
-    held_out = all(f"loss/{name}" in result.validation for name in teachers)
-    loss, by = result.train_loss, "training"
-    if held_out:
-        loss, by = result.best if export == "best" else result.validation["loss"], "held-out"
+    has_held_out = all(f"loss/{name}" in result.validation for name in teachers)
+    loss, kind = result.train_loss, "training"
+    if has_held_out:
+        loss, kind = result.best if export == "best" else result.validation["loss"], "held-out"
     fraction = bounds.explained_fraction(loss)
     if fraction < TOO_LITTLE:
         console.warn(
-            f"the student has learned next to nothing: {by} loss {loss:.3f}, the best constant predictor has "
+            f"the student has learned next to nothing: {kind} loss {loss:.3f}, the best constant predictor has "
             f"{bounds.constant:.3f}; try more loop.epochs, another loop.lr or a larger student.width"
         )
     else:
-        of_training = (
+        training_text = (
             f" ({bounds.explained_fraction(result.train_loss):.0%} by the training loss)"
-            if held_out
+            if has_held_out
             else ""
         )
         console.info(
             f"explained fraction {fraction:.0%}, from the best constant predictor (0 %) to the lower bound (100 %), "
-            f"by the {by} loss{of_training}"
+            f"by the {kind} loss{training_text}"
         )
     return {
         "baseline_loss": bounds.constant,
         "loss_lower_bound": bounds.perfect,
         "explained_fraction": fraction,
-        "explained_by": by,
+        "explained_by": kind,
     }
 
 
 def _show_agreement(
     parts: _Parts, objective: Distillation, result: FitResult, console: Console
 ) -> dict[str, float]:
-    """Log the agreement on held-out clips, next to that of always guessing the same class.
+    """Log the agreement on held-out clips, compared with always guessing the same class.
 
     Returns:
         Teacher → the share of its most frequent class.
@@ -551,17 +652,17 @@ def _show_agreement(
     names = [name for name, head in objective.heads.items() if head.output == "logits"]
     shares = most_frequent_shares(draws, names)
     for name, share in shares.items():
-        found = result.validation.get(f"agreement/{name}")
-        if found is not None:
+        agreement = result.validation.get(f"agreement/{name}")
+        if agreement is not None:
             console.info(
-                f"{counted(len(sampler.videos), 'held-out clip')}: agrees with {name} on {100 * found:.1f} %, always "
-                f"guessing its most frequent class would on {100 * share:.1f} %"
+                f"{counted(len(sampler.videos), 'held-out clip')}: agrees with {name} on {100 * agreement:.1f} %, "
+                f"always guessing its most frequent class would on {100 * share:.1f} %"
             )
     return shares
 
 
 def _build(config: TrainConfig, targets: Mapping[str, TeacherTargets]) -> Student:
-    """Build the student with seeded fresh weights."""
+    """Build the student with new weights from the seed."""
     torch.manual_seed(config.loop.seed)
     return build_student(
         config.student,
@@ -572,14 +673,17 @@ def _build(config: TrainConfig, targets: Mapping[str, TeacherTargets]) -> Studen
 
 
 def _identity(config: TrainConfig, parts: _Parts, options: LoopOptions) -> dict[str, Any]:
-    """Return what a resume must share, by top-level key: a refusal names what differs."""
-    found, teachers = parts.store.identity(), parts.store.with_mirrors(parts.teachers)
+    """Return the properties that a resumed training must share, by top-level key.
+
+    An error names the key that differs.
+    """
+    store, teachers = parts.store.identity(), parts.store.with_mirrors(parts.teachers)
     heads = {name: each.head for name, each in parts.targets.items()}
     digests = {name: head.digest for name, head in heads.items() if head is not None}
     return {
-        "store": {"id": found["store_id"], "videos": parts.num_videos},
-        "sampling": found["sampling"],
-        "teachers": {name: found["teachers"][name] for name in teachers},
+        "store": {"id": store["store_id"], "videos": parts.num_videos},
+        "sampling": store["sampling"],
+        "teachers": {name: store["teachers"][name] for name in teachers},
         "student": config.student.identity_dump(),
         "clips": config.clips.identity_dump(),
         "targets": config.targets.identity_dump(exclude={"teachers", "heads"}),
@@ -587,7 +691,7 @@ def _identity(config: TrainConfig, parts: _Parts, options: LoopOptions) -> dict[
             "quantile": config.targets.max_entropy_quantile,
             "nats": parts.filter.thresholds,
         },
-        "exclude": parts.left_out.digest if parts.left_out is not None else None,
+        "exclude": parts.excluded.digest if parts.excluded is not None else None,
         "held_out": {"share": config.held_out, "clips": config.held_out_clips},
         **({"heads": digests} if digests else {}),
         **({"baselines": parts.baselines} if config.targets.balance_losses else {}),
@@ -597,7 +701,10 @@ def _identity(config: TrainConfig, parts: _Parts, options: LoopOptions) -> dict[
 
 
 def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Check for a store that has grown: with other videos an epoch has other clips."""
+    """Check the identity of a resumed run; a store with more videos has an error of its own.
+
+    With more videos an epoch would have different clips.
+    """
     before, now = saved["store"], identity["store"]
     grown = before["id"] == now["id"] and before["videos"] < now["videos"]
     if (
@@ -606,20 +713,20 @@ def _check_same(run_dir: Path, saved: dict[str, Any], identity: dict[str, Any]) 
         and saved["held_out"] == identity["held_out"]
     ):
         raise StoreMismatchError(
-            f"{run_dir} was trained on {before['videos']} videos of the store, which has {now['videos']} by now; "
+            f"{run_dir} was trained on {before['videos']} videos of the store, which now has {now['videos']}; "
             "a run cannot be resumed with other videos: start a new one with another --out"
         )
     check_identity(run_dir, saved, identity)
 
 
 def _export(config: TrainConfig, parts: _Parts, student: Student, objective: Distillation) -> Path:
-    """Write RUN/student.safetensors from the last weights, or the best."""
+    """Write RUN/student.safetensors with the last or the best weights; return its path."""
     path = Path(config.out, STUDENT_FILE)
     if config.export == "best":
         load_weights(path.parent, "best", student, weights=config.loop.weights)
     meta = StudentMeta(
         classes={name: list(each.classes) for name, each in parts.targets.items() if each.classes},
-        heads=_of_heads(objective),
+        heads=_head_metas(objective),
         clip_length=config.clips.clip_frames,
         clip_size=config.clips.size,
         resize=config.clips.frame_size(),
@@ -637,8 +744,8 @@ def _export(config: TrainConfig, parts: _Parts, student: Student, objective: Dis
     return path
 
 
-def _of_heads(objective: Distillation) -> dict[str, HeadMeta]:
-    """Return what each head gives; nothing where all give logits, as in version 0.1."""
+def _head_metas(objective: Distillation) -> dict[str, HeadMeta]:
+    """Return output and loss of each head, {} if all heads have logits, as in version 0.1."""
     if all(head.output == "logits" for head in objective.heads.values()):
         return {}
     return {
@@ -648,7 +755,7 @@ def _of_heads(objective: Distillation) -> dict[str, HeadMeta]:
 
 
 def _final(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers at the end of a training, for the trackers."""
+    """Return the final numbers of a training for the trackers."""
     names = ("loss", "best", "best_epoch", "explained_fraction", "kept_share", "clips_per_second")
     held_out = {f"held_out/{name}": value for name, value in summary["held_out"].items()}
     return {**{name: summary[name] for name in names}, **held_out}
@@ -657,7 +764,7 @@ def _final(summary: dict[str, Any]) -> dict[str, Any]:
 def _summary(
     config: TrainConfig, parts: _Parts, result: FitResult, exported: Path
 ) -> dict[str, Any]:
-    """Return what --json prints."""
+    """Return the summary that --json prints."""
     return {
         "run": config.out,
         "student": str(exported),
@@ -667,7 +774,7 @@ def _summary(
         "steps": result.steps,
         "videos": parts.num_videos,
         "held_out_videos": len(parts.held_out.sampler.videos) if parts.held_out is not None else 0,
-        "excluded_videos": len(parts.left_out.videos) if parts.left_out is not None else 0,
+        "excluded_videos": len(parts.excluded.videos) if parts.excluded is not None else 0,
         "loss": result.train_loss,
         "best": result.best,
         "best_epoch": result.best_epoch,
