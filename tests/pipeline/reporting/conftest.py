@@ -1,4 +1,4 @@
-"""For the tests of pages: a page opened in a real browser, skipped where there is none."""
+"""Open pages in a real browser; tests that do so are skipped without one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Run in the page: what has come and has a size, and what does not fit into the window.
+# Runs in the page: counts the pictures and links, and measures what exceeds the window.
 PROBE = """<script>addEventListener("load", async () => {
 const shown = (href) => new Promise((done) => {
   const image = new Image();
@@ -28,7 +28,7 @@ const wide = document.documentElement.scrollWidth - innerWidth;
 parent.postMessage({images: pictures.length, loaded, uses: uses.length, dangling, wide,
   width: innerWidth, requests: requests.length}, "*");
 });</script>"""
-# A window is at least 500 pixels wide; a frame has any width.
+# A window is at least 500 pixels wide; a frame can have any width.
 FRAME = """<!doctype html><title>probe</title><body style="margin:0"><script>
 addEventListener("message", (event) => Object.assign(document.body.dataset, event.data));
 </script><iframe src="{page}" style="width:{width}px;height:900px;border:0"></iframe></body>"""
@@ -36,17 +36,17 @@ addEventListener("message", (event) => Object.assign(document.body.dataset, even
 
 @dataclass(frozen=True)
 class Opened:
-    """What a browser found.
+    """The state of a page in a browser.
 
     Attributes:
-        console: Its messages about the page.
+        console: Messages of the browser about the page.
         width: Width of the window.
-        images: Pictures of the page.
-        loaded: Those that could be decoded.
-        uses: Places that show a picture that is elsewhere on the page.
-        dangling: Such places, and links inside of the page, that lead nowhere.
-        wide: Pixels that stick out to the right of the window.
-        requests: Anything that was fetched.
+        images: Number of pictures.
+        loaded: Number of pictures that could be decoded.
+        uses: Number of references to pictures elsewhere on the page.
+        dangling: Number of references and links inside the page without a target.
+        wide: Pixels by which the page exceeds the window on the right.
+        requests: Number of requests to the network.
     """
 
     console: list[str]
@@ -59,7 +59,7 @@ class Opened:
     requests: int
 
     def holds(self) -> bool:
-        """Whether nothing is missing, sticks out, is fetched or complained about."""
+        """Check that nothing is missing, too wide, fetched or reported by the browser."""
         assert self.console == []
         assert self.images == self.loaded
         assert self.dangling == self.requests == 0
@@ -74,7 +74,7 @@ def open_page(tmp_path: Path) -> Callable[..., Opened]:
     if chromium is None:
         pytest.skip("no chromium on the PATH: the page is not opened in a browser")
 
-    def opened(page: Path, width: int = 1100) -> Opened:
+    def open_in_browser(page: Path, width: int = 1100) -> Opened:
         copy, frame = tmp_path / "probed.html", tmp_path / "frame.html"
         text = page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>")
         copy.write_text(text, encoding="utf-8")
@@ -87,13 +87,12 @@ def open_page(tmp_path: Path) -> Callable[..., Opened]:
             f"--window-size={max(width, 500)},1000",
         ]
         command = [chromium, *options, "--dump-dom", frame.as_uri()]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert shown.returncode == 0, shown.stderr
+        process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
         names = [field.name for field in fields(Opened) if field.name != "console"]
-        found = {key: int(n) for key, n in re.findall(r'data-(\w+)="(-?\d+)"', shown.stdout)}
-        # Of what the browser logs, the page's part; the rest is of the machine it runs on (no
-        # D-Bus, no GPU).
-        console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
-        return Opened(console, **{name: found[name] for name in names})
+        counts = {key: int(n) for key, n in re.findall(r'data-(\w+)="(-?\d+)"', process.stdout)}
+        # The other messages of the browser concern the machine (no D-Bus, no GPU).
+        console = [line for line in process.stderr.splitlines() if "CONSOLE" in line]
+        return Opened(console, **{name: counts[name] for name in names})
 
-    return opened
+    return open_in_browser

@@ -1,5 +1,4 @@
-"""Tables of an ablation: every number against the predictions themselves, what is missing shown as
-missing."""
+"""Tables of an ablation: numbers compared with the predictions, missing cells shown as missing."""
 
 from __future__ import annotations
 
@@ -44,8 +43,8 @@ DATASETS = ["csv:/data/har7/labels.csv", "hmdb51"]
 
 
 def predictions(folder: Path, seed: int, right: float, split: int, dataset: str) -> None:
-    """A finetuned run as it is left behind; 40 test videos of a split, the same whatever the seed,
-    in its own order."""
+    """Write a finetuned run with the 40 test videos of a split, in an order that depends on the
+    seed."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
         yaml.safe_dump({"finetune": {"dataset": dataset, "split": split}})
@@ -53,7 +52,7 @@ def predictions(folder: Path, seed: int, right: float, split: int, dataset: str)
     rng = np.random.default_rng(seed)
     order = rng.permutation(40)
     labels = [int(i) % 6 for i in order]
-    found = Predictions.empty(
+    result = Predictions.empty(
         CLASSES,
         [f"s{split}/v{i:02d}.mp4" for i in order],
         labels,
@@ -64,9 +63,9 @@ def predictions(folder: Path, seed: int, right: float, split: int, dataset: str)
     for i in range(39):
         scores = rng.random((3, 6)).astype(np.float32)
         scores[:, labels[i]] += rng.random() < right
-        found.set_scores(i, scores / scores.sum(axis=1, keepdims=True), np.arange(3), 50)
-    found.fail(39, "no video stream")
-    found.write(folder / "predictions.h5")
+        result.set_scores(i, scores / scores.sum(axis=1, keepdims=True), np.arange(3), 50)
+    result.fail(39, "no video stream")
+    result.write(folder / "predictions.h5")
     (folder / "result.json").write_text(
         json.dumps({"seconds": 36.0, "metrics": {"top1": "not read"}})
     )
@@ -74,8 +73,8 @@ def predictions(folder: Path, seed: int, right: float, split: int, dataset: str)
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Three rows, two data sets, two splits, two seeds; one cell failed, one is missing, one lost
-    its predictions."""
+    """An ablation with three rows, two data sets, two splits and two seeds; one cell failed, one is
+    missing, one has no predictions."""
     folder, cells = tmp_path / "out", []
     for row, (name, right) in enumerate(ROWS.items()):
         for d, dataset in enumerate(DATASETS):
@@ -88,12 +87,12 @@ def out(tmp_path: Path) -> Path:
                         "student": None, "finetune": f"finetunes/{key}", "status": "done", "reason": None,
                         "seconds": 72.0, "for others": 1,
                     })  # fmt: skip
-    gone = {
+    removed = {
         "2021": ("failed", "out of <memory>"),
         "2120": ("missing", None),
         "2121": ("done", None),
     }
-    for key, (status, reason) in gone.items():
+    for key, (status, reason) in removed.items():
         shutil.rmtree(folder / "finetunes" / key)
         cell = next(cell for cell in cells if cell["finetune"] == f"finetunes/{key}")
         cell.update(status=status, reason=reason)
@@ -115,8 +114,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def measured(folder: Path) -> dict[str, np.ndarray]:
-    """Of each test video [V]: its name, whether it is right, and among the first five, and the
-    share of clips right."""
+    """Return name, top 1, top 5 and share of right clips of each test video [V]."""
     with h5py.File(folder / "predictions.h5") as file:
         scores, labels, videos = (
             file["clip_scores"][:],
@@ -135,8 +133,8 @@ def measured(folder: Path) -> dict[str, np.ndarray]:
 
 
 def top1(folder: Path) -> dict[str, float]:
-    found = measured(folder)
-    return dict(zip(found["videos"], found["top1"].astype(float), strict=True))
+    measures = measured(folder)
+    return dict(zip(measures["videos"], measures["top1"].astype(float), strict=True))
 
 
 @pytest.mark.slow
@@ -168,12 +166,14 @@ def test_numbers_are_those_of_the_predictions(
                 assert float(row[f"{key}_deviation"]) == pytest.approx(np.std(each, ddof=1)), key
     random, paired = rows["random", "hmdb51"], []
     for split in (1, 2):
-        each = [
+        sides = [
             [top1(out / "finetunes" / f"{row}1{split}{seed}") for seed in (0, 1)] for row in (1, 0)
         ]
-        for video in each[0][0]:
-            ours, theirs = (np.mean([values[video] for values in side]) for side in each)
-            paired.append(ours - theirs)
+        for video in sides[0][0]:
+            accuracy, base_accuracy = (
+                np.mean([values[video] for values in side]) for side in sides
+            )
+            paired.append(accuracy - base_accuracy)
     assert float(random["difference"]) == pytest.approx(np.mean(paired))
     draws = np.random.default_rng(7).choice(paired, (4000, len(paired))).mean(axis=1)
     assert float(random["difference_low"]) == pytest.approx(np.quantile(draws, 0.025), abs=0.02)
@@ -222,7 +222,7 @@ def test_missing_cells_are_shown_with_their_reasons(out: Path, tmp_path: Path) -
 
 
 def cells_of(table: str, kind: str) -> list[list[str]]:
-    """The texts of a table in Markdown or HTML, line by line, headings of columns first."""
+    """Return the texts of a table in Markdown or HTML by line, the titles of columns first."""
     if kind == "md":
         lines = [line for line in table.splitlines() if line.startswith("|") and "---" not in line]
         return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
@@ -237,7 +237,7 @@ def cells_of(table: str, kind: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below(
+def test_the_papers_numbers_are_next_to_each_measure_and_published_results_below(
     out: Path, tmp_path: Path
 ) -> None:
     report(ReportConfig(folders=[str(out)], out=str(tmp_path / "report")), Console(quiet=True))
@@ -275,7 +275,7 @@ def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "expected"),
+    ("paper_splits", "our_splits", "expected"),
     [
         ([1, 2, 3], {1, 2, 3}, {"top1": 54.8, "split1": 54.9, "top5": 80.0}),
         ([1, 2, 3], {1}, {"top1": 54.9, "split1": 54.9}),
@@ -283,16 +283,16 @@ def test_each_measure_has_the_papers_beside_it_and_published_results_stand_below
         (None, {1, 2}, {"top1": 54.8, "split1": 54.9, "top5": 80.0}),
     ],
 )
-def test_only_numbers_of_the_same_splits_stand_beside_ours(
-    theirs: Any, ours: set[int], expected: Any
+def test_only_numbers_of_the_same_splits_are_compared(
+    paper_splits: Any, our_splits: set[int], expected: Any
 ) -> None:
-    paper = PaperNumbers(table="6", splits=theirs)
-    assert paper.for_splits(Accuracies(top1=54.8, split1=54.9, top5=80.0), ours) == expected
+    paper = PaperNumbers(table="6", splits=paper_splits)
+    assert paper.for_splits(Accuracies(top1=54.8, split1=54.9, top5=80.0), our_splits) == expected
     one = PaperNumbers.model_validate({"table": "2", "splits": [1], "rows": {"a": {"hmdb51": 40}}})
     assert one.for_splits(one.rows["a"]["hmdb51"], {1, 2, 3}) == {"split1": 40.0}
 
 
-def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_after_them(
+def test_one_split_has_no_column_and_runs_of_an_earlier_plan_are_left_out(
     out: Path,
 ) -> None:
     content = json.loads((out / "cells.json").read_text())
@@ -300,9 +300,9 @@ def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_a
         cell for cell in content["cells"] if (cell["dataset"], cell["split"]) == ("hmdb51", 2)
     ]
     (out / "cells.json").write_text(json.dumps(content))
-    places = ablation_folders([out.parent])
-    runs = find_runs([out], cell_names(places), places)
-    (ablation,) = read_ablations(places, runs)
+    folders = ablation_folders([out.parent])
+    runs = find_runs([out], cell_names(folders), folders)
+    (ablation,) = read_ablations(folders, runs)
     (table,) = ablation_tables(ablation)
     assert [c.title for c in table.columns] == [
         "row",
@@ -320,7 +320,7 @@ def test_one_split_has_no_column_of_its_own_and_only_runs_of_cells_count_named_a
     assert "0011" not in names, "a run of an earlier plan"
 
 
-def test_students_of_a_row_are_told_apart_by_split_where_each_split_has_its_own(out: Path) -> None:
+def test_students_of_a_row_are_named_by_split_if_each_split_has_its_own(out: Path) -> None:
     content = json.loads((out / "cells.json").read_text())
     for cell in content["cells"]:
         cell["student"] = f"students/{cell['row']}-{cell['seed']}" + (
@@ -341,41 +341,44 @@ def test_students_of_a_row_are_told_apart_by_split_where_each_split_has_its_own(
 
 @pytest.mark.slow
 def test_the_pair_of_the_figures_is_never_two_seeds_of_a_row(out: Path) -> None:
-    places = ablation_folders([out])
-    runs = find_runs([out], cell_names(places))
-    (ablation,) = read_ablations(places, runs)
+    folders = ablation_folders([out])
+    runs = find_runs([out], cell_names(folders))
+    (ablation,) = read_ablations(folders, runs)
     rows = {cell.run.path: cell.record.row for cell in ablation.cells if cell.run is not None}
     pair = largest_gain(runs, rows)
     assert pair is not None
     run, base = pair
     assert rows[run.path] != rows[base.path]
     gains = {}
-    for other in runs:  # of all cells on the base's videos
-        ours, theirs = top1(other.path), top1(base.path)
-        if ours.keys() == theirs.keys() and rows[other.path] != rows[base.path]:
-            gains[other.path] = np.mean(list(ours.values())) - np.mean(list(theirs.values()))
+    # The runs of all cells that were tested on the videos of the base.
+    for other in runs:
+        accuracies, base_accuracies = top1(other.path), top1(base.path)
+        if accuracies.keys() == base_accuracies.keys() and rows[other.path] != rows[base.path]:
+            gains[other.path] = np.mean(list(accuracies.values())) - np.mean(
+                list(base_accuracies.values())
+            )
     assert gains[run.path] == max(gains.values())
     assert largest_gain(runs, dict.fromkeys(rows, "one row")) is None
 
 
 @pytest.mark.slow
 def test_a_named_pair_is_of_runs_or_rows_on_the_same_videos(out: Path) -> None:
-    places = ablation_folders([out])
-    runs = find_runs([out], cell_names(places))
-    ablations = read_ablations(places, runs)
+    folders = ablation_folders([out])
+    runs = find_runs([out], cell_names(folders))
+    ablations = read_ablations(folders, runs)
 
     def pair(a: str, b: str) -> list[str]:
         return [run.path.name for run in named_pair((a, b), runs, ablations)]
 
     assert pair("2 random", "random") == ["2010", "1010"], (
-        "of rows the first runs: data set, split and seed alike"
+        "the first runs of the rows with equal data set, split and seed"
     )
     assert pair("random, hmdb51, split 2, seed 1", "center") == ["1121", "0120"]
     assert pair("random, hmdb51, split 2, seed 1", "random, hmdb51, split 2, seed 0") == [
         "1121",
         "1120",
     ]
-    for a, b, said in [
+    for a, b, message in [
         (
             "rnd",
             "center",
@@ -393,15 +396,15 @@ def test_a_named_pair_is_of_runs_or_rows_on_the_same_videos(out: Path) -> None:
             "no two runs of these names",
         ),
     ]:
-        with pytest.raises(UsageError, match=said) as error:
+        with pytest.raises(UsageError, match=message) as error:
             pair(a, b)
         assert "\n" not in str(error.value)
     shutil.rmtree(out / "finetunes" / "2120", ignore_errors=True)
     for path in (out / "finetunes").glob("2*"):
         (path / "predictions.h5").unlink()
-    runs = find_runs([out], cell_names(places))
+    runs = find_runs([out], cell_names(folders))
     with pytest.raises(UsageError, match="--pair '2 random': has no finished predictions"):
-        named_pair(("2 random", "center"), runs, read_ablations(places, runs))
+        named_pair(("2 random", "center"), runs, read_ablations(folders, runs))
 
 
 def test_a_damaged_file_is_named(out: Path) -> None:
@@ -444,12 +447,12 @@ def test_ablation_tables_show_explained_fractions(out: Path) -> None:
     assert float(explained["random"]) == pytest.approx(0.55)
 
 
-def test_results_from_elsewhere_have_source_and_year_below_those_of_the_paper(out: Path) -> None:
+def test_results_that_the_paper_does_not_quote_have_source_and_year(out: Path) -> None:
     plan = yaml.safe_load((CONF / "ablations" / "table6-32-frames.yaml").read_text())
     paper = PaperNumbers.model_validate(plan["paper"])
-    elsewhere = [each for each in paper.published if each.source is not None]
-    assert len(elsewhere) > 15
-    for each in elsewhere:
+    sourced = [each for each in paper.published if each.source is not None]
+    assert len(sourced) > 15
+    for each in sourced:
         assert each.year is not None
         assert each.label.endswith(f"{each.year}, {each.source}")
         assert ("splits not stated" in each.label) != each.splits_stated
@@ -462,9 +465,9 @@ def test_results_from_elsewhere_have_source_and_year_below_those_of_the_paper(ou
     (folder / "cells.json").write_text(json.dumps(content))
     (ablation,) = read_ablations([folder.resolve()], find_runs([folder]))
     table = next(each for each in ablation_tables(ablation) if "hmdb51" in each.title)
-    at = {row[0]: number for number, row in enumerate(table.rows)}
+    row_numbers = {row[0]: number for number, row in enumerate(table.rows)}
     first, second = sorted(table.headings)
-    assert (at["A"], at["B, 2021, s.org"]) == (first, second)
+    assert (row_numbers["A"], row_numbers["B, 2021, s.org"]) == (first, second)
     assert table.rows[second][1:].count("65.1") == 1
     with pytest.raises(ValidationError, match="year"):
         PaperNumbers.model_validate(

@@ -1,4 +1,4 @@
-"""Figure 5 of the paper: features that `distinit embed` wrote, of the training videos of a run."""
+"""Figure 5 of the paper: features of a run's training videos, in files of `distinit embed`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAIN = [(f"c{k}/v{i}.mp4", k) for k in range(14) for i in range(3)]
 
 
 def feature_file(path: Path, videos: Sequence[str], model: Path, *, clips: int = 0) -> np.ndarray:
-    """Write a file of the documented layout by h5py; return its features."""
+    """Write a file with the documented layout by h5py; return its features."""
     shape = (len(videos), clips, 6) if clips else (len(videos), 6)
     features = np.random.default_rng(clips).normal(size=shape).astype(np.float32)
     with h5py.File(path, "w") as file:
@@ -59,8 +59,10 @@ def test_the_map_is_of_the_features_of_ten_classes_of_training_videos(
     tmp_path: Path, runs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     videos = [f"/data/anywhere/{path}" for path, _ in TRAIN] + ["/data/anywhere/test.mp4"]
-    ours = feature_file(tmp_path / "a.h5", videos, tmp_path / "runs" / "student")
-    theirs = feature_file(tmp_path / "b.h5", videos[::-1], tmp_path / "kinetics.pth", clips=2)
+    student_features = feature_file(tmp_path / "a.h5", videos, tmp_path / "runs" / "student")
+    kinetics_features = feature_file(
+        tmp_path / "b.h5", videos[::-1], tmp_path / "kinetics.pth", clips=2
+    )
     embedded = []
 
     def embed(features: np.ndarray) -> np.ndarray:
@@ -75,11 +77,11 @@ def test_the_map_is_of_the_features_of_ten_classes_of_training_videos(
     assert "30 training videos of 10 random classes" in figure.caption
     assert "student: distilled" in figure.caption
     assert list(figure.about) == ["student", "kinetics.pth"]
-    rows = {row.tobytes(): at for at, row in enumerate(ours.astype(np.float64))}
+    rows = {row.tobytes(): index for index, row in enumerate(student_features.astype(np.float64))}
     shown = [rows[row.tobytes()] for row in embedded[0]]
-    assert len({TRAIN[at][1] for at in shown}) == 10
-    others = theirs.astype(np.float64).mean(axis=1)[::-1]
-    assert np.array_equal(embedded[1], others[shown]), "the same videos, means over clips"
+    assert len({TRAIN[index][1] for index in shown}) == 10
+    expected = kinetics_features.astype(np.float64).mean(axis=1)[::-1]
+    assert np.array_equal(embedded[1], expected[shown]), "the same videos, means over clips"
 
 
 def test_files_of_other_videos_and_other_files_are_refused(tmp_path: Path, runs: list[Any]) -> None:

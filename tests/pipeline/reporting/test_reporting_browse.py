@@ -1,5 +1,4 @@
-"""The look into a store: what it shows against the arrays, missing videos, and the page in a
-browser."""
+"""The page of a store: its content compared with the arrays, missing videos, and a browser."""
 
 from __future__ import annotations
 
@@ -41,35 +40,35 @@ def decoded(path: Path, index: int) -> np.ndarray:
 
 
 def test_pictures_and_labels_are_those_of_the_frames(tiny_store: Any) -> None:
-    found = summarize_store(TargetStore.open(tiny_store.path), 3, seed=4)
-    assert [t.teacher_stats.teacher for t in found.teachers] == ["sure", "unsure"]
+    summary = summarize_store(TargetStore.open(tiny_store.path), 3, seed=4)
+    assert [teacher.teacher_stats.teacher for teacher in summary.teachers] == ["sure", "unsure"]
     root = zarr.open_group(tiny_store.path, mode="r")
-    owner, index = (np.asarray(root[f"frames/{name}"][:]) for name in ("video", "index"))
-    paths = [str(v) for v in root["videos/path"][:]]
-    for video in found.videos:
+    video_of_row, index = (np.asarray(root[f"frames/{name}"][:]) for name in ("video", "index"))
+    paths = [str(path) for path in root["videos/path"][:]]
+    for video in summary.videos:
         assert video.problem is None
         number = paths.index(video.path)
         assert 2 <= len(video.pictures) <= STRIP
         for picture in video.pictures:
-            row = int(np.flatnonzero((owner == number) & (index == picture.index))[0])
+            row = int(np.flatnonzero((video_of_row == number) & (index == picture.index))[0])
             assert picture.seconds == pytest.approx(picture.index / 25)
             for teacher, prediction in picture.predictions.items():
-                z = np.asarray(root[f"teachers/{teacher}/logits"][row], np.float64)
-                p = np.exp(z) / np.exp(z).sum()
+                logits = np.asarray(root[f"teachers/{teacher}/logits"][row], np.float64)
+                probs = np.exp(logits) / np.exp(logits).sum()
                 names = np.array([str(name) for name in root[f"teachers/{teacher}/class"][:]])
                 assert [label for label, _ in prediction.labels] == names[
-                    np.argsort(-p)[:3]
+                    np.argsort(-probs)[:3]
                 ].tolist()
-                assert prediction.labels[0][1] == pytest.approx(p.max())
-                assert prediction.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=0.02)
+                assert prediction.labels[0][1] == pytest.approx(probs.max())
+                assert prediction.entropy == pytest.approx(-(probs * np.log(probs)).sum(), abs=0.02)
         picture = video.pictures[-1]
         jpeg = np.asarray(
             Image.open(io.BytesIO(base64.b64decode((picture.jpeg or "").split(",")[1])))
         )
         assert min(jpeg.shape[:2]) == HEIGHT
-        own = decoded(tiny_store.videos / video.path, picture.index)
+        frame = decoded(tiny_store.videos / video.path, picture.index)
         scaled = np.asarray(
-            Image.fromarray(own).resize(jpeg.shape[1::-1], Image.Resampling.BILINEAR)
+            Image.fromarray(frame).resize(jpeg.shape[1::-1], Image.Resampling.BILINEAR)
         )
         assert np.abs(scaled.astype(float) - jpeg).mean() < 8
 

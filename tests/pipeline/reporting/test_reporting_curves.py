@@ -1,4 +1,4 @@
-"""Learning curves: what is drawn is what metrics.jsonl holds."""
+"""Learning curves compared with the records of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELD_OUT = [40.0, 2.0, 1.5, 1.2, 1.4, 1.3, 1.35, 1.32, 1.31, 1.36, 1.37, 1.38]
 
 
 def run_of(folder: Path, kind: str = "finetune", **result: Any) -> Run:
-    """A run of 12 epochs of 10 steps, validated after each, best after the fourth."""
+    """Return a run of 12 epochs of 10 steps, validated after each epoch, best after the fourth."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({kind: {"init": "scratch"}}))
     records = []

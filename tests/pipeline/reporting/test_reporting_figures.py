@@ -1,5 +1,4 @@
-"""Figures of a report: their numbers against NumPy and scikit-learn, drawn where data are, and in a
-browser."""
+"""Figures of a report: numbers compared with NumPy and scikit-learn, missing data, a browser."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ ROWS = {"none": None, "2 nats": 2.0, "1 nat": 1.0}
 
 
 def exported(path: Path, architecture: str, *, still: bool = False) -> None:
-    """A student of random weights, as runs export it; `still`: its first kernel repeated over time,
-    as inflated."""
+    """Export a student with random weights; `still` repeats its first kernel over time."""
     torch.manual_seed(1)
     options = StudentOptions.model_validate({"architecture": architecture, "width": 0.125})
     student = build_student(options, {"sure": 7, "unsure": 5})
@@ -72,14 +70,14 @@ def student_run(folder: Path, store: Path, architecture: str, nats: float | None
 
 
 def finetuned(folder: Path, init: str, seed: int) -> None:
-    """24 videos, 8 a class; features of the three classes lie apart."""
+    """Write a run with 24 videos, 8 per class; the features of the three classes are separated."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
         yaml.safe_dump({"finetune": {"init": init, "dataset": "hmdb51", "split": 1}})
     )
     rng = np.random.default_rng(seed)
     labels = [i % 3 for i in range(24)]
-    found = Predictions.empty(
+    predictions = Predictions.empty(
         CLASSES, [f"v{i}" for i in range(24)], labels, 2, protocol={}, identity={}, features=6
     )
     for i, label in enumerate(labels):
@@ -87,14 +85,14 @@ def finetuned(folder: Path, init: str, seed: int) -> None:
         scores[:, label] += 0.5 * seed
         features = rng.normal(0, 0.1, (2, 6)) + np.eye(6)[label]
         scores /= scores.sum(axis=1, keepdims=True)
-        found.set_scores(i, scores, np.arange(2), 50, features=features.astype(np.float32))
-    found.write(folder / "predictions.h5")
+        predictions.set_scores(i, scores, np.arange(2), 50, features=features.astype(np.float32))
+    predictions.write(folder / "predictions.h5")
     (folder / "result.json").write_text(json.dumps({"seconds": 10.0}))
 
 
 @pytest.fixture
 def out(tmp_path: Path, tiny_store: Any) -> Path:
-    """An ablation over the threshold, two seeds; beside it an inflated run."""
+    """An ablation over the threshold with two seeds, and an inflated run."""
     folder, cells = tmp_path / "out", []
     for row, (name, nats) in enumerate(ROWS.items()):
         for seed in (0, 1):
@@ -127,15 +125,14 @@ def test_variation_over_time_has_known_ends() -> None:
     picture = rng.normal(size=(4, 3, 1, 7, 7))
     assert variation_over_time(picture.repeat(3, axis=2)) == pytest.approx(0, abs=1e-12)
     assert variation_over_time(np.concatenate([picture, -picture], axis=2)) == pytest.approx(1)
-    # A mean w and a change of ±w around it: half of the whole changes.
+    # With a mean w and a change of ±w around it, half of the squared norm changes.
     assert variation_over_time(np.concatenate([2 * picture, 0 * picture], axis=2)) == pytest.approx(
         1 / np.sqrt(2)
     )
     assert variation_over_time(np.zeros((2, 3, 3, 7, 7))) == 0
     noise = rng.normal(size=(64, 3, 3, 7, 7))
-    assert variation_over_time(noise) == pytest.approx(
-        np.sqrt(2 / 3), abs=0.01
-    )  # of three independent steps
+    # Three independent steps.
+    assert variation_over_time(noise) == pytest.approx(np.sqrt(2 / 3), abs=0.01)
     assert variation_over_time(5 * noise) == pytest.approx(variation_over_time(noise))
 
 
@@ -164,34 +161,37 @@ def test_a_map_keeps_neighbours_and_is_repeatable() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
     features = rng.normal(0, 0.2, (60, 16)) + 3 * np.eye(16)[labels]
-    places = embed(features)
-    distance = np.linalg.norm(places[:, None] - places[None], axis=2) + 1e9 * np.eye(60)
+    positions = embed(features)
+    distance = np.linalg.norm(positions[:, None] - positions[None], axis=2) + 1e9 * np.eye(60)
     assert (labels[distance.argmin(axis=1)] == labels).all()
-    assert np.array_equal(places, embed(features))
+    assert np.array_equal(positions, embed(features))
 
 
 def test_threshold_points_are_nats_and_accuracies_of_the_rows(out: Path, tiny_store: Any) -> None:
-    places = ablation_folders([out])
-    runs = find_runs([out], cell_names(places))
-    (ablation,) = read_ablations(places, runs)
+    folders = ablation_folders([out])
+    runs = find_runs([out], cell_names(folders))
+    (ablation,) = read_ablations(folders, runs)
     assert threshold_points(ablation, "another.zarr") == []
     points = threshold_points(ablation, str(tiny_store.path))
-    assert [p.row for p in points] == list(ROWS)
-    assert [p.nats for p in points] == [None, {"sure": 2.0}, {"sure": 1.0}]
+    assert [point.row for point in points] == list(ROWS)
+    assert [point.nats for point in points] == [None, {"sure": 2.0}, {"sure": 1.0}]
     for row, point in enumerate(points):
-        each = []
+        accuracies = []
         for seed in (0, 1):
-            p = Predictions.read(out / "finetunes" / f"{row}{seed}" / "predictions.h5")
-            each.append(100 * (p.clip_scores.mean(axis=1).argmax(axis=1) == p.labels).mean())
-        assert point.mean == pytest.approx(np.mean(each))
-        assert point.deviation == pytest.approx(np.std(each, ddof=1))
+            predictions = Predictions.read(out / "finetunes" / f"{row}{seed}" / "predictions.h5")
+            accuracies.append(
+                100
+                * (predictions.clip_scores.mean(axis=1).argmax(axis=1) == predictions.labels).mean()
+            )
+        assert point.mean == pytest.approx(np.mean(accuracies))
+        assert point.deviation == pytest.approx(np.std(accuracies, ddof=1))
     assert [run.name for run in runs][:3] == [
         "inflated",
         "student of none, seed 0",
         "none, hmdb51, split 1, seed 0",
     ]
     student = next(run for run in runs if run.kind == "student")
-    assert forwards_saved(student) == 10 * 8 * 2 * 2  # steps, clips a step, picks, teachers
+    assert forwards_saved(student) == 10 * 8 * 2 * 2  # steps, clips per step, picks, teachers
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_every_figure_is_drawn_and_the_page_holds_in_a_browser(
 
 @pytest.mark.slow
 def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
-    """Its import takes seconds; weights of Kinetics alone want it."""
+    """The import of torch takes seconds; only weights of Kinetics require it."""
     words = (
         "import sys; from distinit.stages.report import report; from distinit.pipeline.common.console import Console; "
         "from distinit.stages.options import ReportConfig; "
@@ -256,7 +256,7 @@ def test_a_report_is_made_without_torch(out: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_not_there_is_not_drawn_and_said(out: Path, tmp_path: Path) -> None:
+def test_missing_data_are_reported_and_not_drawn(out: Path, tmp_path: Path) -> None:
     alone = out / "students" / "10"
     config = yaml.safe_load((alone / "config.yaml").read_text())
     config["train-student"]["store"] = str(tmp_path / "gone.zarr")

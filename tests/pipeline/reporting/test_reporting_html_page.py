@@ -1,5 +1,4 @@
-"""The macros of the pages: everything escaped, tables with links, charts that are well-formed
-SVG."""
+"""The macros of the pages: escaped values, tables with links, charts as well-formed SVG."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def test_a_chart_is_well_formed_and_names_its_curves(legend: bool) -> None:
     assert ("<a>" in texts) == ("dot" in texts) == legend
     assert "entropy, nats" in texts
     assert len(list(svg.iter(f"{SVG}polyline"))) == 2
-    assert len(list(svg.iter(f"{SVG}circle"))) == 1  # of the curve of one point
+    assert len(list(svg.iter(f"{SVG}circle"))) == 1, "the curve with a single point"
 
 
 def test_a_histogram_is_drawn_and_no_chart_is_nothing() -> None:
@@ -60,6 +59,6 @@ def test_yaml_keeps_what_is_no_plain_data_as_text() -> None:
 
 def drawn(chart: Chart | None) -> ElementTree.Element:
     """Return the parsed SVG of a chart."""
-    found = re.search(r"<svg.*</svg>", macro("chart", chart), re.S)
-    assert found is not None
-    return ElementTree.fromstring(found[0])
+    svg = re.search(r"<svg.*</svg>", macro("chart", chart), re.S)
+    assert svg is not None
+    return ElementTree.fromstring(svg[0])

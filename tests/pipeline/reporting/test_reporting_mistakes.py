@@ -1,5 +1,5 @@
-"""What runs get wrong: confusions against scikit-learn, the gallery against the wrong videos and
-frames that PyAV decodes, class changes against counts by hand."""
+"""Mistakes of runs: confusions compared with scikit-learn, the gallery with frames decoded by PyAV,
+and class changes with counts by hand."""
 
 from __future__ import annotations
 
@@ -55,53 +55,57 @@ def run_of(
     backwards: bool = False,
     **config: Any,
 ) -> Run:
-    """A finetuned run tested on the videos of a folder, with random scores."""
+    """Return a finetuned run that was tested on the videos of a folder, with random scores."""
     names = sorted((path.name for path in videos.glob("*.mp4")), reverse=backwards)
     rng = np.random.default_rng(seed)
     labels = np.array([int(name[1:3]) for name in names]) % len(CLASSES)
-    found = Predictions.empty(
+    predictions = Predictions.empty(
         CLASSES, names, labels.tolist(), 2, protocol={"scores": "logits"}, identity={}
     )
-    for at, name in enumerate(names):
-        if at < failed:
-            found.fail(at, "no <i>stream</i>")
+    for number, name in enumerate(names):
+        if number < failed:
+            predictions.fail(number, "no <i>stream</i>")
             continue
         with av.open(str(videos / name)) as file:
             frames = sum(1 for _ in file.decode(video=0))
         scores = rng.normal(0, 2, (2, len(CLASSES))).astype(np.float32)
-        found.set_scores(at, scores, np.zeros(2), frames)
+        predictions.set_scores(number, scores, np.zeros(2), frames)
     folder.mkdir(parents=True)
     options = {"init": init, "dataset": f"csv:{videos / 'labels.csv'}", "split": 1}
     (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": options}))
     (folder / "result.json").write_text(json.dumps({"split": 1}))
-    found.write(folder / "predictions.h5")
+    predictions.write(folder / "predictions.h5")
     return find_runs([folder])[0]
 
 
 def wrong_by_hand(run: Run) -> set[str]:
-    found = run.predictions
-    assert found is not None
-    scores = found.clip_scores.astype(np.float64).mean(axis=1)
-    wrong = np.isnan(scores).any(axis=1) | (np.nan_to_num(scores).argmax(axis=1) != found.labels)
-    return {video for video, bad in zip(found.videos, wrong, strict=True) if bad}
+    predictions = run.predictions
+    assert predictions is not None
+    scores = predictions.clip_scores.astype(np.float64).mean(axis=1)
+    wrong = np.isnan(scores).any(axis=1) | (
+        np.nan_to_num(scores).argmax(axis=1) != predictions.labels
+    )
+    return {video for video, is_wrong in zip(predictions.videos, wrong, strict=True) if is_wrong}
 
 
 def test_confusions_are_those_of_scikit_learn(tmp_path: Path, tiny_store: Any) -> None:
-    found = run_of(tmp_path / "run", tiny_store.videos, 3, failed=2).predictions
-    assert found is not None
-    readable = np.array([status == "ok" for status in found.status])
-    guesses = found.video_scores[readable].argmax(axis=1)
-    counts = confusion_counts(found)
-    expected = confusion_matrix(found.labels[readable], guesses, labels=range(4))
+    predictions = run_of(tmp_path / "run", tiny_store.videos, 3, failed=2).predictions
+    assert predictions is not None
+    readable = np.array([status == "ok" for status in predictions.status])
+    guesses = predictions.video_scores[readable].argmax(axis=1)
+    counts = confusion_counts(predictions)
+    expected = confusion_matrix(predictions.labels[readable], guesses, labels=range(4))
     assert counts[:, :-1].tolist() == expected.tolist()
-    assert counts[:, -1].tolist() == np.bincount(found.labels[~readable], minlength=4).tolist()
+    assert (
+        counts[:, -1].tolist() == np.bincount(predictions.labels[~readable], minlength=4).tolist()
+    )
     table = frequent_confusions(counts, CLASSES)
     assert table is not None
-    of = {name: at for at, name in enumerate(CLASSES)}
+    index = {name: number for number, name in enumerate(CLASSES)}
     np.fill_diagonal(expected, 0)
     for label, guess, videos, share in table.rows:
-        row = of[label]
-        assert int(videos) == expected[row, of[guess]]
+        row = index[label]
+        assert int(videos) == expected[row, index[guess]]
         assert float(share) == pytest.approx(100 * int(videos) / counts[row].sum(), abs=0.5)
     listed = [int(row[2]) for row in table.rows]
     assert listed == sorted(expected[expected > 0].tolist(), reverse=True)[: len(listed)]
@@ -113,20 +117,20 @@ def test_each_confused_pair_has_a_square_of_its_place(classes: int) -> None:
     counts = rng.integers(0, 3, (classes, classes + 1)) * (rng.random((classes, classes + 1)) < 0.2)
     counts[:, -1] = 0
     names = [f"class {k}" for k in range(classes)]
-    drawn = draw_matrix(counts, names)
-    assert drawn is not None
-    assert list(drawn.columns) == names
+    matrix = draw_matrix(counts, names)
+    assert matrix is not None
+    assert list(matrix.columns) == names
     corners = [
         (int(x), int(y))
-        for each in drawn.squares
+        for each in matrix.squares
         for x, y in re.findall(r"M(\d+) (\d+)h", each.path)
     ]
-    cells = {((y - drawn.top) / drawn.side, (x - drawn.left) / drawn.side) for x, y in corners}
+    cells = {((y - matrix.top) / matrix.side, (x - matrix.left) / matrix.side) for x, y in corners}
     assert cells == {(r, c) for r, c in np.argwhere(counts > 0).tolist()}
     assert len(cells) == len(corners)
-    diagonal = [each.path.count("M") for each in drawn.squares if each.colour == RIGHT]
+    diagonal = [each.path.count("M") for each in matrix.squares if each.colour == RIGHT]
     assert sum(diagonal) == (np.diag(counts) > 0).sum()
-    assert len(drawn.counts) == (len(cells) if classes == 7 else 0)
+    assert len(matrix.counts) == (len(cells) if classes == 7 else 0)
     assert draw_matrix(np.zeros((MAX_DRAWN + 1,) * 2, int), ["x"] * (MAX_DRAWN + 1)) is None
 
 
@@ -135,30 +139,32 @@ def test_the_gallery_holds_the_wrong_videos_with_their_frames(
 ) -> None:
     run = run_of(tmp_path / "run", tiny_store.videos, 5)
     reader = ExampleVideos()
-    (found,) = find_mistakes([run], reader, 100)
-    assert {wrong.example.video for wrong in found.shown} == wrong_by_hand(run)
-    assert found.num_wrong == len(found.shown) < found.num_videos == 12
+    (mistakes,) = find_mistakes([run], reader, 100)
+    assert {wrong.example.video for wrong in mistakes.shown} == wrong_by_hand(run)
+    assert mistakes.num_wrong == len(mistakes.shown) < mistakes.num_videos == 12
     predictions = run.predictions
     assert predictions is not None
-    odds = softmax(predictions.video_scores.astype(np.float64))
-    for wrong in found.shown[:-1]:
-        at = predictions.videos.index(wrong.example.video)
-        assert wrong.label == CLASSES[predictions.labels[at]]
-        assert wrong.label_probability == pytest.approx(odds[at, predictions.labels[at]], abs=1e-6)
-        assert [share for _, share in wrong.guesses] == pytest.approx(
-            np.sort(odds[at])[::-1][:3].tolist(), abs=1e-6
+    probs = softmax(predictions.video_scores.astype(np.float64))
+    for wrong in mistakes.shown[:-1]:
+        video = predictions.videos.index(wrong.example.video)
+        assert wrong.label == CLASSES[predictions.labels[video]]
+        assert wrong.label_probability == pytest.approx(
+            probs[video, predictions.labels[video]], abs=1e-6
         )
-    surest = [wrong.guesses[0][1] for wrong in found.shown[:-1]]
-    assert surest == sorted(surest, reverse=True)
-    unreadable = found.shown[-1]
+        assert [share for _, share in wrong.guesses] == pytest.approx(
+            np.sort(probs[video])[::-1][:3].tolist(), abs=1e-6
+        )
+    confidences = [wrong.guesses[0][1] for wrong in mistakes.shown[:-1]]
+    assert confidences == sorted(confidences, reverse=True)
+    unreadable = mistakes.shown[-1]
     assert unreadable.problem == "no <i>stream</i>"
     assert unreadable.example.strip is None
-    _assert_frames(reader, found.shown[0].example, tiny_store.videos)
-    _assert_frames(reader, found.shown[3].example, tiny_store.videos)
+    _assert_frames(reader, mistakes.shown[0].example, tiny_store.videos)
+    _assert_frames(reader, mistakes.shown[3].example, tiny_store.videos)
 
 
 def _assert_frames(reader: ExampleVideos, example: Any, videos: Path) -> None:
-    """The strip shows three frames of the video, as PyAV and PIL make them."""
+    """Check that a strip shows three frames of the video, as decoded by PyAV and scaled by PIL."""
     assert example.strip in reader.strips
     picture = Image.open(io.BytesIO(base64.b64decode(example.strip.jpeg.partition(",")[2])))
     assert picture.size == (example.strip.width, example.strip.height)
@@ -186,16 +192,16 @@ def test_videos_are_read_where_they_are_now_or_from_copies(tmp_path: Path, own_s
     predictions = run.predictions
     assert predictions is not None
     video = wrong_videos(predictions)[0]
-    for reader, of, found in (
+    for reader, tested, has_strip in (
         (ExampleVideos(), run, False),
         (ExampleVideos(str(tmp_path / "moved")), run, True),
         (ExampleVideos(), copied, True),
         (ExampleVideos(str(tmp_path / "moved"), 0), run, False),
     ):
-        example = reader.example(of, predictions, video)
-        assert (example.strip is not None) == found == (example.problem is None)
-        assert reader.example(of, predictions, video) == example
-        assert len(reader.strips) == found, "a video is read once"
+        example = reader.example(tested, predictions, video)
+        assert (example.strip is not None) == has_strip == (example.problem is None)
+        assert reader.example(tested, predictions, video) == example
+        assert len(reader.strips) == has_strip, "a video is read once"
 
 
 @pytest.mark.parametrize("dataset", ["kinetics:PIPE", "hmdb51", "folder:/nowhere", "", "csv:\0"])
@@ -212,18 +218,18 @@ def test_other_data_sets_without_videos_have_a_reason(
 
 
 def test_class_changes_are_counts_of_videos(tmp_path: Path, tiny_store: Any) -> None:
-    ours = run_of(tmp_path / "ours", tiny_store.videos, 0, init="/x/student")
+    run = run_of(tmp_path / "ours", tiny_store.videos, 0, init="/x/student")
     base = run_of(tmp_path / "base", tiny_store.videos, 5, failed=0, backwards=True)
-    (changes,) = find_changes([(ours, base)], ExampleVideos())
-    wrong, wrong_before = wrong_by_hand(ours), wrong_by_hand(base)
-    predictions = ours.predictions
+    (changes,) = find_changes([(run, base)], ExampleVideos())
+    wrong, wrong_before = wrong_by_hand(run), wrong_by_hand(base)
+    predictions = run.predictions
     assert predictions is not None
     label = dict(zip(predictions.videos, predictions.labels.tolist(), strict=True))
     for name, total, before, after, change in changes.table.rows:
-        mine = {video for video, k in label.items() if CLASSES[k] == name}
-        assert int(total) == len(mine)
-        assert int(before) == len(mine - wrong_before)
-        assert int(after) == len(mine - wrong)
+        in_class = {video for video, k in label.items() if CLASSES[k] == name}
+        assert int(total) == len(in_class)
+        assert int(before) == len(in_class - wrong_before)
+        assert int(after) == len(in_class - wrong)
         assert int(change.replace("−", "-")) == int(after) - int(before) != 0
     gains = [int(row[4].replace("−", "-")) for row in changes.table.rows]
     assert max(gains) > 0 > min(gains)
@@ -278,12 +284,12 @@ def test_the_page_holds_in_a_browser(
         assert opened.holds()
         assert opened.width == width
         assert opened.uses > 8
-    broken = (
+    spoiled = (
         (out / "report.html")
         .read_text()
         .replace("data:image/jpeg;base64,", "data:image/jpeg;base64,A", 1)
     )
-    (out / "broken.html").write_text(broken.replace("</body>", "<p style='width:999px'>x</body>"))
-    opened = open_page(out / "broken.html", 400)
+    (out / "spoiled.html").write_text(spoiled.replace("</body>", "<p style='width:999px'>x</body>"))
+    opened = open_page(out / "spoiled.html", 400)
     assert opened.loaded == opened.images - 1
     assert opened.wide > 0

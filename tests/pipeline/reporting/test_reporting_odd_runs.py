@@ -1,4 +1,4 @@
-"""Runs that others made: whatever stands in their files, a report is made or one error names the
+"""Runs of other people: whatever their files contain, a report is made or one error names the
 file."""
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from distinit.stages.report import report
 
 DEEP = "[" * 100_000 + "]" * 100_000
 LESS_DEEP = "[" * 300 + "]" * 300
-"""As deep as a parser goes and a writer of YAML does not."""
+"""Nesting that a parser accepts and a writer of YAML does not."""
 BOMB = "a0: &a0 [x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
 )
 BOMB += "finetune: {x: *a11}\n"
-"""Twelve lines that stand for 10^10 values."""
+"""Twelve lines that expand to 10^10 values."""
 QUIET = Console(quiet=True)
 CLASSES, VIDEOS = [f"class {k}" for k in range(3)], [f"v{i}.mp4" for i in range(15)]
 
 
 def predictions(*, odd: float = 0.0) -> Predictions:
     labels = [i % 3 for i in range(15)]
-    found = Predictions.empty(
+    result = Predictions.empty(
         CLASSES, VIDEOS, labels, 2, protocol={"clips": 2}, identity={"w": "x"}, features=4
     )
     for i in range(15):
         scores = np.full((2, 3), 0.1, np.float32)
         scores[:, labels[i]] = 0.8
-        found.set_scores(
+        result.set_scores(
             i, scores, np.arange(2), 50, features=np.full((2, 4), odd or i, np.float32)
         )
-    return found
+    return result
 
 
 def run_folder(folder: Path, config: Any = None, *, command: str = "finetune") -> Path:
@@ -117,7 +117,7 @@ def folder(path: Path) -> None:
 
 
 def link_out(path: Path) -> None:
-    """The same file, but somewhere else, among the files of the reader."""
+    """Replace a file by a link to it in a folder outside of the runs."""
     outside = path.parent.parent.parent / f"outside-{path.name}"
     if path.exists():
         path.rename(outside)
@@ -215,7 +215,8 @@ def test_metrics_of_another_form_are_named(tmp_path: Path, spoil: Callable[[Path
         or "9" * 25 not in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text()
     ):
         refused(tmp_path / "runs", "metrics.jsonl")
-    else:  # a number that JSON has and this program does not: as a torn line
+    # A number that is too large for this program ends the history, as an incomplete line does.
+    else:
         assert len(find_runs([tmp_path / "runs"])[0].history) == 1
 
 
@@ -255,15 +256,15 @@ def test_cells_of_another_form_are_named(tmp_path: Path, cells: Any) -> None:
 
 @pytest.mark.parametrize("spoil", [*NO_FILES, *NO_OBJECTS, content("")])
 def test_cells_that_are_no_json_are_named(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
-    place = tmp_path / "a" / "b" / "cells.json"
-    place.parent.mkdir(parents=True)
-    spoil(place)
+    path = tmp_path / "a" / "b" / "cells.json"
+    path.parent.mkdir(parents=True)
+    spoil(path)
     with pytest.raises(SourceError, match=r"cells\.json"):
-        cell_names([place.parent])
+        cell_names([path.parent])
 
 
 def test_splits_far_apart_are_not_counted(tmp_path: Path) -> None:
-    """A range of 10^18 splits, of which two exist."""
+    """The splits span 10^18 numbers, of which two exist."""
     run_folder(tmp_path / "ablation" / "finetunes" / "a")
     cells = [CELL, CELL | {"split": 10**18}]
     (tmp_path / "ablation" / "cells.json").write_text(json.dumps({"title": "t", "cells": cells}))
@@ -328,8 +329,7 @@ def test_predictions_of_another_form_are_named(
     "name", ["predictions.h5", "model.safetensors", "start.safetensors", "metrics.jsonl"]
 )
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> None:
-    """Also where the link is in a folder that the folder of runs links to; one within it is
-    followed."""
+    """Links out of the folder of runs are refused; links within it are followed."""
     run = run_folder(tmp_path / "runs" / "run")
     if name.endswith(".safetensors"):
         save_file({"x": np.zeros(1, np.float32)}, run / name)
@@ -338,11 +338,11 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> 
     if name == "predictions.h5":
         with pytest.raises(SourceError, match=r"predictions\.h5"):
             compare(str(run), str(run), None)
-    inside = tmp_path / "runs" / f"kept-{name}"
-    os.replace((run / name).resolve(), inside)
+    target = tmp_path / "runs" / f"kept-{name}"
+    os.replace((run / name).resolve(), target)
     (run / name).unlink()
     (run / name).symlink_to(f"../kept-{name}")
-    assert [found.name for found in find_runs([tmp_path / "runs"])] == ["run"]
+    assert [linked.name for linked in find_runs([tmp_path / "runs"])] == ["run"]
     if name != "metrics.jsonl":
         refused(run, name)
 
@@ -395,7 +395,7 @@ def test_odd_numbers_make_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_report_writes_stays_in_its_folder(tmp_path: Path) -> None:
-    """--out is a report that somebody else made: it lists files to remove, and holds links."""
+    """--out is a report of another person, which lists files to remove and has links."""
     run_folder(tmp_path / "runs" / "run")
     out, victim = tmp_path / "out", tmp_path / "victim.html"
     report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(out)), QUIET)
@@ -430,8 +430,7 @@ def test_what_a_report_writes_stays_in_its_folder(tmp_path: Path) -> None:
     "text", [DEEP, "[1]", "3", "null", "{}", '{"train": 3}', '{"train": [3], "test": []}']
 )
 def test_other_records_of_a_run(tmp_path: Path, text: str) -> None:
-    """labels.json is refused by name; what an ablation finds of a step that is no result is no
-    result."""
+    """labels.json is refused by name; an ablation ignores a result.json that is no result."""
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(DistInitError, match=r"labels\.json"):
         RunLabels.read(tmp_path)
@@ -463,10 +462,12 @@ def test_a_damaged_file_costs_one_run_of_the_report(
         (harmed / name).write_text('[" no object "]\n')
     else:
         harm(harmed / name)
-    found = report(ReportConfig(folders=[str(tmp_path / "runs")], out=str(tmp_path / "out")), QUIET)
-    assert not found["ok"]
-    assert [run["path"] for run in found["runs"]] == [str(whole.resolve())]
-    (line,) = found["skipped"]
+    result = report(
+        ReportConfig(folders=[str(tmp_path / "runs")], out=str(tmp_path / "out")), QUIET
+    )
+    assert not result["ok"]
+    assert [run["path"] for run in result["runs"]] == [str(whole.resolve())]
+    (line,) = result["skipped"]
     assert str(harmed / name) in line
     for page in ("report.html", "report.md"):
         assert name.split(".")[0] in (tmp_path / "out" / page).read_text()

@@ -1,5 +1,5 @@
-"""The report: its numbers against the predictions, missing runs shown as missing, nothing fetched
-or executed."""
+"""The report: its numbers compared with the predictions, runs shown as missing, nothing fetched or
+executed."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ CLASSES = [f"class {k}" for k in range(7)]
 VIDEOS = [f"v{i}.mp4" for i in range(35)]
 
 
-def finetuned(folder: Path, init: str, right: int, *, unread: int = 0, done: bool = True) -> None:
-    """A run folder as finetune leaves it; `right` of its 35 test videos are right."""
+def finetuned(
+    folder: Path, init: str, right: int, *, unreadable: int = 0, finished: bool = True
+) -> None:
+    """Write a run folder as finetune does; `right` of its 35 test videos are right."""
     folder.mkdir(parents=True)
     config = {
         "init": init,
@@ -56,21 +58,21 @@ def finetuned(folder: Path, init: str, right: int, *, unread: int = 0, done: boo
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in history) + '{"torn": '
     )
-    if not done:
+    if not finished:
         return
     labels = [i % 7 for i in range(35)]
-    found = Predictions.empty(
+    predictions = Predictions.empty(
         CLASSES, VIDEOS, labels, 10, protocol={"clips": 10}, identity={"weights": init}
     )
     for i in range(35):
         guess = labels[i] if i < right else (labels[i] + 1) % 7
         scores = np.full((10, 7), 0.05, dtype=np.float32)
         scores[:, guess] = 0.7
-        if i < 35 - unread:
-            found.set_scores(i, scores, np.arange(10), 50)
+        if i < 35 - unreadable:
+            predictions.set_scores(i, scores, np.arange(10), 50)
         else:
-            found.fail(i, "<b>no video stream</b> (audio only)")
-    found.write(folder / "predictions.h5")
+            predictions.fail(i, "<b>no video stream</b> (audio only)")
+    predictions.write(folder / "predictions.h5")
     (folder / "result.json").write_text(
         json.dumps({"run": str(folder), "split": 1, "metrics": {"top1": "not read"}})
     )
@@ -88,9 +90,9 @@ def student(folder: Path) -> None:
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     student(tmp_path / "runs" / "student")
-    finetuned(tmp_path / "runs" / "distinit", "/x/runs/student", 20, unread=2)
+    finetuned(tmp_path / "runs" / "distinit", "/x/runs/student", 20, unreadable=2)
     finetuned(tmp_path / "runs" / "scratch", "scratch", 9)
-    finetuned(tmp_path / "runs" / "unfinished", "scratch", 0, done=False)
+    finetuned(tmp_path / "runs" / "unfinished", "scratch", 0, finished=False)
     return tmp_path / "runs"
 
 
@@ -123,23 +125,22 @@ def test_numbers_are_those_of_the_predictions(
 
 
 @pytest.mark.slow
-def test_difference_is_paired_and_says_what_it_proves(runs: Path) -> None:
-    found = make_report(find_runs([runs]))
-    (difference,) = found.differences
+def test_a_difference_is_paired_and_described(runs: Path) -> None:
+    content = make_report(find_runs([runs]))
+    (difference,) = content.differences
     assert (difference.run.name, difference.base.name, difference.videos) == (
         "distinit",
         "scratch",
         35,
     )
     assert difference.estimate.value == pytest.approx(11 / 35)
-    # Nine videos are right in both: resampling the 35 paired differences, eleven of them 1, the
-    # others 0.
+    # Nine videos are right in both runs. Eleven of the 35 differences are 1, the others 0.
     rng = np.random.default_rng(5)
     means = rng.binomial(35, 11 / 35, size=20000) / 35
     assert difference.estimate.low == pytest.approx(np.quantile(means, 0.025), abs=0.03)
-    assert "does not contain 0" in found.findings[0]
-    assert "+31.4 points" in found.findings[0]
-    assert "one video is worth 2.9 points" in found.findings[-1]
+    assert "does not contain 0" in content.findings[0]
+    assert "+31.4 points" in content.findings[0]
+    assert "one video is worth 2.9 points" in content.findings[-1]
 
 
 @pytest.mark.slow
@@ -148,24 +149,25 @@ def test_many_differences_are_a_table(tmp_path: Path) -> None:
     right = {f"run {n}": n for n in (0, 12, 13, 14, 16, 17, 35)}
     for name, n in right.items():
         finetuned(tmp_path / name, "/x/student", n)
-    found = make_report(find_runs([tmp_path]))
-    assert found.comparisons is not None
-    rows = {row[0]: row for row in found.comparisons.rows}
+    content = make_report(find_runs([tmp_path]))
+    assert content.comparisons is not None
+    rows = {row[0]: row for row in content.comparisons.rows}
     assert rows.keys() == right.keys()
     for name, n in right.items():
         value = float(rows[name][3].split(" [")[0].replace("−", "-"))
         assert value == pytest.approx(100 * (n - 15) / 35, abs=0.06)
     assert (rows["run 35"][4], rows["run 0"][4]) == ("that it is better", "that it is worse")
     assert rows["run 16"][4] == "no order"
-    assert len(found.sentences) == len(found.findings) - len(right) > 0
+    assert len(content.sentences) == len(content.findings) - len(right) > 0
 
 
 def test_a_tie_is_called_undecided(tmp_path: Path) -> None:
     finetuned(tmp_path / "a", "/x/student", 12)
     finetuned(tmp_path / "b", "scratch", 11)
-    found = make_report(find_runs([tmp_path / "a", tmp_path / "b"]))
+    content = make_report(find_runs([tmp_path / "a", tmp_path / "b"]))
     assert (
-        "which contains 0: these videos do not show which of the two is better" in found.findings[0]
+        "which contains 0: these videos do not show which of the two is better"
+        in content.findings[0]
     )
 
 
@@ -176,7 +178,7 @@ def test_page_needs_nothing_but_itself_and_escapes_what_it_shows(
     report(ReportConfig(folders=[str(runs)], out=str(tmp_path / "out")), Console(quiet=True))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     addresses = set(re.findall(r"https?://[^\s\"'<]+", page))
-    assert addresses <= {"http://www.w3.org/2000/svg"}, "a name space, never fetched"
+    assert addresses <= {"http://www.w3.org/2000/svg"}, "a name space that is never fetched"
     assert not re.search(r"<(script|link|iframe)|@import|url\(", page)
     assert set(re.findall(r'<img src="([^,]*),', page)) == {"data:image/svg+xml;base64"}
     assert "<b>no video stream" not in page
@@ -220,7 +222,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
         find_runs([tmp_path])
 
 
-def test_runs_of_equal_names_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_equal_names_are_distinguished(tmp_path: Path) -> None:
     finetuned(tmp_path / "one" / "scratch", "scratch", 9)
     finetuned(tmp_path / "two" / "scratch", "scratch", 9)
     assert [run.name for run in find_runs([tmp_path])] == ["one/scratch", "two/scratch"]
@@ -239,10 +241,10 @@ def test_tables_escape_in_their_forms() -> None:
     ("low", "high"), [(0, 1), (0.1, 0.1), (-3, 7000), (6.1, 6.9), (0, 0), (1e-9, 2e-9)]
 )
 def test_ticks_span_the_values(low: float, high: float) -> None:
-    found = ticks(low, high)
-    assert found[0] <= low + 1e-12
-    assert found[-1] >= high - 1e-12
-    assert 2 <= len(found) <= 9
+    values = ticks(low, high)
+    assert values[0] <= low + 1e-12
+    assert values[-1] >= high - 1e-12
+    assert 2 <= len(values) <= 9
 
 
 def test_tick_labels_have_equal_decimals() -> None:
@@ -255,7 +257,7 @@ def test_tick_labels_have_equal_decimals() -> None:
     ]
 
 
-def test_long_and_broken_curves_are_thinned_and_kept_finite() -> None:
+def test_long_curves_with_gaps_are_thinned_and_finite() -> None:
     x = np.arange(5000.0)
     y = np.where(x % 7 == 0, np.nan, x)
     chart = entropy_curves([Line("a", x, y), Line("empty", x[:0], y[:0])], 5.0, legend=True)
@@ -277,7 +279,7 @@ def test_a_histogram_has_a_bar_of_its_height_for_each_count() -> None:
     assert entropy_histogram(np.zeros(3, int), np.arange(4.0)) is None
 
 
-def test_curves_of_a_chart_are_told_apart_by_colour_and_dash() -> None:
+def test_curves_of_a_chart_differ_in_colour_and_dash() -> None:
     x = np.arange(3.0)
     names = ["<a>", "b", "c"]
     chart = entropy_curves([Line(name, x, x) for name in names], 2.0, legend=True)
@@ -287,7 +289,7 @@ def test_curves_of_a_chart_are_told_apart_by_colour_and_dash() -> None:
 
 
 @pytest.mark.slow
-def test_markdown_lists_unread_videos(runs: Path) -> None:
+def test_markdown_lists_unreadable_videos(runs: Path) -> None:
     text = to_markdown(make_report(find_runs([runs])))
     assert any("distinit" in line and "v34.mp4" in line for line in text.splitlines())
 
@@ -324,9 +326,9 @@ def test_a_run_has_the_explained_fraction_of_its_student_and_teachers_have_rows(
     (runs / "distinit" / "config.yaml").write_text(yaml.safe_dump({"finetune": config}))
     result = {"split": 2, "overlap": {"test_videos_seen_by_init": 35}}
     (runs / "distinit" / "result.json").write_text(json.dumps(result))
-    found = find_runs([runs])
+    all_runs = find_runs([runs])
     probe = TeacherProbe("csv:/d/a.csv", "2", "lite<0>", "features", 33, Estimate(0.7, 0.6, 0.8))
-    table = accuracy_table([run for run in found if run.kind == "finetune"], found, [probe])
+    table = accuracy_table([run for run in all_runs if run.kind == "finetune"], all_runs, [probe])
     columns = [column.title for column in table.columns]
     rows = {row[0]: dict(zip(columns, row, strict=True)) for row in table.rows}
     assert rows["distinit"]["init explained, %"] == "28"
