@@ -175,8 +175,8 @@ def model_params(
         settings["help"] = f"{text}  [{default}]" if default else text
         flag = cli.name or f"--{name.replace('_', '-')}"
         params.append(KeyOption([flag], key=prefix + name, cli=cli, **settings))
-        for flag, metavar, text in cli.parts:
-            params.append(click.Option([flag], multiple=True, metavar=metavar, help=text))
+        for flag, metavar, part_text in cli.parts:
+            params.append(click.Option([flag], multiple=True, metavar=metavar, help=part_text))
     return params
 
 
