@@ -191,7 +191,7 @@ def search(
 
     Raises:
         CheckpointError: The folder has a different search.
-        TrainingError: Every candidate failed.
+        TrainingError: Every candidate that remained until the end failed.
     """
     candidates = ranks.on_all_ranks(lambda: candidate_configs(config))
     record = ranks.on_main(
@@ -215,15 +215,18 @@ def search(
             except WorkerDied:
                 raise
             except TrainingError as error:
-                # The search continues without a candidate that fails, such as one that diverges.
+                # The search continues with the others. A candidate that fails, such as one that
+                # diverges, must not be chosen by its loss in an earlier rung.
                 candidate.failed = str(error)
+                candidate.loss = candidate.accuracy = None
+                candidate.best_epoch = 0
                 report(f"search: {candidate.name} failed: {error}")
             candidate.epochs = epochs
             ranks.on_main(lambda: record.write(run_dir))
     if record.chosen is None:
         record.chosen = min(remaining, key=lambda i: record.candidates[i].rank)
         if record.best.loss is None:
-            raise TrainingError(f"--search: every candidate failed: {record.best.failed}")
+            raise TrainingError(f"--search: every remaining candidate failed: {record.best.failed}")
         ranks.on_main(lambda: record.write(run_dir))
     ranks.on_main(lambda: shutil.rmtree(run_dir / FOLDER, ignore_errors=True))
     return record
