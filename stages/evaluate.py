@@ -30,7 +30,7 @@ from ..pipeline.common.run_dir import (
 )
 from ..pipeline.evaluation.compare import compare, fuse
 from ..pipeline.evaluation.evaluation_options import EvaluateConfig, EvaluationOptions
-from ..pipeline.evaluation.labelled_clips import count_some, warn_of_short_videos
+from ..pipeline.evaluation.labelled_clips import count_sampled_frames, warn_of_short_videos
 from ..pipeline.evaluation.labels import ALL, Labels, load_labels
 from ..pipeline.evaluation.listing import short_dataset
 from ..pipeline.evaluation.predictions import require_classes
@@ -192,7 +192,7 @@ def _test(
         console.warn(note)
     clip_frames, channels = job.student.meta.clip_length, job.student.options.channels
     if ranks.is_main:
-        counts = count_some(job.labels, job.labels.test)
+        counts = count_sampled_frames(job.labels, job.labels.test)
         warn_of_short_videos(counts, len(job.labels.test), clip_frames, channels)
     seen_counts = ranks.on_main(lambda: _count_seen(config, job, _folder(run)))
     is_own_split = config.dataset is None and config.split is None

@@ -34,7 +34,11 @@ from ..pipeline.common.run_dir import (
 from ..pipeline.common.weights import state_sha256
 from ..pipeline.evaluation.finetune_options import FinetuneConfig
 from ..pipeline.evaluation.finetuning import Classification, dry_run, validation
-from ..pipeline.evaluation.labelled_clips import LabelledClips, count_some, warn_of_short_videos
+from ..pipeline.evaluation.labelled_clips import (
+    LabelledClips,
+    count_sampled_frames,
+    warn_of_short_videos,
+)
 from ..pipeline.evaluation.labels import (
     ALL,
     Labels,
@@ -631,7 +635,7 @@ def _describe_run(job: _Job, console: Console) -> None:
     console.info(balance(labels))
     videos = [*labels.train, *labels.val, *labels.test]
     warn_of_short_videos(
-        count_some(labels, videos),
+        count_sampled_frames(labels, videos),
         len(videos),
         config.clips.clip_frames,
         student.options.channels,

@@ -48,7 +48,7 @@ class AblateConfig(ClusterOptions):
         default_factory=dict, description="sections that are merged over the base of the plan"
     )
     max_hours: Annotated[float | None, MAX_HOURS] = Field(
-        default=None, gt=0, description=MAX_HOURS_HELP + "; of all cells together, on one device"
+        default=None, gt=0, description=MAX_HOURS_HELP + "; for all cells together, on one device"
     )
     dry_run: Annotated[bool, CliOption(group="Output")] = Field(
         default=False,

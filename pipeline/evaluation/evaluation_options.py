@@ -21,7 +21,9 @@ from ..common.urls import StoreAddress
 # Text of an option for all cached frames of a video.
 ALL_FRAMES = "all"
 FrameOrder = Literal["ordered", "shuffled", "frozen"]
-PARTIAL_HELP = "accept videos without a label and labels without a video (wrong in the test)"
+PARTIAL_HELP = (
+    "accept videos without a label, and labels without a video, which count as wrong in the test"
+)
 COPIES_HELP = "folder of `distinit prepare`: clips are read from its copies of the videos"
 
 

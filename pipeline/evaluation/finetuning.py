@@ -114,12 +114,12 @@ def validation(
         )
         for rows in ranks.gather(predictions.export_rows(share)) if ranks.world > 1 else ():
             predictions.merge_rows(rows)
-        return _measures(predictions)
+        return _loss_and_accuracy(predictions)
 
     return measure
 
 
-def _measures(predictions: Predictions) -> dict[str, float]:
+def _loss_and_accuracy(predictions: Predictions) -> dict[str, float]:
     """Return loss and accuracy of finished predictions."""
     scores = predictions.video_scores.astype(np.float64)
     readable = np.isfinite(scores).all(axis=1)

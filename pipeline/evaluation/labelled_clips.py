@@ -254,7 +254,7 @@ def warn_of_short_videos(
     )
 
 
-def count_some(labels: Labels, videos: Sequence[Labelled]) -> list[int]:
+def count_sampled_frames(labels: Labels, videos: Sequence[Labelled]) -> list[int]:
     """Count the frames of some videos, evenly spread over a list, without unreadable ones."""
     positions = np.linspace(0, len(videos) - 1, min(MAX_COUNTED, len(videos))).astype(int)
     # Originals are opened in a process of its own, since one may crash or hang the library that

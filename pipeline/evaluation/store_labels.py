@@ -48,11 +48,11 @@ class StoreLabels:
     test: NDArray[np.bool_] | None
     notes: list[str] = field(default_factory=list)
 
-    def choose(self, keep: NDArray[np.bool_]) -> StoreLabels:
-        """Return the labels of some of the videos [V]."""
-        test = None if self.test is None else self.test[keep]
+    def choose(self, mask: NDArray[np.bool_]) -> StoreLabels:
+        """Return the labels of the videos that are True in a mask [V]."""
+        test = None if self.test is None else self.test[mask]
         return StoreLabels(
-            self.videos[keep], self.label[keep], self.group[keep], self.classes, test, self.notes
+            self.videos[mask], self.label[mask], self.group[mask], self.classes, test, self.notes
         )
 
 

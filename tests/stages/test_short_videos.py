@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distinit.pipeline.common.console import Console
-from distinit.pipeline.evaluation.labelled_clips import count_some, warn_of_short_videos
+from distinit.pipeline.evaluation.labelled_clips import count_sampled_frames, warn_of_short_videos
 from distinit.pipeline.evaluation.labels import load_labels
 from distinit.pipeline.video.encode import write_video
 
@@ -43,4 +43,4 @@ def test_frames_are_counted_of_some_of_the_videos_that_can_be_read(tmp_path: Pat
         write_video(tmp_path / folder / f"{seed}.mp4", frames, fps=10)
     (tmp_path / "train" / "a" / "broken.mp4").write_bytes(b"x" * 99)
     labels = load_labels(f"folder:{tmp_path}", 1)
-    assert count_some(labels, [*labels.train, *labels.test]) == [7] * 4
+    assert count_sampled_frames(labels, [*labels.train, *labels.test]) == [7] * 4
