@@ -287,7 +287,7 @@ def test_hours_above_the_limit_are_refused_before_a_row_is_computed(
         extract_targets(limited, QUIET)
     assert load_index(tmp_path / "out/t.zarr").frame_commits == {}
     lines: list[str] = []
-    monkeypatch.setattr(QUIET, "say", lines.append)
+    monkeypatch.setattr(QUIET, "info", lines.append)
     done = extract_targets(limited.model_copy(update={"max_hours": 1.0}), QUIET)
     assert done["complete"]
     # Each unreadable video is named where the run ends, next to the reason.

@@ -170,7 +170,7 @@ def test_rows_of_another_frame_are_found_though_every_digest_is_right(made: Path
     assert targets_verify(VerifyConfig(store=str(store)), QUIET)["ok"]
     (found,) = deep(made)["findings"]
     assert (found["teacher"], found["shard"]) == ("one", shard)
-    assert "v0.mp4: of 2 frames the teacher " in found["what"]
+    assert "v0.mp4: the teacher computes different logits of 2 frames" in found["what"]
 
 
 def test_what_is_missing_is_asked_for(made: Path) -> None:
