@@ -111,7 +111,7 @@ class ClipView(Options):
             top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         else:
             top, left = self._corner((height, width), crop)
-        return Region.of_pixels(top, left, (self.size, self.size), (height, width))
+        return Region.from_pixels(top, left, (self.size, self.size), (height, width))
 
     def _corner(self, shape: tuple[int, ...], crop: Crop) -> tuple[int, int]:
         """Return the top and left of a crop in a picture (height, width)."""

@@ -16,7 +16,7 @@ from ..common.errors import UsageError, VideoError
 from ..common.worker_status import record_read
 from ..prepared.copies import read_copy
 from ..prepared.flow_files import STEPS, STILL, read_flow
-from ..prepared.folders import VideoFile, check_current, kind_of, source_of
+from ..prepared.folders import VideoFile, check_current, kind_of, read_source_record
 from ..video import frames as clips
 from ..video.flow import FLOW_CHANNELS
 from .clip_options import ClipView, Crop
@@ -71,7 +71,7 @@ def count_frames(file: VideoFile) -> int:
 def _count(file: VideoFile) -> int:
     if file.kind == "video":
         return clips.count_frames(file.path)
-    source = source_of(file)
+    source = read_source_record(file)
     if file.original is not None:
         check_current(source, file.original)
     return source.frames

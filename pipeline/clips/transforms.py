@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..video.flow import FLOW_CHANNELS, flow_of
+from ..video.flow import FLOW_CHANNELS, optical_flow
 from .clip_options import NORMALIZATION
 
 
@@ -37,12 +37,12 @@ def center_crop(images: np.ndarray, size: int) -> torch.Tensor:
 def of_channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
     """Convert a cropped clip to the input of a student with `channels` channels.
 
-    For 3 channels it is the clip itself; for 2 its optical flow (see `flow.flow_of`): uint8
+    For 3 channels it is the clip itself; for 2 its optical flow (see `flow.optical_flow`): uint8
     [3, T + 1, H, W] becomes float32 [2, T, H, W] in pixels.
     """
     if channels != FLOW_CHANNELS:
         return clip
-    flow = flow_of(clip.permute(1, 2, 3, 0).numpy())
+    flow = optical_flow(clip.permute(1, 2, 3, 0).numpy())
     return torch.from_numpy(np.ascontiguousarray(flow.transpose(3, 0, 1, 2)))
 
 

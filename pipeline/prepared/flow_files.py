@@ -1,9 +1,9 @@
 """Optical flow of a whole video in one file, so that it is not computed again for each clip.
 
-One HDF5 file per video, which h5py or any other reader opens; docs/prepare.md describes it. The
-flow is that of `flow.flow_of` between each decodable frame and the next, resized but not cropped,
-in 8 bits per component: value = (stored − 128) · bound / 127 pixels, so that no motion is exactly 0
-and a mirrored flow loses nothing.
+Each video has one HDF5 file, which h5py or any other reader opens; docs/prepare.md describes it.
+The flow is computed as by `flow.optical_flow`, between each decodable frame and the next, resized
+but not cropped. It has 8 bits per component: value = (stored − 128) · bound / 127 pixels. Zero
+motion is therefore stored exactly, and mirroring a stored flow loses nothing.
 
 Shapes: N decodable frames, L frames of a clip, H W pixels; component 0 is x, 1 is y.
 """
@@ -33,15 +33,15 @@ from .prepare_options import FlowOptions
 
 FORMAT = "distinit optical flow"
 VERSION = 1
-STILL = 128  # the stored value of no motion
-STEPS = 127  # stored values from no motion to the bound
-_ROOM = 64  # frames that the data set grows by
+STILL = 128  # the stored value of zero motion
+STEPS = 127  # stored values from zero motion to the bound
+_BLOCK_ROWS = 64  # by which the data set grows, and that are read at once
 _TABLES = {"flow": ("u", 4), "index": ("i", 1), "pts": ("i", 1)}
 
 
 @dataclass(frozen=True)
 class FlowMap:
-    """The source frames of a flow file and how its flow is stored.
+    """The source frames of a flow file and the scale of its flow.
 
     index, pts int64 [N]: the source frames; flow row k leads from frame index[k] to index[k + 1].
     bound: pixels; clipped: share of values beyond it; size: (height, width).
@@ -60,7 +60,7 @@ class FlowMap:
 
 
 class FlowWriter:
-    """Writes the flow of frames as they come; `finish` makes the file whole."""
+    """Writes the flow of frames one by one; `finish` completes the file."""
 
     def __init__(self, path: str, options: FlowOptions) -> None:
         self._options = options
@@ -71,28 +71,30 @@ class FlowWriter:
             "flow", (0, 2, height, width), "u1", maxshape=(None, 2, height, width), chunks=(1, 2, height, width),
             compression="gzip", compression_opts=1, fletcher32=True,
         )  # fmt: skip
-        self._before: np.ndarray | None = None
+        self._previous: np.ndarray | None = None
         self._rows = self._clipped = 0
         self._index: list[int] = []
         self._pts: list[int] = []
 
     def add(self, index: int, pts: int, picture: np.ndarray) -> None:
         """Add the next frame, uint8 [H, W, 3] RGB."""
-        now = grey(picture)
-        if self._before is not None:
-            stored, beyond = quantise(flow_between(self._before, now), self._options.bound)
+        current = grey(picture)
+        if self._previous is not None:
+            stored, num_clipped = quantise(
+                flow_between(self._previous, current), self._options.bound
+            )
             if self._rows == len(self._flow):
-                self._flow.resize(self._rows + _ROOM, axis=0)
+                self._flow.resize(self._rows + _BLOCK_ROWS, axis=0)
             self._flow[self._rows] = stored.transpose(2, 0, 1)
             self._writer.check()
             self._rows += 1
-            self._clipped += beyond
-        self._before = now
+            self._clipped += num_clipped
+        self._previous = current
         self._index.append(index)
         self._pts.append(pts)
 
     def finish(self, source: SourceRecord) -> FlowMap:
-        """Write the file's head and the rest of its data."""
+        """Write the header of the file and its remaining data."""
         self._flow.resize(self._rows, axis=0)
         share = self._clipped / max(1, self._flow.size)
         self._flow.attrs.update(bound=self._options.bound, clipped=share, still=STILL, steps=STEPS)
@@ -100,8 +102,8 @@ class FlowWriter:
         self._file.create_dataset("index", data=index, fletcher32=True)
         self._file.create_dataset("pts", data=pts, fletcher32=True)
         options = self._options.model_dump(mode="json")
-        # As bytes of fixed length, which HDF5 stores where it has a checksum; text of any length it
-        # does not.
+        # HDF5 stores bytes of fixed length where a checksum covers them, text of variable length
+        # elsewhere.
         texts = {
             "source": np.bytes_(json.dumps(source.as_json())),
             "options": np.bytes_(json.dumps(options)),
@@ -111,27 +113,27 @@ class FlowWriter:
         return FlowMap(source, index, pts, self._options.bound, share, self._options.size, options)
 
     def close(self) -> None:
-        """Close the file, also one that was not finished.
+        """Close the file, finished or not.
 
         Raises:
-            OSError: Mostly because the disk is full.
+            OSError: Usually because the disk is full.
         """
         self._writer.close()
 
 
 def quantise(flow: np.ndarray, bound: float) -> tuple[np.ndarray, int]:
-    """float32 pixels of any shape → uint8 of the same, and how many values lie beyond the bound."""
+    """Return flow (float32 pixels, any shape) as uint8, and how many values exceed the bound."""
     steps = np.rint(flow * np.float32(STEPS / bound))
-    beyond = int(np.count_nonzero(np.abs(flow) > bound))
-    return (steps.clip(-STEPS, STEPS) + STILL).astype(np.uint8), beyond
+    num_clipped = int(np.count_nonzero(np.abs(flow) > bound))
+    return (steps.clip(-STEPS, STEPS) + STILL).astype(np.uint8), num_clipped
 
 
 def write_flow(
-    reader: VideoReader, part: str, options: FlowOptions, record: Callable[[], SourceRecord]
+    reader: VideoReader, part: str, options: FlowOptions, record_source: Callable[[], SourceRecord]
 ) -> FlowMap:
     """Write the flow of a video to the file `part`.
 
-    `record` returns the source's record once the source has been read.
+    record_source: Returns the record of the source; called after the source has been read.
     """
     writer = FlowWriter(part, options)
     try:
@@ -145,7 +147,7 @@ def write_flow(
             writer.add(index, pts, picture)
         if renderer is None:
             raise VideoError(f"none of its frames could be decoded: {reader.damage}")
-        return writer.finish(record())
+        return writer.finish(record_source())
     finally:
         writer.close()
 
@@ -154,7 +156,7 @@ _maps: LruCache[FlowMap] = LruCache()
 
 
 def read_flow_map(path: str) -> FlowMap:
-    """Read the head of a flow file.
+    """Read the header of a flow file.
 
     Raises:
         VideoError: The file does not exist or is damaged.
@@ -164,7 +166,7 @@ def read_flow_map(path: str) -> FlowMap:
 
 
 def check_flow(path: str) -> bool:
-    """Read the whole file; return False if its head has no checksum, as version 0.1 wrote it.
+    """Read the whole file; return False if its header has no checksum, as in version 0.1.
 
     Raises:
         VideoError: The file is damaged.
@@ -172,8 +174,8 @@ def check_flow(path: str) -> bool:
     with _open(path) as (file, _):
         if check_seal(path, VideoError):
             return True
-        for first in range(0, len(file["flow"]), _ROOM):
-            file["flow"][first : first + _ROOM]
+        for first in range(0, len(file["flow"]), _BLOCK_ROWS):
+            file["flow"][first : first + _BLOCK_ROWS]
         return False
 
 
@@ -186,14 +188,14 @@ def read_flow(
 ) -> tuple[np.ndarray, float, int]:
     """Read the flow between consecutive frames int64 [L] of the source; the last may be repeated.
 
-    A damaged frame counts as shown by the one before, so that the flow to it is zero.
+    A damaged frame is replaced by the one before it, so that the flow to it is zero.
 
     Returns:
-        The flow uint8 [L − 1, 2, H, W], the bound in pixels, and how many frames are damaged.
+        The flow uint8 [L − 1, 2, H, W], the bound in pixels, and the number of damaged frames.
 
     Raises:
         VideoError: With the reason.
-        StoreMismatchError: The file is not of the source that `expect` or `digest` describe.
+        StoreMismatchError: The file was not made from the source of `expect` or `digest`.
     """
     requested = np.asarray(frames, np.int64)
     with _open(path) as (file, flow_map):
@@ -202,20 +204,20 @@ def read_flow(
             raise VideoError(
                 f"frames {requested.min()}–{requested.max()} wanted, the video has {flow_map.source.frames}"
             )
-        at = np.minimum(np.searchsorted(flow_map.index, requested), len(flow_map) - 1)
-        decodable = flow_map.index[at] == requested
+        position = np.minimum(np.searchsorted(flow_map.index, requested), len(flow_map) - 1)
+        decodable = flow_map.index[position] == requested
         check_damage(decodable, requested, expect[0] if expect is not None else requested[:0])
         moves = (np.diff(requested) > 0) & decodable[1:] & np.maximum.accumulate(decodable)[:-1]
         out = np.full((len(requested) - 1, 2, *flow_map.size), STILL, np.uint8)
-        _fill(file, out, np.flatnonzero(moves), at[1:] - 1)
+        _fill(file, out, np.flatnonzero(moves), position[1:] - 1)
         return out, flow_map.bound, int(np.sum(~decodable))
 
 
-def _fill(file: h5py.File, out: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
-    """out[place] = flow row rows[place], in as few reads as there are runs of rows."""
+def _fill(file: h5py.File, out: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
+    """Copy flow row rows[p] to out[p] for each position p, with one read per run of rows."""
     stored = file["flow"]
     for run in np.split(
-        places, np.flatnonzero((np.diff(rows[places]) != 1) | (np.diff(places) != 1)) + 1
+        positions, np.flatnonzero((np.diff(rows[positions]) != 1) | (np.diff(positions) != 1)) + 1
     ):
         if len(run):
             first = int(rows[run[0]])
@@ -224,7 +226,7 @@ def _fill(file: h5py.File, out: np.ndarray, places: np.ndarray, rows: np.ndarray
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[h5py.File, FlowMap]]:
-    """Open a flow file and read its head; VideoError if it does not exist or is damaged."""
+    """Open a flow file and read its header; VideoError if it does not exist or is damaged."""
     try:
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns)
@@ -235,9 +237,11 @@ def _open(path: str) -> Iterator[tuple[h5py.File, FlowMap]]:
                 _maps.add(key, flow_map)
             yield file, flow_map
     except FileNotFoundError as error:
-        raise VideoError("no file of flow: status.csv of `distinit prepare` says why") from error
+        raise VideoError(
+            "no flow file: see status.csv of `distinit prepare` for the reason"
+        ) from error
     except Hdf5Error as error:
-        raise VideoError(f"the flow is damaged, or no flow: {error}") from error
+        raise VideoError(f"the flow is damaged, or the file holds no flow: {error}") from error
     except OSError as error:
         raise VideoError(reason(error)) from error
 
@@ -257,6 +261,6 @@ def _load(file: h5py.File) -> FlowMap:
     )
     if len(flow_map.index) != len(flow_map.pts) or len(flow) != len(flow_map) - 1:
         raise VideoError(
-            f"its head is damaged: {len(flow_map.index)} frames, {len(flow)} flows between them"
+            f"its header is damaged: {len(flow_map.index)} frames, {len(flow)} flows between them"
         )
     return flow_map

@@ -1,7 +1,7 @@
-"""Folders made by `distinit prepare`: what they hold, and where the copy of a video is.
+"""Folders made by `distinit prepare`: their contents, and the path of each video's copy.
 
-A folder holds DIR/prepared.json (options, and of each corpus where its originals were) and
-DIR/CORPUS/PATH.mp4, or with optical flow in place of copies DIR/CORPUS/PATH.h5.
+DIR/prepared.json holds the options and the original folder of each corpus. Copies are stored as
+DIR/CORPUS/PATH.mp4, optical flow as DIR/CORPUS/PATH.h5.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ENDINGS: Mapping[Kind, str] = {"copy": ".mp4", "flow": ".h5"}
 
 
 def kind_of(options: Mapping[str, Any]) -> Kind:
-    """Return what a folder made with these options holds."""
+    """Return whether a folder made with these options holds copies or flow."""
     return "flow" if "bound" in options else "copy"
 
 
 class VideoFile(NamedTuple):
-    """A file to read clips from: a video, the copy of one, or its flow.
+    """A file to read clips from: a video, a copy of one, or its flow.
 
-    original: of a copy or of flow, where the video itself may be located; compared if it exists.
+    original: Path of the video itself, for a copy or flow. If it exists, it is compared.
     """
 
     path: str
@@ -43,7 +43,7 @@ class VideoFile(NamedTuple):
 class PreparedCorpus:
     """The copies of one corpus, below `root` under the paths of their sources.
 
-    options: how they were made.
+    options: The options that they were made with.
     """
 
     root: str
@@ -76,37 +76,38 @@ def copy_name(relative: str, kind: Kind = "copy") -> str:
 def prepared_corpora(video_roots: Mapping[str, str]) -> dict[str, PreparedCorpus]:
     """Return those folders of `video_roots` (corpus → folder) that hold copies made by `prepare`.
 
-    A folder of copies of a single corpus serves that corpus under any name. The folder of one
-    corpus inside may be named as well.
+    A folder with the copies of a single corpus serves that corpus under any name. The subfolder of
+    one corpus may be given as well.
 
     Raises:
-        UsageError: A folder of copies has none of the corpus.
+        UsageError: A folder of copies holds none of its corpus.
     """
     prepared = {}
     for name, folder in video_roots.items():
         marker = read_marker(folder)
         if marker is not None:
-            names = list(marker["corpora"])
-            stored = name if name in names else names[0] if len(names) == 1 else None
-            if stored is None:
+            stored_corpora = list(marker["corpora"])
+            only = stored_corpora[0] if len(stored_corpora) == 1 else None
+            stored_name = name if name in stored_corpora else only
+            if stored_name is None:
                 raise UsageError(
-                    f"--videos {name}={folder}: the copies there are of {', '.join(names) or 'no corpus'}"
+                    f"--videos {name}={folder}: the folder holds copies of {', '.join(stored_corpora) or 'no corpus'}"
                 )
             prepared[name] = PreparedCorpus(
-                os.path.join(os.path.abspath(folder), stored), marker["options"]
+                os.path.join(os.path.abspath(folder), stored_name), marker["options"]
             )
             continue
-        above, stored = os.path.split(os.path.abspath(folder))
-        marker = read_marker(above)
-        if marker is not None and stored in marker["corpora"]:
+        parent, stored_name = os.path.split(os.path.abspath(folder))
+        marker = read_marker(parent)
+        if marker is not None and stored_name in marker["corpora"]:
             prepared[name] = PreparedCorpus(os.path.abspath(folder), marker["options"])
     return prepared
 
 
 def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] | None:
-    """Return what `prepare` recorded of a folder of copies ("options", "corpora").
+    """Return the record that `prepare` wrote into a folder of copies ("options", "corpora").
 
-    None if `prepare` did not make the folder.
+    Return None if `prepare` did not make the folder.
 
     Raises:
         UsageError: The marker cannot be read.
@@ -126,10 +127,10 @@ def read_marker(folder: str | os.PathLike[str]) -> dict[str, dict[str, object]] 
 
 @dataclass(frozen=True)
 class CopyFolder:
-    """A folder of copies for whoever knows the originals by their paths, as labels do.
+    """A folder of copies that are looked up by the paths of their originals, as labels give them.
 
-    roots: corpus → where its originals were when they were copied. options: how the copies were
-        made.
+    roots: The folder of the originals, per corpus, at the time of copying. options: The options
+        that the copies were made with.
     """
 
     folder: str
@@ -138,7 +139,7 @@ class CopyFolder:
 
     @classmethod
     def open(cls, folder: str) -> CopyFolder:
-        """Open a folder of copies; UsageError if `prepare` did not make it."""
+        """Open a folder of copies; raise UsageError if `prepare` did not make it."""
         marker = read_marker(folder)
         if marker is None:
             raise UsageError(
@@ -154,56 +155,58 @@ class CopyFolder:
         return kind_of(self.options)
 
     def find(self, root: str, relative: str) -> str:
-        """Return the copy of the original `root`/`relative`, which need not exist any more.
+        """Return the path of the copy of `root`/`relative`; the original need not exist any more.
 
-        An original below a corpus' folder (or named by its list) has its copy by that path. If the
-        originals had another location when they were copied, `relative` itself is looked for in
-        each corpus.
+        The copy has the path of the original relative to the folder of its corpus, or the path in
+        the list of its corpus. If the originals have been moved since they were copied, each corpus
+        is searched for `relative` itself.
 
         Raises:
-            VideoError: There is no copy, or there are two.
+            VideoError: No copy matches, or more than one does.
         """
         original = os.path.normpath(os.path.join(root, relative))
-        behind_links = os.path.normpath(os.path.join(os.path.realpath(root), relative))
-        for name, before in self.roots.items():
-            below = (
-                os.path.relpath(original, before),
-                os.path.relpath(behind_links, os.path.realpath(before)),
+        resolved = os.path.normpath(os.path.join(os.path.realpath(root), relative))
+        for name, recorded_root in self.roots.items():
+            relative_paths = (
+                os.path.relpath(original, recorded_root),
+                os.path.relpath(resolved, os.path.realpath(recorded_root)),
             )
-            for path in (*below, original):
-                if os.path.exists(copy := self._copy(name, path)):
+            for path in (*relative_paths, original):
+                if os.path.exists(copy := self._copy_path(name, path)):
                     return copy
-        copies = [copy for name in self.roots if os.path.exists(copy := self._copy(name, relative))]
+        copies = [
+            copy for name in self.roots if os.path.exists(copy := self._copy_path(name, relative))
+        ]
         if len(copies) == 1:
             return copies[0]
         if copies:
             raise VideoError(
-                f"{len(copies)} copies in {self.folder} may be its: {copies[0]} and {copies[1]}"
+                f"{len(copies)} copies in {self.folder} match its path: {copies[0]} and {copies[1]}"
             )
-        raise VideoError(f"no copy in {self.folder}: its status.csv says why")
+        raise VideoError(f"no copy in {self.folder}: see status.csv for the reason")
 
-    def _copy(self, corpus: str, relative: str) -> str:
+    def _copy_path(self, corpus: str, relative: str) -> str:
         return os.path.join(self.folder, corpus, copy_name(relative, self.kind))
 
 
 def check_current(source: SourceRecord, original: str) -> None:
-    """Raise VideoError if the original exists and is not the file that the copy was made of."""
+    """Raise VideoError if the original exists and is not the file that was copied."""
     try:
-        now = os.stat(original)
+        status = os.stat(original)
     except (OSError, ValueError):
         return
-    if now.st_size == source.size and now.st_mtime_ns == source.mtime_ns:
+    if status.st_size == source.size and status.st_mtime_ns == source.mtime_ns:
         return
     try:
-        same = digest(original) == source.digest
+        unchanged = digest(original) == source.digest
     except (VideoError, OSError) as error:
         raise VideoError(f"the original of its copy cannot be read: {reason(error)}") from error
-    if not same:
+    if not unchanged:
         raise VideoError("the original has changed since it was copied: run distinit prepare again")
 
 
-def source_of(file: VideoFile) -> SourceRecord:
-    """Return the record of the video that a copy or flow file was made of.
+def read_source_record(file: VideoFile) -> SourceRecord:
+    """Read the record of the source from a copy or flow file.
 
     Raises:
         VideoError: The file cannot be read.
@@ -212,11 +215,11 @@ def source_of(file: VideoFile) -> SourceRecord:
 
 
 def source_digest(file: VideoFile) -> str:
-    """Return the digest of a video's own content; of a copy or flow file, that of its source.
+    """Return the digest of a video; for a copy or flow file, the digest of its source.
 
     Raises:
         VideoError: The file cannot be read.
     """
     if file.kind == "video":
         return digest(file.path)
-    return source_of(file).digest
+    return read_source_record(file).digest

@@ -1,8 +1,8 @@
 """Make a prepared copy: small, quick to seek, with a map to the frames of its source.
 
-The frames come from this package's own reader and go down a pipe into the encoder one by one, so
-that copy frame k is the k-th frame that the reader gave: the map is a record of what was done, not
-a comparison of timestamps afterwards.
+This package's reader decodes the frames, and they are piped into the encoder one by one. Copy frame
+k is therefore the k-th frame that the reader returned. The map records this order; it does not rely
+on a comparison of timestamps afterwards.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _COLOURS = {
 }
 
 
-Record = Callable[[], SourceRecord]
-M = TypeVar("M", FrameMap, FlowMap)
+RecordSource = Callable[[], SourceRecord]
+"""Returns the record of the source, once the source has been read to its end."""
+MapType = TypeVar("MapType", FrameMap, FlowMap)
 
 
 def make_copy(
@@ -54,19 +55,19 @@ def make_copy(
 ) -> FrameMap:
     """Write the copy of `source` to `part` and rename it to `target`, on the same disk.
 
-    The copy is read back before that: its packets, its map, and `quality_frames` frames whose PSNR
-    and SSIM against the scaled frames of the source are put into the map.
+    Before the renaming, the packets, the map and `quality_frames` frames of the copy are read back.
+    The map stores the PSNR and SSIM of these frames against the scaled frames of the source.
 
     Returns:
         The map.
 
     Raises:
-        VideoError: With the reason; `target` is then what it was.
+        VideoError: With the reason; `target` is then unchanged.
     """
 
-    def write(reader: VideoReader, record: Record) -> FrameMap:
-        made = _encode(reader, part, options)
-        copy = _read_back(part, made, record(), options)
+    def write(reader: VideoReader, record_source: RecordSource) -> FrameMap:
+        encoded = _encode(reader, part, options)
+        copy = _read_back(part, encoded, record_source(), options)
         copy = replace(copy, sha256=sha256_of(part))
         with open(part, "ab") as file:
             file.write(copy.pack())
@@ -87,7 +88,7 @@ def make_flow(
         source,
         part,
         target,
-        lambda reader, record: write_flow(reader, part, options, record),
+        lambda reader, record_source: write_flow(reader, part, options, record_source),
         progress,
     )
 
@@ -96,28 +97,31 @@ def _make(
     source: str,
     part: str,
     target: str,
-    write: Callable[[VideoReader, Record], M],
+    write: Callable[[VideoReader, RecordSource], MapType],
     progress: Callable[[], None] | None,
-) -> M:
-    """Let `write` make a file from a reader and a record of the source, whole or not at all."""
+) -> MapType:
+    """Let `write` make a file from a reader and the record of the source, whole or not at all."""
     try:
-        before = _stat(source)
+        initial_status = _stat(source)
         identity = digest(source)
         with (
             replacing(Path(target), Path(part)),
             VideoReader(source, progress=progress) as reader,
         ):
 
-            def record() -> SourceRecord:
-                """Asked for when the video has been read."""
-                after = _stat(source)
-                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            def record_source() -> SourceRecord:
+                """Return the record of the source, if the file did not change."""
+                final_status = _stat(source)
+                if (initial_status.st_size, initial_status.st_mtime_ns) != (
+                    final_status.st_size,
+                    final_status.st_mtime_ns,
+                ):
                     raise VideoError("the file changed while it was copied")
                 timeline = reader.timeline()
                 return SourceRecord(
                     digest=identity,
-                    size=before.st_size,
-                    mtime_ns=before.st_mtime_ns,
+                    size=initial_status.st_size,
+                    mtime_ns=initial_status.st_mtime_ns,
                     frames=len(timeline),
                     width=reader.info.width,
                     height=reader.info.height,
@@ -126,10 +130,10 @@ def _make(
                     note=reader.truncated,
                 )
 
-            made = write(reader, record)
+            result = write(reader, record_source)
     except OSError as error:
         raise VideoError(f"{NOT_WRITTEN}: {reason(error)}") from error
-    return made
+    return result
 
 
 def _stat(source: str) -> os.stat_result:
@@ -139,8 +143,8 @@ def _stat(source: str) -> os.stat_result:
         raise VideoError(reason(error)) from error
 
 
-class _Made:
-    """What the encoder received: index and pts of each frame, and the sampled pictures."""
+class _EncodedFrames:
+    """The frames passed to the encoder: index and pts of each, and the sampled pictures."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -149,12 +153,12 @@ class _Made:
         self.sample: dict[int, np.ndarray] = {}
 
 
-def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
+def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _EncodedFrames:
     timeline, info = reader.timeline(), reader.info
     display = (info.height, info.width)
-    made = _Made(options.picture(*display))
-    view, renderer = View(resize=made.size), info.renderer()
-    # Seeded by the number of frames: the same frames whenever and wherever the copy is made again.
+    encoded = _EncodedFrames(options.picture(*display))
+    view, renderer = View(resize=encoded.size), info.renderer()
+    # Seeded with the number of frames, so that a copy made again samples the same frames.
     chosen = np.random.default_rng(len(timeline)).choice(len(timeline), options.quality_frames)
     sampled = set(chosen.tolist())
 
@@ -164,22 +168,25 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
             picture = renderer.render(frame, view, display=display)
             del frame  # see VideoReader
             if index in sampled:
-                made.sample[len(made.index)] = picture
-            made.index.append(index)
-            made.pts.append(pts)
-            yield _even(picture)
+                encoded.sample[len(encoded.index)] = picture
+            encoded.index.append(index)
+            encoded.pts.append(pts)
+            yield _pad_to_even(picture)
         if picture is None:
             raise VideoError(f"none of its frames could be decoded: {reader.damage}")
-        if not made.sample:  # those chosen are damaged
-            made.sample[len(made.index) - 1] = picture
+        # All chosen frames are damaged: sample the last one that was decoded.
+        if not encoded.sample:
+            encoded.sample[len(encoded.index) - 1] = picture
 
-    # Players shall show the shape of the source.
-    shape = Fraction(info.width * made.size[0], info.height * made.size[1]).limit_denominator(1000)
-    filters = f"scale=out_color_matrix=bt601:out_range=tv,setsar={max(shape, Fraction(1, 1000))}"
+    # With this aspect ratio of a pixel, players show the shape of the source.
+    aspect = Fraction(
+        info.width * encoded.size[0], info.height * encoded.size[1]
+    ).limit_denominator(1000)
+    filters = f"scale=out_color_matrix=bt601:out_range=tv,setsar={max(aspect, Fraction(1, 1000))}"
     write_video(
         part,
         frames(),
-        fps=_rate(timeline),
+        fps=_frame_rate(timeline),
         gop=options.gop,
         bframes=0,
         crf=options.crf,
@@ -193,52 +200,57 @@ def _encode(reader: VideoReader, part: str, options: CopyOptions) -> _Made:
             **_COLOURS,
         },
     )
-    return made
+    return encoded
 
 
-def _even(picture: np.ndarray) -> np.ndarray:
+def _pad_to_even(picture: np.ndarray) -> np.ndarray:
     """Repeat the last row or column of [h, w, 3] if their number is odd, for 4:2:0."""
-    more = [side % 2 for side in picture.shape[:2]]
+    padding = [side % 2 for side in picture.shape[:2]]
     return (
-        np.pad(picture, ((0, more[0]), (0, more[1]), (0, 0)), mode="edge") if any(more) else picture
+        np.pad(picture, ((0, padding[0]), (0, padding[1]), (0, 0)), mode="edge")
+        if any(padding)
+        else picture
     )
 
 
-def _rate(timeline: Timeline) -> float:
+def _frame_rate(timeline: Timeline) -> float:
     """Return the frame rate for players: the source's average, within sensible limits."""
     span = float((int(timeline.pts[-1]) - int(timeline.pts[0])) * timeline.time_base)
     rate = (len(timeline) - 1) / span if span > 0 else 25.0
     return min(1000.0, max(0.1, rate)) if math.isfinite(rate) else 25.0
 
 
-def _read_back(part: str, made: _Made, record: SourceRecord, options: CopyOptions) -> FrameMap:
-    """Return the map, with positions and checksums of the packets as they are in the file."""
-    offset, keys, crc, codec, extradata = _packets(part)
-    if len(crc) != len(made.index) or not keys[0]:
-        raise VideoError(f"the encoder made {len(crc)} frames of {len(made.index)}")
+def _read_back(
+    part: str, encoded: _EncodedFrames, record: SourceRecord, options: CopyOptions
+) -> FrameMap:
+    """Return the map, with the positions and checksums of the packets in the file."""
+    offset, key, crc, codec, extradata = _packets(part)
+    if len(crc) != len(encoded.index) or not key[0]:
+        raise VideoError(f"the encoder wrote {len(crc)} of {len(encoded.index)} frames")
     copy = FrameMap(
         source=record,
-        index=np.array(made.index, np.int64),
-        pts=np.array(made.pts, np.int64),
+        index=np.array(encoded.index, np.int64),
+        pts=np.array(encoded.pts, np.int64),
         offset=offset,
-        key=keys,
+        key=key,
         crc=crc,
-        width=made.size[1],
-        height=made.size[0],
+        width=encoded.size[1],
+        height=encoded.size[0],
         codec=codec,
         extradata=extradata,
         options=options.model_dump(mode="json"),
     )
-    return replace(copy, quality=_quality(part, copy, made.sample))
+    return replace(copy, quality=_quality(part, copy, encoded.sample))
 
 
 def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]:
     """Read the packets: offset int64 [N + 1], key bool [N], crc uint32 [N], codec, extradata.
 
-    The packets must follow each other.
+    Raises:
+        VideoError: The packets are not contiguous, or their pts do not ascend.
     """
-    offset, last = [0], -1
-    keys: list[bool] = []
+    offset, last_pts = [0], -1
+    key: list[bool] = []
     crc: list[int] = []
     with open_container(part) as container:
         stream = video_stream(container)
@@ -251,19 +263,19 @@ def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]
                 continue
             if not crc:
                 offset[0] = packet.pos or 0
-            if packet.pos != offset[-1] or packet.pts is None or packet.pts <= last:
+            if packet.pos != offset[-1] or packet.pts is None or packet.pts <= last_pts:
                 raise VideoError(
                     f"the encoder's packet {len(crc)} does not follow the one before it"
                 )
-            last = packet.pts
+            last_pts = packet.pts
             offset.append(packet.pos + packet.size)
-            keys.append(packet.is_keyframe)
+            key.append(packet.is_keyframe)
             crc.append(zlib.crc32(bytes(packet)))
     if not crc:
-        raise VideoError("the encoder made no frame")
+        raise VideoError("the encoder wrote no frame")
     return (
         np.array(offset, np.int64),
-        np.array(keys, bool),
+        np.array(key, bool),
         np.array(crc, np.uint32),
         codec,
         extradata,
@@ -271,7 +283,7 @@ def _packets(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bytes]
 
 
 def _quality(part: str, copy: FrameMap, sample: dict[int, np.ndarray]) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of the sampled frames, read as a loader reads them."""
+    """Return mean PSNR (dB) and SSIM of the sampled frames, read as a loader reads them."""
     positions = np.array(sorted(sample), np.int64)
     size = (copy.height, copy.width)
     picture = np.empty((*size, 3), np.uint8)
@@ -296,19 +308,19 @@ def _quality(part: str, copy: FrameMap, sample: dict[int, np.ndarray]) -> dict[s
 def copy_job(message: dict[str, Any], progress: Callable[[], None]) -> dict[str, Any]:
     """Run one job of a decode worker and return its row.
 
-    message: {"source", "part", "target", "flow", "options"}.
+    message: A dictionary with "source", "part", "target", "flow" and "options".
     """
     source, part, target = message["source"], message["part"], message["target"]
-    made: FrameMap | FlowMap
+    result: FrameMap | FlowMap
     if message["flow"]:
-        made = make_flow(
+        result = make_flow(
             source, part, target, FlowOptions.model_validate(message["options"]), progress
         )
     else:
-        made = make_copy(
+        result = make_copy(
             source, part, target, CopyOptions.model_validate(message["options"]), progress
         )
-    return copy_row(made, os.stat(target).st_size)
+    return copy_row(result, os.stat(target).st_size)
 
 
 def copy_row(copy: FrameMap | FlowMap, size: int) -> dict[str, Any]:

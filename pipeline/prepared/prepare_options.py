@@ -1,4 +1,4 @@
-"""Options of `distinit prepare`, and what copies and flow files are like."""
+"""Options of `distinit prepare`, of copies and of flow files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class CopyOptions(Options):
     """How copies are encoded.
 
     The defaults were the quickest to read per byte (docs/benchmarks.md): H.264 without B-frames,
-    CABAC and deblocking filter, at the size that clips of 112 pixels are cropped from, so that
+    CABAC and deblocking filter. Clips of 112 pixels are cropped from pictures of this size, so that
     reading them needs no resize.
 
-    size: (height, width), whatever the source's shape; or short_side: pixels, the shape is kept and
-    smaller sources keep their size. gop: most frames between key frames. crf: x264's quality, lower
-    is better and larger. quality_frames: frames per video that are read back and compared.
+    size: (height, width), whatever the source's shape. short_side: Pixels, in place of a size; the
+        shape is kept, and smaller sources keep their size. gop: Maximum number of frames between
+        key frames. crf: x264's quality; lower values give better and larger copies.
+        quality_frames: Frames per video that are read back and compared.
     """
 
     size: Annotated[
@@ -37,19 +38,19 @@ class CopyOptions(Options):
         ),
     ] = Field(
         default=(128, 171),
-        description="size of copies: what clips are resized to, before the crop",
+        description="size of copies: the size to which clips are resized before the crop",
     )
     short_side: Annotated[
         Side | None, CliOption(group="Output", metavar="PX", replaces=("size",))
     ] = Field(
         default=None,
-        description="keep the shape instead, with this short side, at most the source's",
+        description="keep the source's shape instead, with this short side or the source's if smaller",
     )
     gop: Annotated[int, CliOption(group="Output", metavar="N")] = Field(
-        default=12, ge=1, le=1000, description="most frames between key frames"
+        default=12, ge=1, le=1000, description="maximum number of frames between key frames"
     )
     crf: Annotated[int, CliOption(group="Output", metavar="Q")] = Field(
-        default=20, ge=0, le=51, description="x264's quality: lower is better, larger"
+        default=20, ge=0, le=51, description="x264's quality: lower gives better and larger copies"
     )
     quality_frames: int = Field(default=2, ge=1)
 
@@ -80,9 +81,9 @@ class CopyOptions(Options):
 class FlowOptions(Options):
     """How flow files are written.
 
-    size: (height, width) that frames are resized to. bound: pixels; faster motion is stored as
-    this, and the step between stored values is bound / 127. On the videos that were measured, a
-    bound of 16 at 128x171 cuts off fewer than 0.1 % of the values.
+    size: (height, width) to which frames are resized. bound: The largest stored motion in pixels;
+        faster motion is clipped to it, and the step between stored values is bound / 127. On the
+        measured videos, a bound of 16 at 128x171 clips fewer than 0.1 % of the values.
     """
 
     size: tuple[int, int] = (128, 171)
@@ -94,19 +95,19 @@ class PrepareConfig(DecodingOptions):
 
     sources: Annotated[list[str], CliOption("SOURCE")] = Field(min_length=1)
     out: Annotated[Path, CliOption(group="Output", metavar="DIR")] = Field(
-        description="the folder of copies: made, or continued"
+        description="folder of copies, created or continued"
     )
     copies: Annotated[CopyOptions, CliOption()] = CopyOptions()
     flow: Annotated[bool, CliOption(group="Output")] = Field(
         False,
-        description="optical flow of frames of --size in place of copies, for students of flow",
+        description="write optical flow of frames of --size instead of copies, for flow students",
     )
     flow_bound: Annotated[float, CliOption(group="Output", metavar="PX")] = Field(
-        16.0, gt=0, description="faster motion is stored as this"
+        16.0, gt=0, description="largest stored motion: faster motion is clipped to it"
     )
     workers: Annotated[
         int | None, CliOption(group="Hardware", metavar="N", shown="one per core")
-    ] = Field(None, ge=1, description="processes, each with an encoder")
+    ] = Field(None, ge=1, description="worker processes, each with an encoder")
     replace: Annotated[bool, CliOption(group="Output")] = Field(
-        False, description="make copies again that were made with other options"
+        False, description="make existing copies again if they were made with other options"
     )

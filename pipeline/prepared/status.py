@@ -1,6 +1,6 @@
 """status.csv of a folder of copies, one line per video, and the summary of a run.
 
-The file is for people, and for the next run.
+Both people and the next run read the file.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ COLUMNS = (
     "corpus", "path", "status", "reason", "frames", "seconds", "source_bytes", "copy_bytes", "width", "height",
     "psnr", "ssim", "clipped", "note", "source_mtime_ns",
 )  # fmt: skip
-WORST = {"psnr": 0.05, "ssim": 0.05, "clipped": 0.95}  # quantile of the worst 5 % of the videos
+# The quantile at which the worst 5 % of the videos begin.
+WORST = {"psnr": 0.05, "ssim": 0.05, "clipped": 0.95}
 
 
 class StatusFile:
     """A csv file to which a row is appended per finished video.
 
-    The end of a run sorts it into the order of the list. Only the lines are kept in memory, a short
-    string per video.
+    At the end of a run its rows are sorted into the order of the list. Memory holds only the lines,
+    a short string per video.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,9 +47,9 @@ class StatusFile:
         if path.exists():
             with open(path, newline="", encoding="utf-8", errors="replace") as file:
                 for row in csv.reader(file):
-                    # The last line of a killed run may be cut short: that video is looked at again.
+                    # The last line of a killed run may be cut short: its video is processed again.
                     if len(row) == len(COLUMNS) and row[2] in ("ok", "failed"):
-                        self._lines[row[0], row[1]] = _line(row)
+                        self._lines[row[0], row[1]] = _csv_line(row)
 
     def row(self, key: Key) -> Row | None:
         """Return the row of a video; all values are text."""
@@ -59,12 +60,12 @@ class StatusFile:
 
     def set(self, key: Key, row: Row) -> None:
         """Keep a row in memory, without writing it yet."""
-        self._lines[key] = _line(
+        self._lines[key] = _csv_line(
             [*key, *("" if row.get(c) is None else printable(str(row[c])) for c in COLUMNS[2:])]
         )
 
     def begin(self) -> None:
-        """Write what is known, and open the file to append."""
+        """Write the rows in memory, and open the file for appending."""
         self._write(self._lines)
         self._file = open(self._path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by finish)
 
@@ -76,7 +77,7 @@ class StatusFile:
             self._file.flush()
 
     def finish(self, order: Iterable[Key]) -> None:
-        """Put the listed videos in order, then those that earlier runs listed."""
+        """Write the rows of the listed videos in order, then those of earlier runs."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -85,18 +86,18 @@ class StatusFile:
 
     def _write(self, keys: Iterable[Key]) -> None:
         with replacing(self._path) as part, open(part, "x", newline="", encoding="utf-8") as file:
-            file.write(_line(COLUMNS))
+            file.write(_csv_line(COLUMNS))
             file.writelines(self._lines[key] for key in keys)
 
 
-def _line(values: Iterable[Any]) -> str:
+def _csv_line(values: Iterable[Any]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue()
 
 
 class Tally:
-    """What is known of the copies so far; a few numbers per video."""
+    """Totals over the copies so far, with a few numbers per video."""
 
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
@@ -120,7 +121,7 @@ class Tally:
 
 
 def summary(out: Path, videos: int, new: int, seconds: float, tally: Tally) -> dict[str, Any]:
-    """Return what --json prints of a run, and print the same as text."""
+    """Return the summary of a run that --json prints, and log it as text."""
     failed = sum(tally.reasons.values())
     if failed:
         log.info(f"{counted(failed, 'video')} failed; {out / 'status.csv'} lists them:")

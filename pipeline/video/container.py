@@ -1,4 +1,4 @@
-"""Open a file as a real container of video, or say in words a person understands why not.
+"""Open a file as a real container of video, or explain in plain words why that fails.
 
 FFmpeg treats playlists as media and would follow them to other files and to the network, so every
 open goes through the whitelist here, with an absolute path: a file called `http:x.mp4` or `-a.mp4`
@@ -28,19 +28,19 @@ from av.video.stream import VideoStream
 from ..common.errors import DecoderError, VideoError
 from .bitstream import INTRA_ONLY
 
-# Demuxers of formats that carry their own frames. Not among them on purpose: concat, hls, dash,
-# imf, sdp, rtsp, image2 and whatever else opens further files or addresses.
+# Demuxers of formats that contain their own frames. Formats that open further files or addresses
+# are left out on purpose: concat, hls, dash, imf, sdp, rtsp, image2 and others.
 FORMATS = (
     "3gp,apng,asf,av1,avi,avs2,avs3,bink,cavsvideo,dhav,dirac,dnxhd,dv,evc,flic,flv,gif,gxf,h261,h263,h264,"
     "hevc,ivf,kux,live_flv,m4v,matroska,mgsts,mjpeg,mkv,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nsv,nut,nuv,obu,"
     "ogg,rm,roq,smk,vc1,vc1test,vvc,webm,wtv,yuv4mpegpipe"
 )
-# Of one frame: a 16K frame fits. Larger claims of a header are refused before decoding.
+# The limit for one frame: a 16K frame fits. A header that claims more is refused before decoding.
 MAX_PIXELS = 2**27
 DIGEST_BYTES = 2**16
-_MAX_BOXES = 64  # of an ISO base media file that are looked at
+_MAX_BOXES = 64  # that are read from an ISO base media file
 _NOT_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
-# Titles that are not UTF-8 must not keep a file from being opened: PyAV 19 replaces such bytes by
+# Titles that are not UTF-8 must not keep a file from being opened. PyAV 19 replaces such bytes
 # itself.
 _LENIENT_METADATA: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
@@ -54,7 +54,7 @@ _PLAYLIST_STARTS = (b"ffconcat", b"#extm3u", b"[playlist]", b"<smil", b"<?xml", 
 
 
 class Margins(NamedTuple):
-    """Pixels of the stored picture that are not to be shown."""
+    """Pixels to cut off the stored picture at each side."""
 
     top: int = 0
     bottom: int = 0
@@ -63,10 +63,9 @@ class Margins(NamedTuple):
 
 
 def open_container(path: str, *, header_only: bool = False) -> InputContainer:
-    """Open `path` for reading; raises VideoError with the reason. Nothing but `path` is read.
+    """Open `path` for reading, and no other file; raise VideoError with the reason.
 
-    header_only: no frame is decoded to learn what the header does not say, which takes most of the
-        time.
+    header_only: Decode no frame to learn what the header lacks, which takes most of the time.
     """
     absolute = os.path.abspath(path)
     if file_size(absolute) == 0:
@@ -78,7 +77,8 @@ def open_container(path: str, *, header_only: bool = False) -> InputContainer:
         "enable_drefs": "0",
     }
     if header_only:
-        options["codec_whitelist"] = "none"  # of decoders that libavformat tries
+        # Libavformat then finds no decoder to try.
+        options["codec_whitelist"] = "none"
     try:
         return av.open(absolute, mode="r", options=options, **_LENIENT_METADATA)
     except (FFmpegError, OSError, ValueError, MemoryError, UnicodeError) as error:
@@ -98,7 +98,7 @@ def file_size(path: str) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
-        VideoError: It is anything else: opening a pipe would wait for it.
+        VideoError: It is not a regular file. Opening a pipe, for example, would block.
     """
     try:
         status = os.stat(path)
@@ -130,23 +130,23 @@ def video_stream(container: InputContainer) -> VideoStream:
     if context.width * context.height > MAX_PIXELS:
         size = f"{context.width}x{context.height}"
         raise VideoError(
-            f"the header claims frames of {size}, allowed are at most {MAX_PIXELS} pixels"
+            f"the header claims frames of {size}, at most {MAX_PIXELS} pixels are allowed"
         )
     context.options = {"max_pixels": str(MAX_PIXELS)}
     if context.codec.canonical_name in INTRA_ONLY:
-        # A damaged picture is an error: it shows what an earlier one left in the decoder's buffer,
-        # whichever that was.
+        # Make a damaged picture an error. It would show what any earlier picture left in the
+        # decoder's buffer.
         context.options = {**context.options, "err_detect": "explode"}
-    # One thread: frame threads cost more than they give and can deadlock (FFmpeg logging).
+    # Frame threads cost more than they gain and can deadlock (FFmpeg logging).
     context.thread_type = "NONE"
     context.thread_count = 1
     return stream
 
 
 def rational(value: Any) -> Fraction | None:
-    """Return a rational number of PyAV as a Fraction, None where it is unknown.
+    """Return a rational number of PyAV as a Fraction, or None if it is unknown.
 
-    PyAV 15 to 18 give a Fraction or None, 19 an AVRational that is 0/1 or n/0 where it is unknown.
+    PyAV 15 to 18 give a Fraction or None; PyAV 19 gives an AVRational, 0/1 or n/0 if unknown.
     """
     if value is None or not value.denominator or not value.numerator:
         return None
@@ -154,14 +154,15 @@ def rational(value: Any) -> Fraction | None:
 
 
 def cropping(stream: VideoStream) -> Margins:
-    """Return how much the container says to cut off the stored picture.
+    """Return the margins by which the container crops the stored picture.
 
-    That is `clap` of mp4 and PixelCrop of Matroska. FFmpeg (7.1 and newer) reads it and leaves it
-    to the player to apply it.
+    They are `clap` in mp4 and PixelCrop in Matroska. FFmpeg (7.1 and newer) reads them and leaves
+    their application to the player.
     """
     if not _CAN_CROP & set(stream.container.format.name.split(",")):
         return Margins()
-    side_data: Any = getattr(stream.codec_context, "coded_side_data", None)  # of PyAV 19 and newer
+    # PyAV 19 and newer has this attribute.
+    side_data: Any = getattr(stream.codec_context, "coded_side_data", None)
     if side_data is None:
         return _cropping_by_remux(stream)
     raw = bytes(side_data.get("frame_cropping", b""))
@@ -169,9 +170,9 @@ def cropping(stream: VideoStream) -> Margins:
 
 
 def _cropping_by_remux(stream: VideoStream) -> Margins:
-    """Return what `cropping` does, for PyAV 15 to 18, which do not expose it.
+    """Return the margins with PyAV 15 to 18, which do not expose them.
 
-    It is read from the header of a Matroska file without packets.
+    They are read from the header of a Matroska file that is written without packets.
     """
     header = io.BytesIO()
     try:
@@ -195,7 +196,7 @@ def _cropping_by_remux(stream: VideoStream) -> Margins:
 
 
 def digest(path: str) -> str:
-    """Identity of a file's content: hex of blake2b-16 over its size, first and last 64 KiB."""
+    """Return the identity of a file: hex of blake2b-16 over its size, first and last 64 KiB."""
     file_size(path)
     try:
         with open(path, "rb") as file:
@@ -209,9 +210,9 @@ def digest(path: str) -> str:
 
 
 def same_content(a: str, b: str) -> bool | None:
-    """Compare every byte of two files, once per process and pair; None where one cannot be read.
+    """Compare every byte of two files, once per process and pair; None if one cannot be read.
 
-    Equal digests tell compressed videos apart, but not raw ones that begin and end in black.
+    Digests distinguish compressed videos, but not raw videos that begin and end in black.
     """
     try:
         return os.path.samefile(a, b) or filecmp.cmp(a, b, shallow=False)
@@ -223,7 +224,7 @@ def reason(error: BaseException) -> str:
     """Describe an exception of the system or of FFmpeg in one plain clause, without the path.
 
     Raises:
-        DecoderError: No file explains it: a limit of this process or machine.
+        DecoderError: The cause is a limit of this process or machine, not a file.
     """
     if isinstance(error, VideoError):
         return str(error)
@@ -254,8 +255,8 @@ def _why_not_opened(path: str, error: BaseException) -> str:
         with open(path, "rb") as file:
             head = file.read(512)
         boxes = _top_level_boxes(path) if head[4:8] == b"ftyp" else []
-    except OSError as unreadable:
-        return reason(unreadable)
+    except OSError as read_error:
+        return reason(read_error)
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PLAYLIST_STARTS):
         return "a playlist or text file, not a video"
     if boxes and b"moov" not in boxes:
@@ -272,9 +273,9 @@ def _top_level_boxes(path: str) -> list[bytes]:
     types: list[bytes] = []
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
-        at = 0
-        while at + 8 <= size and len(types) < _MAX_BOXES:
-            file.seek(at)
+        position = 0
+        while position + 8 <= size and len(types) < _MAX_BOXES:
+            file.seek(position)
             header = file.read(16)
             length = int.from_bytes(header[:4], "big")
             if length == 1:
@@ -282,5 +283,5 @@ def _top_level_boxes(path: str) -> list[bytes]:
             types.append(header[4:8])
             if length < 8:  # 0: to the end of the file
                 break
-            at += length
+            position += length
     return types

@@ -1,14 +1,15 @@
-"""Exact frames of one video, with as little decoding as that allows.
+"""Decode exact frames of one video, with as little decoding as possible.
 
-A plain linear decode of the whole file is the truth. Two shortcuts give the same frames for less:
-only those groups of pictures are decoded that hold wanted frames, each only up to the last wanted
-packet, and in them the non-reference pictures nobody wants are left out. Whatever looks wrong on
-the way (a frame that does not come out, an error, a damaged picture, a left out picture whose
-number does not confirm that no other refers to it) makes the reader fall back to the plain decode.
-Damage in a picture that is left out is not noticed if its number is intact: a plain decode marks
-that picture, or drops one that its damaged order count puts in the wrong place. Nor is damage in
-groups that are not decoded: a decoder of AV1 may give nothing after it, while a shortcut that
-begins after it gives frames.
+A plain linear decode of the whole file is the reference. Two shortcuts give the same frames faster.
+Only groups of pictures with requested frames are decoded, each up to its last requested packet, and
+non-reference pictures that are not requested are skipped. The reader falls back to the plain decode
+if anything looks wrong: a missing frame, an error, a damaged picture, or a skipped picture whose
+number does not confirm that no other picture refers to it.
+
+The shortcuts do not notice all damage. If a skipped picture is damaged but its number is intact, a
+plain decode marks the picture, or drops one whose damaged order count is wrong. Damage in groups
+that are not decoded is not noticed either: after it an AV1 decoder may give no frames, while a
+shortcut that begins later gives them.
 """
 
 from __future__ import annotations
@@ -28,20 +29,28 @@ from av.video.stream import VideoStream
 from ..common.errors import VideoError
 from .bitstream import FROM_START, INTRA_ONLY, ONE_FRAME_PER_PACKET, NonReferencePictures
 from .container import Margins, cropping, open_container, rational, reason, video_stream
-from .feed import DECODE_ERRORS, HOLD, Feed, NotAsPlanned, Waiting, ascending, packet_ranges
+from .feed import (
+    DECODE_ERRORS,
+    MAX_EARLY_FRAMES,
+    Feed,
+    HeldFrames,
+    NotAsPlanned,
+    packet_ranges,
+    sort_rows,
+)
 from .geometry import Orientation, Renderer, display_size, inner_size, pixel_aspect
 from .packets import PROGRESSIVE, PacketTable, Timeline, read_packets
 from .sampling import Sampling
 
-OTHER_ORDER = "its times are not those of its frames, which the decoder shows in another order"
+OTHER_ORDER = "its timestamps do not match its frames: the decoder shows them in another order"
 Rows = Iterator[tuple[int, int, av.VideoFrame]]  # (index, pts, frame)
 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What reading a whole file was needed for; a reader that is given it need not do so again.
+    """Packets and timeline of a file, so that a further reader need not read the whole file again.
 
-    from_header: by `mp4.read_header`, for an `mp4.QuickReader` alone.
+    from_header: Read by `mp4.read_header`; only `mp4.QuickReader` may use it.
     """
 
     packets: PacketTable
@@ -67,11 +76,10 @@ class VideoInfo:
     fps: float
 
     def renderer(self) -> Renderer:
-        """Return what renders the frames of this video.
+        """Return a renderer for the frames of this video.
 
-        A frame whose side data is read stays alive for a while in PyAV 18, which matters to the
-        decoders of MPEG (see `VideoReader`); their frames are turned by the container alone, the
-        first one like all others.
+        In PyAV 18, a frame whose side data is read stays alive for a while, which affects the MPEG
+        decoders (see `VideoReader`). All their frames are therefore oriented like the first one.
         """
         return Renderer(
             self.pixel_aspect, self.margins, self.orientation if self.codec in FROM_START else None
@@ -80,18 +88,18 @@ class VideoInfo:
 
 @dataclass
 class _Count:
-    """What came of a plain decode: frames, corrupt ones among them, packets that failed."""
+    """Counts of a plain decode: frames, corrupt frames among them, and packets that failed."""
 
-    came: int = 0
+    frames: int = 0
     corrupt: int = 0
     failed: int = 0
     last_failed: bool = False
 
 
 class VideoReader:
-    """One open video. `progress` is called for every packet and frame touched (a sign of life).
+    """One open video. `progress` is called for each packet and frame, as a sign of life.
 
-    Raises VideoError, with a reason, when the file has no frame to give.
+    Raises VideoError, with the reason, if no frame can be decoded.
     """
 
     _header_only = False
@@ -104,9 +112,11 @@ class VideoReader:
         progress: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
-        self._count = _Count()  # of the plain decode that was begun last
-        self._whole: _Count | None = None  # of one that went to the end of the file
-        self.damage = "damaged data"  # the decoder's error for the first packet that failed
+        # Counts of the last plain decode, and of the last one that reached the end of the file.
+        self._count = _Count()
+        self._final_count: _Count | None = None
+        # The decoder's error for the first packet that failed.
+        self.damage = "damaged data"
         self._progress = progress or (lambda: None)
         self._table = index.packets if index is not None else None
         self._timeline = index.timeline if index is not None else None
@@ -131,19 +141,20 @@ class VideoReader:
             self._container.close()
             raise
         self._context = self._stream.codec_context
-        # What comes later in the stream may change it.
+        # Later packets may change the ratio of the stream.
         self._opened_aspect = rational(self._stream.sample_aspect_ratio)
-        # Whether the container or the decoder is no longer fresh.
-        self._read, self._fed = False, False
+        # Whether packets have been read from the container, and passed to the decoder.
+        self._container_used, self._decoder_used = False, False
 
     def start(self, *, read: bool, feed: bool) -> None:
-        """Make sure that what will be used is fresh: the container to read, the decoder to feed."""
-        if (read and self._read) or (feed and self._fed):
+        """Open the file again (2 ms) if the container to read or the decoder to feed was used."""
+        if (read and self._container_used) or (feed and self._decoder_used):
             self._container.close()
-            self._open()  # 2 ms
-        self._read, self._fed = self._read or read, self._fed or feed
+            self._open()
+        self._container_used = self._container_used or read
+        self._decoder_used = self._decoder_used or feed
 
-    # What the video is
+    # Metadata of the video
 
     @property
     def packets(self) -> PacketTable:
@@ -151,24 +162,23 @@ class VideoReader:
         if self._table is None:
             self.start(read=True, feed=False)
             self._table = read_packets(self._container, self._stream, self._progress)
-            # The second is what libavformat calls a track of Matroska or WebM with
-            # ContentEncryption.
+            # Libavformat sets `enc_key_id` for a track of Matroska or WebM with ContentEncryption.
             if self._table.encrypted or "enc_key_id" in self._stream.metadata:
                 raise VideoError("encrypted")
         return self._table
 
     @property
     def info(self) -> VideoInfo:
-        """What is shown, from the header and the first frame that decodes."""
+        """Size, codec and timing, from the header and the first decodable frame."""
         if self._info is not None:
             return self._info
         frames = self._decode_all() if self._table is not None else self._decode_head()
         frame = next(frames, None)
         if frame is None:
-            raise VideoError(self._why_nothing())
-        return self._notice(frame)
+            raise VideoError(self._no_frame_reason())
+        return self._set_info(frame)
 
-    def _notice(self, frame: av.VideoFrame) -> VideoInfo:
+    def _set_info(self, frame: av.VideoFrame) -> VideoInfo:
         if self._info is None:
             self._info = self._describe(frame)
         return self._info
@@ -176,7 +186,7 @@ class VideoReader:
     def _describe(self, frame: av.VideoFrame) -> VideoInfo:
         stream = self._stream
         aspect = pixel_aspect(self._aspect())
-        orientation = Orientation.of(frame)
+        orientation = Orientation.from_frame(frame)
         margins = cropping(stream)
         width, height = display_size(*inner_size(frame, margins), aspect, orientation)
         duration = math.nan
@@ -207,7 +217,7 @@ class VideoReader:
 
     @property
     def stream(self) -> VideoStream:
-        """The open stream and, in it, the decoder; another one after `start`."""
+        """The open stream with its decoder; `start` may replace it."""
         return self._stream
 
     @property
@@ -216,7 +226,7 @@ class VideoReader:
 
     @property
     def _rate(self) -> Fraction | None:
-        """Frames per second by the header."""
+        """Frames per second according to the header."""
         return rational(self._stream.average_rate) or rational(self._stream.guessed_rate)
 
     def timeline(self) -> Timeline:
@@ -229,7 +239,7 @@ class VideoReader:
             if not timeline.reliable:
                 timeline = self._timeline_by_decoding()
             elif len(timeline) == 0:
-                raise VideoError(self._why_nothing())
+                raise VideoError(self._no_frame_reason())
             self._timeline = timeline
         return self._timeline
 
@@ -240,7 +250,7 @@ class VideoReader:
             pts.append(frame.pts)
             key.append(bool(frame.key_frame))
         if not pts:
-            raise VideoError(self._why_nothing())
+            raise VideoError(self._no_frame_reason())
         if all(p is not None for p in pts):
             times = np.array(pts, np.int64)
             if np.all(np.diff(times) > 0):
@@ -251,23 +261,23 @@ class VideoReader:
         )
 
     def _tick(self, frames: int) -> Fraction:
-        """Return seconds from one frame to the next where they are counted.
+        """Return the seconds from one frame to the next of a file with a counted clock.
 
-        They come from the packets' times. The header's rate is taken only if the packets have none:
-        an AVI made from an mp4 claims 600 frames per second.
+        They come from the times of the packets, and from the rate in the header only if the packets
+        have no times: an AVI made from an mp4 claims 600 frames per second.
         """
         packets = self.packets
-        # Fields come in two packets to a frame, and an AVI has packets that repeat a frame.
-        each = (
+        # A frame of two fields has two packets, and an AVI has packets that repeat a frame.
+        packets_per_frame = (
             Fraction(1)
             if self._one_frame_per_packet
             else Fraction(int(packets.shown.sum()), frames)
         )
-        seconds = (packets.step * self._time_base * each).limit_denominator(1_000_000)
+        seconds = (packets.step * self._time_base * packets_per_frame).limit_denominator(1_000_000)
         return seconds if seconds > 0 else 1 / (self._rate or Fraction(25))
 
-    def _why_nothing(self) -> str:
-        """Return the reason why no frame came out."""
+    def _no_frame_reason(self) -> str:
+        """Return the reason why no frame could be decoded."""
         packets = self.packets
         if len(packets.pts) == 0:
             promised = self._stream.frames
@@ -282,14 +292,14 @@ class VideoReader:
             return f"its one frame could not be decoded: {self.damage}"
         return f"none of its {len(packets.pts)} frames could be decoded: {self.damage}"
 
-    # The plain decode: the truth
+    # The plain decode: the reference
 
     def _decode_all(self) -> Iterator[av.VideoFrame]:
-        """Yield every frame in the order of a fresh decoder; note damage and continue."""
+        """Yield every frame in the order of a fresh decoder; count damage and continue."""
         table = self.packets
-        kept = table.kept
-        self.start(read=kept is None, feed=True)
-        source = iter(kept) if kept is not None else self.read_on()
+        cached_packets = table.cached_packets
+        self.start(read=cached_packets is None, feed=True)
+        source = iter(cached_packets) if cached_packets is not None else self.demux_remaining()
         count = self._count = _Count()
         intra = self._context.codec.canonical_name in INTRA_ONLY
         for packet in itertools.chain(source, [None]):
@@ -299,7 +309,7 @@ class VideoReader:
             except MemoryError as error:
                 raise VideoError(reason(error)) from error
             except DECODE_ERRORS as error:
-                # PermissionError is some decoders' word for damage.
+                # Some decoders report damage as PermissionError.
                 if not (count.failed or isinstance(error, PermissionError)):
                     self.damage = reason(error)
                 count.failed, count.last_failed = count.failed + 1, True
@@ -307,38 +317,42 @@ class VideoReader:
             count.last_failed = count.last_failed and not frames
             for frame in frames:
                 count.corrupt += frame.is_corrupt
-                # Such a frame shows what an earlier picture left in the buffer, whichever that was.
+                # Such a frame shows what any earlier picture left in the buffer.
                 if frame.is_corrupt and intra:
                     continue
-                count.came += 1
-                self._notice(frame)
+                count.frames += 1
+                self._set_info(frame)
                 yield frame
-                # What a decoder puts in the place of damage may depend on the buffers that are
-                # free: from here to the reader's caller no frame is held while the next is decoded.
+                # How a decoder conceals damage may depend on the free buffers. Therefore neither
+                # the reader nor its caller holds a frame while the next one is decoded.
                 del frame
             frames.clear()
-        self._whole = count
+        self._final_count = count
 
     @property
     def truncated(self) -> str | None:
-        """What was damaged in what has been decoded, in words; None where nothing was."""
-        table, count = self._table, self._whole or self._count
-        if table is None or not count.came:
+        """A description of the damage in the decoded packets; None without damage."""
+        table, count = self._table, self._final_count or self._count
+        if table is None or not count.frames:
             return None
-        if self._whole and (table.error or (count.last_failed and count.failed == 1)):
-            return f"truncated after {count.came} frames: {table.error or self.damage}"
+        if self._final_count and (table.error or (count.last_failed and count.failed == 1)):
+            return f"truncated after {count.frames} frames: {table.error or self.damage}"
         if count.failed:
             return f"{count.failed} of {len(table.pts)} packets could not be decoded: {self.damage}"
         shown = int(table.shown.sum())
-        if self._whole and self._one_frame_per_packet and count.came < shown - count.corrupt:
-            return f"{shown - count.came} of {shown} frames never came out of the decoder"
+        if (
+            self._final_count
+            and self._one_frame_per_packet
+            and count.frames < shown - count.corrupt
+        ):
+            return f"{shown - count.frames} of {shown} frames never came out of the decoder"
         return f"{count.corrupt} of {shown} frames are damaged" if count.corrupt else None
 
     @property
     def _one_frame_per_packet(self) -> bool:
-        """Return whether each shown packet of a sound file gives one frame.
+        """Return whether each shown packet of an undamaged file gives one frame.
 
-        Not so for fields and for MPEG-4 in AVI.
+        This is false for fields and for MPEG-4 in AVI.
         """
         name = self._context.codec.canonical_name
         return name in ONE_FRAME_PER_PACKET and self._context.field_order in PROGRESSIVE
@@ -346,15 +360,15 @@ class VideoReader:
     def _decode_head(self) -> Iterator[av.VideoFrame]:
         """Decode the first frames, without reading the whole file."""
         self.start(read=True, feed=True)
-        for packet in itertools.chain(self.read_on(), [None]):
+        for packet in itertools.chain(self.demux_remaining(), [None]):
             self._progress()
             try:
                 yield from self._context.decode(packet)
             except DECODE_ERRORS:
                 continue
 
-    def read_on(self) -> Iterator[av.Packet]:
-        """Yield packets from the container's current position; an error ends them."""
+    def demux_remaining(self) -> Iterator[av.Packet]:
+        """Yield packets from the container's current position up to its end or an error."""
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -367,10 +381,11 @@ class VideoReader:
                 yield packet
 
     def _plain_rows(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) of every frame as the decoder gives them."""
+        """Yield (index, frame) of every frame in the order of the decoder."""
         timeline = self.timeline()
         if not timeline.reliable:
-            count = itertools.count()  # not enumerate, which holds the last frame
+            # Not enumerate, which would hold the last frame.
+            count = itertools.count()
             for frame in self._decode_all():
                 yield next(count), frame
                 del frame
@@ -392,7 +407,7 @@ class VideoReader:
     def decode_plain(self) -> Rows:
         """Yield (index, pts, frame) of every frame that decodes, by one linear decode."""
         pts = self.timeline().pts
-        for index, frame in ascending(self._plain_rows(), None):
+        for index, frame in sort_rows(self._plain_rows(), None):
             yield index, int(pts[index]), frame
             del frame
 
@@ -401,33 +416,33 @@ class VideoReader:
     def frames_at(self, indices: np.ndarray) -> Rows:
         """Yield (index, pts, frame) for int64 [N] ascending, distinct `indices`.
 
-        The frames equal those of the plain decode; those that even the plain decode lacks are left
-        out.
+        The frames equal those of the plain decode. Frames that even the plain decode does not give
+        are left out.
         """
         timeline = self.timeline()
         requested = np.asarray(indices, np.int64)
-        inside = len(requested) == 0 or (requested[0] >= 0 and requested[-1] < len(timeline))
-        if not inside or np.any(np.diff(requested) <= 0):
+        valid = len(requested) == 0 or (requested[0] >= 0 and requested[-1] < len(timeline))
+        if not valid or np.any(np.diff(requested) <= 0):
             raise VideoError(
                 f"frames {requested[0]} … {requested[-1]} wanted, the video has {len(timeline)}"
             )
-        done = 0
+        num_yielded = 0
         shortcut = self.shortcut(requested) if timeline.reliable else iter(())
         planned = timeline.reliable
-        while planned and done < len(requested):
+        while planned and num_yielded < len(requested):
             try:
                 index, frame = next(shortcut)
             except NotAsPlanned:
                 planned = False
             else:
-                done += 1
+                num_yielded += 1
                 yield index, int(timeline.pts[index]), frame
-        for index, frame in ascending(self._plain_rows(), requested[done:]):
+        for index, frame in sort_rows(self._plain_rows(), requested[num_yielded:]):
             yield index, int(timeline.pts[index]), frame
             del frame
 
     def shortcut(self, requested: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (index, frame) for all `requested` in order, else raise NotAsPlanned."""
+        """Yield (index, frame) for all `requested` in order, or raise NotAsPlanned."""
         table = self.packets
         rank = {int(table.pts[table.order[i]]): int(i) for i in requested}
         queue = [int(i) for i in requested[::-1]]
@@ -435,12 +450,12 @@ class VideoReader:
         for frame in self._decode_ranges(requested):
             index = rank.pop(frame.pts, None) if frame.pts is not None else None
             if index is not None:
-                self._notice(frame)
+                self._set_info(frame)
                 early[index] = frame
             while queue and queue[-1] in early:
                 index = queue.pop()
                 yield index, early.pop(index)
-            if len(early) > HOLD:
+            if len(early) > MAX_EARLY_FRAMES:
                 raise NotAsPlanned
         if queue:
             raise NotAsPlanned
@@ -451,16 +466,17 @@ class VideoReader:
         needed = set(table.order[requested].tolist())
         codec = context.codec.canonical_name
         numbers = NonReferencePictures(context.extradata) if codec == "h264" else None
-        # What the decoders of FROM_START show depends on the buffers that are free: nothing is held
+        # The pictures of the FROM_START decoders depend on the free buffers, so no frame is held
         # back.
         marks_damage = codec not in FROM_START
         feed = Feed(self)
         for start, stop in packet_ranges(table, requested):
             feed.begin(start)
-            context = self._context  # another one if the file had to be opened again
+            # The feed may have opened the file again, with another decoder.
+            context = self._context
             first_pts = latest = table.pts[start]
-            skips: bool | None = None
-            waiting = Waiting()
+            skipping: bool | None = None
+            held = HeldFrames()
             if numbers is not None:
                 numbers.begin()
             for position in range(start, stop + 2):
@@ -470,25 +486,26 @@ class VideoReader:
                     skip = numbers.may_leave_out(memoryview(packet), wanted=position in needed)
                     if skip is None:
                         raise NotAsPlanned
-                    if skip is not skips:
-                        skips = skip
+                    if skip is not skipping:
+                        skipping = skip
                         context.skip_frame = "NONREF" if skip else "DEFAULT"
-                if packet is not None and marks_damage and not skips and table.shown[position]:
-                    waiting.fed(int(table.pts[position]))
+                if packet is not None and marks_damage and not skipping and table.shown[position]:
+                    held.add_packet(int(table.pts[position]))
                 for frame in feed.decode(packet):
                     if frame.pts is None:
                         raise NotAsPlanned
-                    place = table.position_of.get(frame.pts)
-                    if place is None or not table.shown[place]:
+                    position_of_frame = table.position_of.get(frame.pts)
+                    if position_of_frame is None or not table.shown[position_of_frame]:
                         raise NotAsPlanned
-                    if frame.pts < first_pts:  # a leading picture that lacks what it refers to
+                    # A leading picture whose reference pictures were not decoded.
+                    if frame.pts < first_pts:
                         continue
                     # The frame is damaged, or shown in another order than the pts say.
                     if frame.is_corrupt or frame.pts < latest:
                         raise NotAsPlanned
                     latest = frame.pts
-                    yield from waiting.came(frame, wanted=place in needed)
-            yield from waiting.rest()
+                    yield from held.add_frame(frame, wanted=position_of_frame in needed)
+            yield from held.flush()
 
     def sample(self, sampling: Sampling) -> Rows:
         """Yield (index, pts, frame) of the sampled frames, in one pass."""

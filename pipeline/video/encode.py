@@ -22,10 +22,10 @@ from ..common.processes import end_with_parent
 from .container import FORMATS
 
 Path = str | os.PathLike[str]
-# ffmpeg-python refuses names that are not UTF-8: these stand for them until the command is
+# ffmpeg-python refuses names that are not UTF-8. These replace the names until the command is
 # complete.
 _SOURCE, _TARGET = "file:source", "file:target"
-_TAIL = 4000  # bytes of ffmpeg's last words
+_MAX_TAIL_BYTES = 4000  # kept of ffmpeg's messages
 
 
 def write_video(
@@ -40,7 +40,7 @@ def write_video(
     pix_fmt: str = "yuv420p",
     extra: dict[str, Any] | None = None,
 ) -> int:
-    """Encode RGB `frames`, uint8 [h, w, 3] each of one size (or [n, h, w, 3]); return their number.
+    """Encode RGB `frames` of one size, uint8 [h, w, 3] each (or [n, h, w, 3]); return their number.
 
     `extra`: further output options of ffmpeg by name, without the dash (`vf`, `x264opts`, …).
 
@@ -66,15 +66,16 @@ def write_video(
     with _running(command, {_TARGET: path}, stdin=True) as process:
         pipe = process.stdin
         if pipe is None:
-            raise VideoError("ffmpeg cannot be written to")
+            raise VideoError("cannot write to ffmpeg")
         for frame in chain((first,), source):
             if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
                 raise VideoError(
-                    f"frame {count} is {frame.dtype} {frame.shape}, the first uint8 {first.shape}"
+                    f"frame {count} is {frame.dtype} {frame.shape}, expected uint8 {first.shape} as for the first"
                 )
             try:
                 pipe.write(np.ascontiguousarray(frame).tobytes())
-            except (BrokenPipeError, OSError):  # ffmpeg has ended: its stderr has the reason
+            # ffmpeg has ended, and its stderr has the reason.
+            except (BrokenPipeError, OSError):
                 break
             count += 1
     return count
@@ -93,7 +94,7 @@ def transcode(
 ) -> None:
     """Encode a file again without its audio, with its timestamps and the given short side.
 
-    Sizes become even. With codec "copy" the packets are only put into another container.
+    Sizes become even. With codec "copy" the packets are only written into another container.
     """
     stream = ffmpeg.input(
         _SOURCE, format_whitelist=FORMATS, protocol_whitelist="file", **(input_options or {})
@@ -104,11 +105,12 @@ def transcode(
     options = _encoder_options(codec, gop, None, crf)
     command = stream.output(_TARGET, **{"fps_mode": "passthrough", **options, **(extra or {})})
     with _running(command, {_SOURCE: source, _TARGET: target}, stdin=False):
-        pass  # the exit of the context waits for the end
+        # The context waits for the process to end.
+        pass
 
 
-def _plain(path: Path) -> str:
-    """Return the path in a form that ffmpeg takes for a file, whatever it begins with."""
+def _as_file(path: Path) -> str:
+    """Return the path in a form that ffmpeg always reads as a file."""
     return "file:" + os.path.abspath(path)
 
 
@@ -117,8 +119,8 @@ def _encoder_options(
 ) -> dict[str, Any]:
     if codec == "copy":
         return {"vcodec": "copy", "an": None}
-    given = {"g": gop, "bf": bframes, "crf": crf}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    encoder_settings = {"g": gop, "bf": bframes, "crf": crf}
+    chosen = {name: value for name, value in encoder_settings.items() if value is not None}
     return {"vcodec": codec, "pix_fmt": pix_fmt, "threads": 1, "an": None, **chosen}
 
 
@@ -126,9 +128,9 @@ def _encoder_options(
 def _running(
     command: Any, paths: dict[str, Path], *, stdin: bool
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ffmpeg on `paths`, which have other names in the command, and drain its stderr.
+    """Run ffmpeg on `paths` (name in the command → path), and drain its stderr.
 
-    On exit, waits for its end and raises a failure.
+    On exit, wait for the process to end, and raise if it failed.
     """
     compiled = ffmpeg.compile(
         command.global_args("-hide_banner", "-loglevel", "error", "-nostdin"),
@@ -137,12 +139,12 @@ def _running(
     )
     try:
         process = subprocess.Popen(
-            [_plain(paths[word]) if word in paths else word for word in compiled],
+            [_as_file(paths[word]) if word in paths else word for word in compiled],
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            # Killed without a chance to end it, this process may be replaced by one that writes the
-            # same file.
+            # If this process is killed, ffmpeg must end too: another process may write the same
+            # file.
             preexec_fn=partial(end_with_parent, os.getpid()),
         )
     except (OSError, subprocess.SubprocessError) as error:
@@ -177,4 +179,4 @@ def _drain(stream: Any, tail: bytearray) -> None:
     """Keep the last bytes of a stream, so that the writer never waits for a reader."""
     for chunk in iter(lambda: stream.read1(65536), b""):
         tail += chunk
-        del tail[:-_TAIL]
+        del tail[:-_MAX_TAIL_BYTES]

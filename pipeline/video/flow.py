@@ -1,8 +1,8 @@
 """Optical flow of clips, for students of two channels: Farnebäck's method as in Caffe2.
 
-Parameters of Caffe2's video operator (`caffe2/video/optical_flow.cc`): the flow is taken from the
-grey frames of the clip as cropped and mirrored, so that a mirrored clip's horizontal flow is
-negative of itself; T frames of flow need T + 1 pictures. OpenCV is an extra: pip install
+The parameters are those of Caffe2's video operator (`caffe2/video/optical_flow.cc`). The flow is
+computed from the grey frames of the cropped and mirrored clip, so that mirroring negates the
+horizontal flow. T frames of flow need T + 1 pictures. OpenCV is an extra: pip install
 "distinit[flow]".
 
 Shapes: T frames, H W pixels.
@@ -37,7 +37,7 @@ def pictures_needed(length: int, channels: int) -> int:
     return length + 1 if channels == FLOW_CHANNELS else length
 
 
-def require_opencv(what: str = "student.channels=2") -> Any:
+def require_opencv(option: str = "student.channels=2") -> Any:
     """Return OpenCV, limited to one thread since loaders are parallel over clips.
 
     Raises:
@@ -47,33 +47,33 @@ def require_opencv(what: str = "student.channels=2") -> Any:
         opencv = importlib.import_module("cv2")
     except ImportError:
         raise UsageError(
-            f'{what} needs OpenCV for optical flow: pip install "distinit[flow]"'
+            f'{option} needs OpenCV for optical flow: pip install "distinit[flow]"'
         ) from None
     opencv.setNumThreads(1)
     return opencv
 
 
 def grey(image: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] RGB → uint8 [...] luma, as OpenCV rounds it."""
+    """Return the luma uint8 [...] of RGB pictures uint8 [..., 3], rounded as OpenCV does."""
     return ((image.astype(np.int32) @ _GREY + 16384) >> 15).astype(np.uint8)
 
 
-def flow_between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def flow_between(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the flow float32 [H, W, 2] between two grey pictures uint8 [H, W].
 
-    It is how far (x, y) in pixels each point of the first is displaced in the second, x to the
-    right, y down. Between two equal pictures it is zero, where Farnebäck's method finds motion
-    along the border; clips that end before their length repeat a frame.
+    The flow is the displacement (x, y) of each point in pixels, x to the right and y down. It is
+    zero between equal pictures, which occur because short clips repeat a frame; Farnebäck's method
+    would return motion along the border.
     """
-    if np.array_equal(before, after):
-        return np.zeros((*before.shape, 2), np.float32)
+    if np.array_equal(first, second):
+        return np.zeros((*first.shape, 2), np.float32)
     flow: np.ndarray = require_opencv().calcOpticalFlowFarneback(
-        before, after, None, flags=_GAUSSIAN_WINDOW, **_PARAMETERS
+        first, second, None, flags=_GAUSSIAN_WINDOW, **_PARAMETERS
     )
     return flow
 
 
-def flow_of(images: np.ndarray) -> np.ndarray:
-    """uint8 [T + 1, H, W, 3] RGB → float32 [T, H, W, 2]: the flow from each frame to the next."""
-    frames = [flow_between(before, after) for before, after in pairwise(grey(images))]
+def optical_flow(images: np.ndarray) -> np.ndarray:
+    """Return the flow float32 [T, H, W, 2] between RGB frames uint8 [T + 1, H, W, 3]."""
+    frames = [flow_between(first, second) for first, second in pairwise(grey(images))]
     return np.stack(frames) if frames else np.empty((0, *images.shape[1:3], 2), np.float32)

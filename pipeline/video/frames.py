@@ -164,7 +164,9 @@ def _read(path: str, use: Callable[[VideoReader], T]) -> T:
     with VideoReader(path, index=stored_index) as reader:
         made = use(reader)
         if stored_index is None:  # compressed data is not kept
-            _indices.add(key, VideoIndex(replace(reader.packets, kept=None), reader.timeline()))
+            _indices.add(
+                key, VideoIndex(replace(reader.packets, cached_packets=None), reader.timeline())
+            )
         return made
 
 

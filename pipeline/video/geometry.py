@@ -1,8 +1,8 @@
-"""From a decoded frame to the picture a viewer would see, at the size asked for, in RGB.
+"""Convert a decoded frame to the RGB picture that a viewer sees, at the requested size.
 
-The container's cropping, and rotation and mirroring from its display matrix, are applied,
-non-square pixels are made square, the stream's own colour matrix, range and chroma position go
-through swscale. One resizer for all stages: resizers differ by 1–2.6 grey levels on average.
+The container's cropping, rotation and mirroring (display matrix) are applied, and non-square pixels
+are made square. swscale uses the colour matrix, range and chroma position of the stream. All stages
+use this resizer, because resizers differ by 1–2.6 grey levels on average.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from ..common.settings import Options
 from .container import Margins
 from .region import Region
 
-_MOST_PIXELS = 2**26  # of a rendered picture; a 16384x1 frame with short side 256 would be 1 GB
-# A pixel aspect ratio beyond this, or its inverse, is an invalid header: taken as 1.
-_WIDEST_PIXEL = 16
+# The limit for a rendered picture: a 16384x1 frame with short side 256 would be 1 GB.
+_MAX_PIXELS = 2**26
+# A header with a pixel aspect ratio beyond this, or its inverse, is invalid: 1 is used.
+_MAX_PIXEL_ASPECT = 16
 _FILTERS = {
     "bilinear": Interpolation.BILINEAR,
     "bicubic": Interpolation.BICUBIC,
@@ -38,42 +39,43 @@ _PIL_FILTERS = {"pil-bilinear": "BILINEAR", "pil-bicubic": "BICUBIC", "pil-area"
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored picture is turned for display: transposed first, then flipped."""
+    """The orientation of a stored picture for display: transposed first, then flipped."""
 
     transpose: bool = False
     flip_rows: bool = False
     flip_columns: bool = False
 
     @classmethod
-    def of(cls, frame: av.VideoFrame) -> Orientation:
-        """From the frame's display matrix; an angle between right angles goes to the nearest one.
+    def from_frame(cls, frame: av.VideoFrame) -> Orientation:
+        """Return the orientation of the display matrix; angles are rounded to right angles.
 
         The matrix maps a stored point (p, q) to (a·p + c·q, b·p + d·q), x to the right and y down
         (ISO 14496-12 §6.2.2; FFmpeg libavutil/display.h).
         """
         try:
-            side_data: Any = frame.side_data  # a mapping by type, annotated otherwise by PyAV
+            # A mapping by type, although PyAV annotates it differently.
+            side_data: Any = frame.side_data
         except ValueError:
-            # A kind of side data that this PyAV does not know, such as that of Apple's spatial
-            # video, hides all others. The angle is still set, mirroring is not.
+            # Side data of a kind unknown to this PyAV, such as that of Apple's spatial video, hides
+            # all other side data. The angle is still available, mirroring is not.
             turn = math.radians(frame.rotation)
-            return cls._of_matrix(math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn))
+            return cls._from_matrix(math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn))
         if SideData.DISPLAYMATRIX not in side_data:
             return _UPRIGHT
         raw = bytes(side_data[SideData.DISPLAYMATRIX])
         if len(raw) < 20:
             return _UPRIGHT
         a, b, _, c, d = struct.unpack("5i", raw[:20])
-        return cls._of_matrix(a, b, c, d)
+        return cls._from_matrix(a, b, c, d)
 
     @classmethod
-    def _of_matrix(cls, a: float, b: float, c: float, d: float) -> Orientation:
+    def _from_matrix(cls, a: float, b: float, c: float, d: float) -> Orientation:
         if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
             return cls(False, flip_rows=d < 0, flip_columns=a < 0)
         return cls(True, flip_rows=b < 0, flip_columns=c < 0)
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """[h, w, 3] as stored → a view of it as displayed."""
+        """Return a view of the stored image [h, w, 3] as it is displayed."""
         if self.transpose:
             image = image.transpose(1, 0, 2)
         if self.flip_rows:
@@ -87,14 +89,14 @@ _UPRIGHT = Orientation()
 
 
 def pixel_aspect(ratio: Fraction | None) -> Fraction:
-    """Width of a pixel over its height; 1 where unknown or absurd."""
-    if not ratio or not Fraction(1, _WIDEST_PIXEL) <= ratio <= _WIDEST_PIXEL:
+    """Return the width of a pixel over its height; 1 if unknown or invalid."""
+    if not ratio or not Fraction(1, _MAX_PIXEL_ASPECT) <= ratio <= _MAX_PIXEL_ASPECT:
         return Fraction(1)
     return Fraction(ratio)
 
 
 def inner_size(frame: av.VideoFrame, margins: Margins) -> tuple[int, int]:
-    """(width, height) of a stored picture less its margins; its own where these leave nothing."""
+    """Return (width, height) without the margins; they are ignored if nothing would remain."""
     width = frame.width - margins.left - margins.right
     height = frame.height - margins.top - margins.bottom
     return (width, height) if width > 0 and height > 0 else (frame.width, frame.height)
@@ -103,7 +105,7 @@ def inner_size(frame: av.VideoFrame, margins: Margins) -> tuple[int, int]:
 def display_size(
     width: int, height: int, aspect: Fraction, orientation: Orientation
 ) -> tuple[int, int]:
-    """(width, height) on display in square pixels: the stored height is kept, the width follows."""
+    """Return (width, height) on display in square pixels; the stored height is kept."""
     width = max(1, round(width * aspect))
     return (height, width) if orientation.transpose else (width, height)
 
@@ -111,9 +113,9 @@ def display_size(
 class View(Options):
     """A resize of the displayed picture, then an optional square center crop.
 
-    `resize`: the short side (the long side follows, rounded down as torchvision does) or (height,
-        width). `interpolation`: swscale's filter, or with the prefix `pil-` the antialiased one of
-        PIL, which image libraries use: the frame is converted to RGB at its own size first.
+    `resize`: The short side (the long side follows, rounded down as in torchvision) or (height,
+        width). `interpolation`: swscale's filter, or with the prefix `pil-` the antialiased filter
+        of PIL, which image libraries use. The frame is then converted to RGB before the resize.
     """
 
     resize: PositiveInt | tuple[PositiveInt, PositiveInt]
@@ -123,7 +125,7 @@ class View(Options):
     ] = "bilinear"
 
     def scaled(self, display_h: int, display_w: int) -> tuple[int, int]:
-        """(height, width) after the resize, before the crop."""
+        """Return (height, width) after the resize, before the crop."""
         if isinstance(self.resize, tuple):
             return self.resize
         if display_h <= display_w:
@@ -131,13 +133,13 @@ class View(Options):
         return max(self.resize, int(self.resize * display_h / display_w)), self.resize
 
     def shape(self, display_h: int, display_w: int) -> tuple[int, int]:
-        """(height, width) of the result."""
+        """Return (height, width) of the result."""
         return (self.crop, self.crop) if self.crop else self.scaled(display_h, display_w)
 
     def region(self, display_h: int, display_w: int) -> Region:
         """Return the rectangle of the displayed picture that the result shows.
 
-        It is larger than the picture where a smaller one is padded.
+        It is larger than the picture if the crop pads the picture.
         """
         sized = self.scaled(display_h, display_w)
         if not self.crop:
@@ -146,11 +148,11 @@ class View(Options):
             -((self.crop - length) // 2) if length < self.crop else round((length - self.crop) / 2)
             for length in sized
         )
-        return Region.of_pixels(top, left, (self.crop, self.crop), sized)
+        return Region.from_pixels(top, left, (self.crop, self.crop), sized)
 
     @property
     def fixed_shape(self) -> tuple[int, int] | None:
-        """(height, width) of every result, None if it depends on the video."""
+        """The (height, width) of every result, None if it depends on the video."""
         if self.crop:
             return self.crop, self.crop
         return self.resize if isinstance(self.resize, tuple) else None
@@ -159,7 +161,7 @@ class View(Options):
 class Renderer:
     """Renders frames of one stream, with one swscale context per view and one thread.
 
-    orientation: of all frames; by default each is turned by its own display matrix.
+    orientation: The orientation of all frames; by default that of each frame's display matrix.
     """
 
     def __init__(
@@ -180,23 +182,23 @@ class Renderer:
         display: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Return uint8 [h, w, 3] RGB; `display` (height, width) replaces the frame's size."""
-        orientation = self._orientation or Orientation.of(frame)
+        orientation = self._orientation or Orientation.from_frame(frame)
         if any(self._margins):
-            frame = self._cut(frame)
+            frame = self._crop_margins(frame)
         if display is None:
             width, height = display_size(frame.width, frame.height, self._aspect, orientation)
         else:
             height, width = display
         sized = view.scaled(height, width) if view is not None else (height, width)
-        if sized[0] * sized[1] > _MOST_PIXELS:
+        if sized[0] * sized[1] > _MAX_PIXELS:
             raise VideoError(
                 f"too long and thin: {width}x{height} would become {sized[1]}x{sized[0]}"
             )
         rows, columns = sized[::-1] if orientation.transpose else sized
         if view is not None and view.interpolation in _PIL_FILTERS:
-            # Turned before it is resized, as a library sees the picture.
-            whole = orientation.apply(self._scale(frame, None, frame.width, frame.height))
-            image = _pil_resize(whole, sized, _PIL_FILTERS[view.interpolation])
+            # The picture is oriented before the resize, as in image libraries.
+            picture = orientation.apply(self._scale(frame, None, frame.width, frame.height))
+            image = _pil_resize(picture, sized, _PIL_FILTERS[view.interpolation])
         else:
             image = orientation.apply(self._scale(frame, view, columns, rows))
         if view is not None and view.crop:
@@ -206,26 +208,26 @@ class Renderer:
         out[...] = image
         return out
 
-    def _cut(self, frame: av.VideoFrame) -> av.VideoFrame:
+    def _crop_margins(self, frame: av.VideoFrame) -> av.VideoFrame:
         """Return the frame in RGB, without its margins."""
         width, height = inner_size(frame, self._margins)
         if (width, height) == (frame.width, frame.height):
             return frame
         top, left = self._margins.top, self._margins.left
-        whole = self._scale(frame, None, frame.width, frame.height)
-        inner = np.ascontiguousarray(whole[top : top + height, left : left + width])
+        picture = self._scale(frame, None, frame.width, frame.height)
+        inner = np.ascontiguousarray(picture[top : top + height, left : left + width])
         return av.VideoFrame.from_ndarray(inner, "rgb24")
 
     def _scale(
         self, frame: av.VideoFrame, view: View | None, width: int, height: int
     ) -> np.ndarray:
-        """[height, width, 3] RGB, where possible a view of swscale's own buffer."""
+        """Return RGB [height, width, 3], if possible as a view of swscale's buffer."""
         if frame.interlaced_frame:
-            frame = _progressive(frame)
+            frame = _without_interlaced_flag(frame)
         scaler = self._reformatters.setdefault(view, VideoReformatter())
         kind = _FILTERS[view.interpolation if view is not None else "bilinear"]
-        # At odd widths swscale has no fast way to packed RGB, and its way to planes takes a third
-        # of the time. It gives the same bits where a row is made of more than two others.
+        # At odd widths swscale has no fast conversion to packed RGB; its conversion to planes takes
+        # a third of the time. Both give the same bits if a row is computed from more than two rows.
         planar = width % 2 == 1 and (
             kind == Interpolation.BICUBIC
             or (kind == Interpolation.BILINEAR and height < frame.height)
@@ -262,7 +264,7 @@ def render(frame: av.VideoFrame, view: View | None, aspect: Fraction = Fraction(
 
 def _pil_resize(image: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     """Resize [h, w, 3] to `size` (height, width) as PIL does, antialiased."""
-    # Imported here: few stores ask for it, and every decoding process imports this module.
+    # Imported here: few stores need PIL, and every decoding process imports this module.
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(image))
@@ -281,13 +283,13 @@ def _center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
-def _progressive(frame: av.VideoFrame) -> av.VideoFrame:
+def _without_interlaced_flag(frame: av.VideoFrame) -> av.VideoFrame:
     """Return a copy without the interlaced flag, so that swscale does not separate the fields."""
     copy = av.VideoFrame(frame.width, frame.height, frame.format.name)
     copy.colorspace, copy.color_range = frame.colorspace, frame.color_range
     for source, target in zip(frame.planes, copy.planes, strict=True):
-        read = np.frombuffer(memoryview(source), np.uint8).reshape(-1, abs(source.line_size))
-        write = np.frombuffer(memoryview(target), np.uint8).reshape(-1, target.line_size)
-        shared = min(read.shape[1], write.shape[1])
-        write[:, :shared] = read[:, :shared]
+        source_rows = np.frombuffer(memoryview(source), np.uint8).reshape(-1, abs(source.line_size))
+        target_rows = np.frombuffer(memoryview(target), np.uint8).reshape(-1, target.line_size)
+        num_bytes = min(source_rows.shape[1], target_rows.shape[1])
+        target_rows[:, :num_bytes] = source_rows[:, :num_bytes]
     return copy

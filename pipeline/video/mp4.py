@@ -1,13 +1,15 @@
-"""Read frames of a clip out of an mp4 whose header lists all packets, without reading the rest.
+"""Read frames of a clip from an mp4 whose header lists all packets, without reading the others.
 
-It takes a tenth of the time to open such a file that way, and none to list its packets. The claims
-of the header are compared with each packet that is fed to the decoder; where anything is in doubt,
-NotAsPlanned leaves the file to a VideoReader, which reads and, if need be, decodes all of it.
+Opening such a file takes a tenth of the time, and listing its packets takes none. The header is
+compared with each packet that is decoded. In case of doubt NotAsPlanned is raised, and a
+VideoReader must read and, if necessary, decode the whole file.
 
-libavformat gives each sample's decode time, place and flags from the header, edit lists applied,
-but not its presentation time: that is decode time + the sample's offset in the `ctts` box, which is
-read here, + the shift that libavformat adds for negative offsets. Whatever is out of the ordinary
-(fragments, several video tracks, edits, sample descriptions, …) is left to a reader of the packets.
+libavformat gives the decode time, position and flags of each sample from the header, with edit
+lists applied, but not the presentation time. That is the decode time + the offset of the sample in
+the `ctts` box, which is read here, + the shift that libavformat adds for negative offsets. Unusual
+files (fragments, several video tracks, edits, sample descriptions, …) are left to a reader of all
+packets.
+
 Source: ISO/IEC 14496-12 §8; libavformat's mov.c.
 """
 
@@ -29,23 +31,23 @@ from .decoder import Rows, VideoIndex, VideoReader
 from .feed import NotAsPlanned, packet_ranges
 from .packets import PacketTable, Timeline, pts_are_real
 
-_BEGINNING = 2**16  # bytes of a packet that are looked at for what it is
-_MOST = 2**26  # bytes of a header that is taken into memory
-_MOST_BOXES = 64  # of a file, before its header
-_CODED_AS = frozenset((b"avc1", b"avc3", b"hvc1", b"hev1"))
-_LEAST_OFFSET = -(2**28)  # below that, libavformat drops all offsets
-_CONTAINERS = (b"trak", b"mdia", b"minf", b"stbl", b"edts")
+_MAX_HEAD_BYTES = 2**16  # of a packet, read to identify it
+_MAX_HEADER_BYTES = 2**26  # of a header that is read into memory
+_MAX_BOXES = 64  # of a file, before its header
+_SAMPLE_FORMATS = frozenset((b"avc1", b"avc3", b"hvc1", b"hev1"))
+_MIN_OFFSET = -(2**28)  # below that, libavformat drops all offsets
+_PARENT_BOXES = (b"trak", b"mdia", b"minf", b"stbl", b"edts")
 
 Header = tuple[PacketTable, Timeline]
 
 
 class QuickReader(VideoReader):
-    """As VideoReader, for `timeline`, `info` after a frame, and `frames_at`.
+    """A VideoReader for `timeline`, `frames_at`, and `info` after the first frame.
 
-    Raises NotAsPlanned instead of decoding the whole file, and VideoError if the file cannot be
+    It raises NotAsPlanned instead of decoding the whole file, and VideoError if the file cannot be
     opened.
 
-    index: of the same file by a reader of this kind.
+    index: The index of the same file from another QuickReader.
     """
 
     _header_only = True
@@ -80,27 +82,28 @@ class QuickReader(VideoReader):
         if header is None:
             raise NotAsPlanned
         self._table, self._timeline = header
-        # Else the first frames may never come out, and the others would have other indices.
-        if not self._begins(0):
+        # Otherwise the first frames may never come out, and the indices of the others would change.
+        if not self._can_begin(0):
             raise NotAsPlanned
 
     def _open(self) -> None:
         super()._open()
         for stream in self._container.streams:
             if stream is not self._stream:
-                stream.discard = Discard.all  # libavformat does not even read them
+                # Libavformat then does not even read it.
+                stream.discard = Discard.all
 
     def _aspect(self) -> Fraction | None:
-        """Return the container's aspect, else that of the header's parameters.
+        """Return the aspect ratio of the container, or else of the parameter sets in the header.
 
-        The decoder has these: `_begins` lets no others in.
+        The decoder uses no other parameter sets, since `_can_begin` refuses them.
         """
         return rational(self._stream.sample_aspect_ratio) or rational(
             self._context.sample_aspect_ratio
         )
 
     def index(self) -> VideoIndex:
-        """For the next reader of the file."""
+        """Return the index for the next reader of the file."""
         return VideoIndex(self.packets, self.timeline(), from_header=True)
 
     def frames_at(self, indices: np.ndarray) -> Rows:
@@ -111,63 +114,65 @@ class QuickReader(VideoReader):
             yield index, int(pts[index]), frame
 
     def _check_entries(self, requested: np.ndarray) -> None:
-        """Read the packets at which decoding is to begin.
+        """Read the packets at which decoding is to begin, and correct the table of entries.
 
-        Those where it cannot begin stop being entries.
+        A packet at which decoding cannot begin is no longer an entry.
         """
         table = self.packets
         while True:
             ranges = packet_ranges(table, requested)
-            wrong = [start for start, _ in ranges if not self._begins(start)]
-            if not wrong:
+            invalid = [start for start, _ in ranges if not self._can_begin(start)]
+            if not invalid:
                 break
-            table.entry[wrong] = False
+            table.entry[invalid] = False
         codec, extradata = self._context.codec.canonical_name, self._context.extradata
         is_b = b_picture_test(codec, extradata)
         for _, stop in ranges:
-            # What is decoded is looked at on the way. If the packet after it is shown before it,
-            # its pts must say so.
-            after = stop + 1
+            # Decoded packets are checked on the way. If the packet after them is shown before them,
+            # its pts must be lower.
+            following = stop + 1
             if (
                 is_b
-                and after < len(table.pts)
-                and table.rising[after]
-                and is_b(self._beginning(after))
+                and following < len(table.pts)
+                and table.rising[following]
+                and is_b(self._head(following))
             ):
                 raise NotAsPlanned
 
-    def _begins(self, position: int) -> bool:
+    def _can_begin(self, position: int) -> bool:
         """Return whether decoding may begin at a packet.
 
-        Parameters other than the header's are in doubt everywhere: what they omit (colours, the
-        shape of pixels) stays as it was before.
+        Parameter sets that the header lacks raise NotAsPlanned, because the decoder keeps earlier
+        values of what they omit (colours, pixel aspect ratio).
         """
         codec, extradata, data = (
             self._context.codec.canonical_name,
             self._context.extradata,
-            self._beginning(position),
+            self._head(position),
         )
-        if extradata is None or in_doubt(codec, extradata, data, int(self.packets.bytes[position])):
+        if extradata is None or in_doubt(
+            codec, extradata, data, int(self.packets.num_bytes[position])
+        ):
             raise NotAsPlanned
         if position == 0 and must_be_first(codec, extradata, data):
             raise NotAsPlanned
         test = entry_test(codec, extradata)
         return test is not None and test(data)
 
-    def _beginning(self, position: int) -> memoryview:
-        """Return the file's bytes in the place of a packet, as far as they identify the packet."""
+    def _head(self, position: int) -> memoryview:
+        """Return the first bytes of a packet from the file, as many as identify it."""
         table = self.packets
-        if table.place is None:
+        if table.byte_position is None:
             raise NotAsPlanned
-        size = min(int(table.bytes[position]), _BEGINNING)
-        return memoryview(os.pread(self._file, size, int(table.place[position])))
+        size = min(int(table.num_bytes[position]), _MAX_HEAD_BYTES)
+        return memoryview(os.pread(self._file, size, int(table.byte_position[position])))
 
 
 def read_header(descriptor: int, container: InputContainer, stream: VideoStream) -> Header | None:
     """Read packets and timeline of an open mp4 with H.264 or HEVC from its header.
 
-    None if the header does not give them. The table is what reading the packets would give, except
-    that key frames are the header's, and that every one of them counts as an entry.
+    Return None if the header does not give them. The table equals that of reading all packets,
+    except that key frames are those of the header and that each of them counts as an entry.
 
     Raises:
         OSError: The file cannot be read.
@@ -180,15 +185,15 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
         return None
     try:
         samples = _samples(moov, len(stream.index_entries))
-    except (ValueError, IndexError):  # cut off
+    except (ValueError, IndexError):  # truncated boxes
         return None
     if samples is None:
         return None
     sizes, offsets, shift = samples
     rows = [(e.timestamp, e.pos, e.size, e.is_keyframe, e.is_discard) for e in stream.index_entries]
-    dts, place, length, key, hidden = np.array(rows, np.int64).reshape(-1, 5).T
-    whole = np.all(length > 0) and np.all(place + length <= os.fstat(descriptor).st_size)
-    if not whole or not np.array_equal(length, sizes):
+    dts, position, length, key, hidden = np.array(rows, np.int64).reshape(-1, 5).T
+    complete = np.all(length > 0) and np.all(position + length <= os.fstat(descriptor).st_size)
+    if not complete or not np.array_equal(length, sizes):
         return None
     table = PacketTable(
         pts=dts + offsets + shift,
@@ -196,8 +201,8 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
         key=key.astype(bool),
         shown=~hidden.astype(bool),
         entry=key.astype(bool),
-        bytes=length,
-        place=place,
+        num_bytes=length,
+        byte_position=position,
         trusted=pts_are_real(container, stream),
     )
     if len(np.unique(table.pts)) < len(table.pts):
@@ -207,13 +212,13 @@ def read_header(descriptor: int, container: InputContainer, stream: VideoStream)
 
 
 def _moov(descriptor: int) -> bytes | None:
-    """Return the file's header, without its own head.
+    """Return the content of the header box of the file (moov).
 
-    None if it does not exist, or further ones may follow.
+    Return None if there is none, or if further headers may follow.
     """
-    at = 0
-    for _ in range(_MOST_BOXES):
-        head = os.pread(descriptor, 16, at)
+    position = 0
+    for _ in range(_MAX_BOXES):
+        head = os.pread(descriptor, 16, position)
         if len(head) < 8:
             return None
         size, kind, start = int.from_bytes(head[:4], "big"), head[4:8], 8
@@ -222,16 +227,18 @@ def _moov(descriptor: int) -> bytes | None:
         if size < start or kind == b"moof":
             return None
         if kind == b"moov":
-            return os.pread(descriptor, size - start, at + start) if size <= _MOST else None
-        at += size
+            if size > _MAX_HEADER_BYTES:
+                return None
+            return os.pread(descriptor, size - start, position + start)
+        position += size
     return None
 
 
 def _samples(moov: bytes, num_packets: int) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Return sizes in bytes, offsets of presentation times int64 [P], and the shift of all.
+    """Return sizes in bytes and offsets of presentation times, int64 [P], and their common shift.
 
-    They are those of the one video track. num_packets: P; None is returned if the header
-    claims another number.
+    They belong to the only video track. num_packets: P; None is returned if the header has another
+    number of packets.
 
     Raises:
         ValueError: A box ends too early.
@@ -244,16 +251,21 @@ def _samples(moov: bytes, num_packets: int) -> tuple[np.ndarray, np.ndarray, int
         if kind == b"trak":
             boxes: dict[bytes, bytes] = {}
             for leaf, content in _leaves(moov, start, end):
-                boxes.setdefault(leaf, content)  # QuickTime has a second, lesser `hdlr`
+                # QuickTime has a second `hdlr` box after the one of the track.
+                boxes.setdefault(leaf, content)
             if b"hdlr" in boxes and boxes[b"hdlr"][8:12] == b"vide":
                 tracks.append(boxes)
     if len(tracks) != 1:
         return None
     boxes = tracks[0]
     description, table = boxes.get(b"stsd", b""), boxes.get(b"stsz", b"")
-    if description[4:8] != b"\0\0\0\1" or description[12:16] not in _CODED_AS or len(table) < 12:
+    if (
+        description[4:8] != b"\0\0\0\1"
+        or description[12:16] not in _SAMPLE_FORMATS
+        or len(table) < 12
+    ):
         return None
-    if b"elst" in boxes and not _one_edit(boxes[b"elst"]):
+    if b"elst" in boxes and not _has_one_edit(boxes[b"elst"]):
         return None
     size, count = np.frombuffer(table, ">u4", 2, 4).tolist()
     if count != num_packets:
@@ -270,37 +282,37 @@ def _samples(moov: bytes, num_packets: int) -> tuple[np.ndarray, np.ndarray, int
         if (
             np.min(lengths, initial=1) < 1
             or lengths.sum() != count
-            or np.min(values, initial=0) < _LEAST_OFFSET
+            or np.min(values, initial=0) < _MIN_OFFSET
         ):
             return None
         offsets = np.repeat(values, lengths)
-        # As in libavformat, the last two runs do not count.
+        # As in libavformat, the last two runs are not counted.
         shift = max(0, -int(np.min(values[:-2], initial=0)))
     return sizes, offsets, shift
 
 
-def _one_edit(box: bytes) -> bool:
-    """Return whether an edit list takes the track only once; empty edits only delay it."""
-    long = box[0] == 1
+def _has_one_edit(box: bytes) -> bool:
+    """Return whether an edit list shows the track only once; empty edits only delay it."""
+    is_long = box[0] == 1
     (count,) = np.frombuffer(box, ">u4", 1, 4).tolist()
-    edit = np.dtype([("for", ">i8"), ("time", ">i8"), ("rate", ">i4")] if long else
+    edit = np.dtype([("for", ">i8"), ("time", ">i8"), ("rate", ">i4")] if is_long else
                     [("for", ">i4"), ("time", ">i4"), ("rate", ">i4")])  # fmt: skip
     return int(np.sum(np.frombuffer(box, edit, count, 8)["time"] != -1)) <= 1
 
 
 def _leaves(data: bytes, start: int, end: int, depth: int = 4) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (type, content) of the boxes of a track that hold no others.
+    """Yield (type, content) of the boxes of a track that hold no other boxes.
 
     Raises:
         ValueError: They are nested too deep.
     """
     if not depth:
-        raise ValueError("boxes in boxes without end")
-    for kind, at, stop in _boxes(data, start, end):
-        if kind in _CONTAINERS:
-            yield from _leaves(data, at, stop, depth - 1)
+        raise ValueError("boxes are nested too deep")
+    for kind, content_start, content_end in _boxes(data, start, end):
+        if kind in _PARENT_BOXES:
+            yield from _leaves(data, content_start, content_end, depth - 1)
         else:
-            yield kind, data[at:stop]
+            yield kind, data[content_start:content_end]
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
@@ -312,6 +324,6 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
     while start + 8 <= end:
         size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
         if size < 8 or start + size > end:
-            raise ValueError("a box that is longer than what holds it")
+            raise ValueError("a box is longer than its parent")
         yield kind, start + 8, start + size
         start += size

@@ -86,10 +86,10 @@ class _PacketReader(QuickReader):
 
     def _decode_all(self) -> Iterator[VideoFrame]:
         """Yield the first frame alone, which the decoder would hold back until later packets."""
-        if not self.packets.kept:
+        if not self.packets.cached_packets:
             raise NotAsPlanned
         self.start(read=False, feed=True)
-        for packet in (self.packets.kept[0], None):
+        for packet in (self.packets.cached_packets[0], None):
             try:
                 yield from self._context.decode(packet)
             except (MemoryError, *DECODE_ERRORS) as error:

@@ -14,7 +14,7 @@ class Region(NamedTuple):
     right: float
 
     @classmethod
-    def of_pixels(
+    def from_pixels(
         cls, top: float, left: float, size: tuple[float, float], picture: tuple[float, float]
     ) -> Region:
         """Return the rectangle of `size` (height, width) pixels at (top, left) of a picture."""
@@ -26,7 +26,7 @@ class Region(NamedTuple):
         return Region(self.top, 1 - self.right, self.bottom, 1 - self.left)
 
     def inside(self, outer: Region) -> Region:
-        """Return this rectangle in shares of another of the same picture."""
+        """Return this rectangle in shares of another rectangle of the same picture."""
         height, width = outer.bottom - outer.top, outer.right - outer.left
         return Region(
             (self.top - outer.top) / height,

@@ -1,4 +1,4 @@
-"""Which frames of a video are kept: every nth, at a rate, or key frames only."""
+"""Select the frames of a video to cache: every nth, at a rate, or key frames only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 class Sampling(Options):
-    """Which frames are cached: one of `every` (frames), `fps`, `keyframes`.
-
-    Every 4th by default.
-    """
+    """The frames to cache: one of `every` (frames), `fps`, `keyframes`; every 4th by default."""
 
     every: Annotated[
         int | None,
@@ -36,7 +33,7 @@ class Sampling(Options):
     @model_validator(mode="before")
     @classmethod
     def _default_every(cls, data: object) -> object:
-        """With nothing chosen, every 4th frame."""
+        """Sample every 4th frame by default."""
         if not isinstance(data, dict) or data.get("keyframes"):
             return data
         chosen = data.get("every") is not None or data.get("fps") is not None
@@ -50,7 +47,7 @@ class Sampling(Options):
         return self
 
     def describe(self) -> str:
-        """For a person: "every 4th frame", "2 frames per second", "key frames"."""
+        """Return it in words: "every 4th frame", "2 frames per second", "key frames"."""
         if self.keyframes:
             return "key frames"
         if self.fps is not None:
@@ -66,11 +63,11 @@ class Sampling(Options):
         return f"every {every}{suffix} frame"
 
     def select(self, pts: np.ndarray, is_key: np.ndarray, time_base: Fraction) -> np.ndarray:
-        """Return the indices int64 [N], ascending, of the frames kept.
+        """Return the indices int64 [N], ascending, of the sampled frames.
 
-        `pts` int64 [T], strictly ascending, and `is_key` bool [T] are of all frames of a video. For
-        a rate, of each k = 0, 1, … up to the last frame's time: the last frame with time ≤ first +
-        k/fps; a frame that several k name is kept once.
+        `pts` int64 [T], strictly ascending, and `is_key` bool [T] describe all frames of a video.
+        At a rate, the last frame with time ≤ first + k/fps is sampled for each k = 0, 1, … up to
+        the last frame's time; a frame is sampled once, even for several k.
         """
         import numpy as np  # not for --help, which builds this model
 
@@ -80,25 +77,25 @@ class Sampling(Options):
             return np.arange(0, len(pts), self.every or 1, dtype=np.int64)
         if len(pts) == 0:
             return np.zeros(0, np.int64)
-        # In units where both times are integers: (pts - first)·a against k·b.
+        # In units in which both times are integers, (pts - first)·a is compared with k·b.
         rate = Fraction(self.fps).limit_denominator(1_000_000)
         a = time_base.numerator * rate.numerator
         b = time_base.denominator * rate.denominator
         span = int(pts[-1]) - int(pts[0])
-        safe = span * a < 2**62
-        offsets = (pts - pts[0]) * a if safe else (pts.astype(object) - int(pts[0])) * a
-        # Frame i is kept when some k has offset[i] ≤ k·b < offset[i+1]; the smallest such k is a
+        fits_int64 = span * a < 2**62
+        offsets = (pts - pts[0]) * a if fits_int64 else (pts.astype(object) - int(pts[0])) * a
+        # Frame i is sampled when some k has offset[i] ≤ k·b < offset[i+1]; the smallest such k is a
         # ceiling.
         ceiling = -(-offsets // b)
-        kept = np.empty(len(pts), bool)
-        kept[:-1] = ceiling[:-1] * b < offsets[1:]
-        kept[-1] = offsets[-1] % b == 0
-        return np.flatnonzero(kept).astype(np.int64)
+        sampled = np.empty(len(pts), bool)
+        sampled[:-1] = ceiling[:-1] * b < offsets[1:]
+        sampled[-1] = offsets[-1] % b == 0
+        return np.flatnonzero(sampled).astype(np.int64)
 
     def rows_bound(self, probe: Probe) -> int:
-        """Return how many rows to reserve at least for a probed video.
+        """Return how many rows to reserve for a probed video.
 
-        Exact counts give exact bounds.
+        It is an upper bound if the counts of the probe are exact.
         """
         if self.keyframes:
             return max(1, probe.keyframes)

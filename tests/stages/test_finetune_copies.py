@@ -192,7 +192,7 @@ def test_what_is_no_copy_of_the_labelled_video_is_not_read(
         errors.pop("test/red/0.mp4")
         == "the original has changed since it was copied: run distinit prepare again"
     )
-    assert errors.pop("test/blue/0.mp4") == f"no copy in {small}: its status.csv says why"
+    assert errors.pop("test/blue/0.mp4") == f"no copy in {small}: see status.csv for the reason"
     assert set(errors.values()) == {None}
     with pytest.raises(UsageError, match=r"prepared\.json"):
         load_labels(f"folder:{root}", copies=os.fspath(root))

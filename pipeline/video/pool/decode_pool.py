@@ -1,13 +1,13 @@
 """Decode many videos in worker processes, in order, ahead of the consumer of the frames.
 
-A worker that crashes or falls silent costs its video a second try in a fresh worker and, if that
-fails too, a reason; never the run. Where decoding does not work at all, whatever the video, a
-DecoderError ends the run, and no video is given a reason. Each worker has four slots of shared
-memory; a worker whose slots are all unread waits, which bounds what is decoded ahead.
+If a worker crashes or stops answering, its video gets a second try in a fresh worker. If that fails
+too, the video fails with a reason, and the run continues. If decoding works for no video, a
+DecoderError ends the run, and no video gets a reason. Each worker has four slots of shared memory;
+a worker waits while all its slots are unread, which limits how much is decoded ahead.
 
-Why no one waits for ever: a worker is given tasks in the order in which they are read, and a
-second try goes to a worker that was given none. So all unread blocks of the worker that works on
-the first task are of that task: either there is a block to read, or the worker has a free slot and
+No deadlock is possible: a worker receives tasks in the order in which they are read, and a second
+try goes to a worker without other tasks. All unread blocks of the worker of the first task
+therefore belong to that task. Either there is a block to read, or the worker has a free slot and
 its silence is timed.
 """
 
@@ -36,12 +36,12 @@ from .process import ForkServerProcess, WorkerProcess
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
-_AHEAD = 4  # tasks that may be finished and unread, per worker
+_MAX_AHEAD = 4  # finished tasks per worker that may be unread
 _PROBES = 16  # files per message to a worker
-# The same before the first `probe`: the answers of that many fit the buffer of a socket.
+# Files per message before the first `probe`: their answers fit into the buffer of a socket.
 _FIRST_PROBES = 256
-# A task that was waited for longer than so many time-outs fails, unless it gave a sign of life once
-# per time-out / this number on average.
+# A task fails if the pool waited for it longer than this many time-outs, unless it gave a sign of
+# life once per time-out / this number on average.
 _SLOW = 10
 
 
@@ -61,7 +61,7 @@ class DecodeJob:
 class Block:
     """n frames of job `key`: index and pts int64 [n], images uint8 [n, h, w, 3] per view.
 
-    The images are shared memory: valid until the next item is asked for.
+    The images are shared memory, valid until the next item is requested.
     """
 
     key: int
@@ -74,7 +74,8 @@ class Block:
 class Done:
     """Job `key` is complete.
 
-    `frames` in the file; `note`: what was damaged; `more`: max_rows was reached with frames left.
+    frames: Number of frames in the file. note: A description of its damage. more: Whether frames
+        were left when max_rows was reached.
     """
 
     key: int
@@ -86,7 +87,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """Job `key` gave no further frames, for this reason."""
+    """Job `key` gives no further frames, for this reason."""
 
     key: int
     reason: str
@@ -94,46 +95,52 @@ class Failed:
 
 @dataclass
 class _Task:
-    """One message to a worker, and what came back so far.
+    """One message to a worker, and its answers so far.
 
-    rows: frames that came, or answers where the message has several paths.
+    rows: Number of received frames, or of answers if the message has several paths. signs: Signs of
+        life in this try. waited: Seconds in this try.
     """
 
     message: dict[str, Any]
     answers: deque[tuple[dict[str, Any], WorkerProcess | None]] = field(default_factory=deque)
     finished: bool = False
     rows: int = 0
-    signs: int = 0  # of life, in this try
-    waited: float = 0.0  # seconds in this try
+    signs: int = 0
+    waited: float = 0.0
     failures: list[str] = field(default_factory=list)
 
     @property
     def path(self) -> str:
-        """The file at which the worker is."""
+        """The file that the worker reads."""
         if "paths" in self.message:
             paths = self.message["paths"]
             return str(paths[min(self.rows, len(paths) - 1)])
         return str(self.message.get("path", self.message.get("source")))
 
     def next_path(self) -> None:
-        """Note that the answer of a path came: the next one has its own time and tries."""
+        """Record the answer of a path, and count time and tries of the next path from zero."""
         if "paths" in self.message:
             self.rows, self.signs, self.waited = self.rows + 1, 0, 0.0
             self.failures.clear()
 
 
-_Started = tuple[deque[_Task], Iterator[dict[str, Any]]]
-"""Tasks that were given to workers or are done, and the messages to come."""
+_StartedTasks = tuple[deque[_Task], Iterator[dict[str, Any]]]
+"""Tasks that are assigned to workers or finished, and the messages that follow."""
 
 
 class DecodePool:
-    """`processes` workers that probe and decode. Use as a context manager; one call at a time.
+    """A pool of `processes` workers that probe and decode. Use as a context manager.
 
-    views: fixed size, rendered of every frame; see also `show`. memory_gb: address space of a
-    worker. timeout_s: how long a worker may go without a packet, a frame or an answer before it is
-    killed; one that is waited for ten times as long is killed if these come less often than every
-    tenth of it. ahead: tasks a worker may have finished that nobody has read, because one before
-    them takes longer.
+    Only one call can run at a time.
+
+    Args:
+        processes: Number of workers.
+        views: Views of fixed size, rendered of every frame; see also `show`.
+        memory_gb: Address space of a worker.
+        timeout_s: Seconds without a packet, a frame or an answer after which a worker is killed. A
+            worker that is waited for ten times as long is killed if these come less often than
+            every tenth of it.
+        ahead: Finished tasks per worker that may be unread because an earlier task takes longer.
     """
 
     def __init__(
@@ -143,21 +150,24 @@ class DecodePool:
         views: Sequence[View] = (),
         memory_gb: float = 4,
         timeout_s: float = 120,
-        ahead: int = _AHEAD,
+        ahead: int = _MAX_AHEAD,
     ) -> None:
         if processes < 1:
             raise ValueError(f"processes must be at least 1, got {processes}")
-        self._layout = Layout.of(tuple(views))
+        self._layout = Layout.for_views(tuple(views))
         self._views = tuple(views)
         self._memory_gb, self._timeout_s = memory_gb, timeout_s
         self._ahead = ahead
         self._server: ForkServerProcess | None = None
-        self._servers_ended = 0  # counted per worker, since the last answer
-        self._workers: dict[int, WorkerProcess] = {}  # by place, below `processes`
+        # Ends of fork servers since the last answer, counted per worker.
+        self._server_ends = 0
+        # By number of the worker, below `processes`.
+        self._workers: dict[int, WorkerProcess] = {}
+        self._tasks: dict[int, _Task] = {}
         self._processes = self._used = processes
-        self._working: dict[int, _Task] = {}  # by place of the worker
         self._busy = False
-        self._begun: tuple[list[str], _Started] | None = None  # probing, and of which paths
+        # The paths of `begin_probing`, and its tasks.
+        self._early_probes: tuple[list[str], _StartedTasks] | None = None
         self._owner = os.getpid()
 
     def __enter__(self) -> Self:
@@ -169,43 +179,43 @@ class DecodePool:
     def close(self) -> None:
         """End the workers and their fork server."""
         if self._owner == os.getpid():
-            for place in list(self._workers):
-                self._drop(place)
+            for number in list(self._workers):
+                self._drop(number)
             if self._server is not None:
                 self._server.close()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that were started, by place."""
+        """Process ids of the workers that were started, by number of the worker."""
         pids = (worker.pid for _, worker in sorted(self._workers.items()))
         return [pid for pid in pids if pid is not None]
 
     def show(self, views: Sequence[View]) -> None:
         """Render these views of every frame from now on. Not while a stream is being read."""
-        self._views, self._layout = tuple(views), Layout.of(tuple(views))
+        self._views, self._layout = tuple(views), Layout.for_views(tuple(views))
         for worker in self._workers.values():
             worker.show(self._layout, self._views)
 
     def use_at_most(self, processes: int) -> None:
-        """Give tasks to so many of the workers alone, from now on."""
+        """Assign tasks only to this many workers from now on."""
         self._used = min(processes, self._processes)
 
     def begin_probing(self, paths: Sequence[str]) -> None:
-        """Start to probe; the first `probe` takes the answers, if its paths are the same.
+        """Start to probe; the first `probe` yields the answers if its paths are the same.
 
-        The workers need nothing from the caller until each has probed its share of them, or
-        `_FIRST_PROBES`.
+        The workers need nothing from the caller until each has probed its share of the paths, at
+        most `_FIRST_PROBES`.
         """
         share = min(_FIRST_PROBES, -(-len(paths) // self._used))
-        self._begun = list(paths), self._start(self._probes(paths, max(1, share)))
+        self._early_probes = list(paths), self._start(self._probes(paths, max(1, share)))
 
     def probe(self, paths: Sequence[str]) -> Iterator[Probe]:
-        """Yield a Probe of each path, in order; after a crash or a hang, a Probe with an error."""
-        begun = None
-        if self._begun is not None and self._begun[0] == list(paths):
-            begun, self._begun = self._begun[1], None
+        """Yield a Probe per path, in order; after a crash or a hang, a Probe with an error."""
+        started_tasks = None
+        if self._early_probes is not None and self._early_probes[0] == list(paths):
+            started_tasks, self._early_probes = self._early_probes[1], None
         share = min(_PROBES, -(-len(paths) // self._used))
-        for _, answer, _ in self._run(self._probes(paths, share), begun):
+        for _, answer, _ in self._run(self._probes(paths, share), started_tasks):
             if answer["kind"] == "failed":
                 yield Probe(error=answer["reason"])
             else:
@@ -213,15 +223,15 @@ class DecodePool:
                 yield Probe(**{**fields, "time_base": tuple(fields["time_base"])})
 
     def _probes(self, paths: Sequence[str], share: int) -> Iterator[dict[str, Any]]:
-        """Yield messages of `share` paths per worker, then of few, so that all end together."""
-        at, message = 0, 0
-        while at < len(paths):
-            end = at + (share if message < self._used else min(share, _PROBES))
-            yield {"kind": "probes", "paths": list(paths[at:end]), "skip": 0}
-            at, message = end, message + 1
+        """Yield messages of `share` paths per worker, then smaller ones to balance the load."""
+        start, num_messages = 0, 0
+        while start < len(paths):
+            end = start + (share if num_messages < self._used else min(share, _PROBES))
+            yield {"kind": "probes", "paths": list(paths[start:end]), "skip": 0}
+            start, num_messages = end, num_messages + 1
 
     def timeline(self, path: str) -> Timeline:
-        """Return all frames of one video in order; raises VideoError."""
+        """Return all frames of one video in order; raise VideoError if it cannot be read."""
         (answer,) = self.timelines([path])
         if isinstance(answer, Failed):
             raise VideoError(answer.reason)
@@ -230,7 +240,7 @@ class DecodePool:
     def timelines(
         self, paths: Iterable[str]
     ) -> Iterator[tuple[Timeline, tuple[int, int]] | Failed]:
-        """Yield for each video, in order, all frames and (width, height) on display, or Failed."""
+        """Yield per video, in order, its timeline and (width, height) on display, or Failed."""
         messages = (
             {"kind": "timeline", "path": path, "key": key} for key, path in enumerate(paths)
         )
@@ -246,7 +256,7 @@ class DecodePool:
             yield Timeline(pts, key, base, answer["reliable"], answer["clock"]), (width, height)
 
     def copies(self, jobs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | Failed]:
-        """Yield for each job, in order, the row of the copy that was made, or Failed.
+        """Yield per job, in order, the row of the new copy, or Failed.
 
         The worker runs `make_copy.copy_job`.
         """
@@ -259,9 +269,9 @@ class DecodePool:
             )
 
     def stream(self, jobs: Iterable[DecodeJob]) -> Generator[Block | Done | Failed, None, None]:
-        """Yield for each job, in order, its Blocks, then Done or Failed.
+        """Yield per job, in order, its Blocks, then Done or Failed.
 
-        Jobs are read as workers get free.
+        Jobs are read when workers become free.
         """
         messages = (
             {
@@ -289,13 +299,13 @@ class DecodePool:
                 yield Block(key, index, pts, images)
                 worker.free(answer["slot"])
 
-    # One engine for all of them
+    # The engine of all these calls
 
-    def _start(self, messages: Iterator[dict[str, Any]]) -> _Started:
-        """Give the first messages to the workers."""
-        if self._begun is not None:
-            self._begun = None
-            self._leave()
+    def _start(self, messages: Iterator[dict[str, Any]]) -> _StartedTasks:
+        """Assign the first messages to the workers."""
+        if self._early_probes is not None:
+            self._early_probes = None
+            self._stop()
         if self._busy:
             raise RuntimeError(
                 "this pool is in use: finish or close the iterator of the earlier call first"
@@ -307,10 +317,10 @@ class DecodePool:
         return queue, source
 
     def _run(
-        self, messages: Iterator[dict[str, Any]], begun: _Started | None = None
+        self, messages: Iterator[dict[str, Any]], started_tasks: _StartedTasks | None = None
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any], WorkerProcess | None]]:
-        """Yield (message, answer, worker) in the order of the messages; a last answer ends each."""
-        queue, source = begun or self._start(messages)
+        """Yield (message, answer, worker) in the order of the messages, all answers of each."""
+        queue, source = started_tasks or self._start(messages)
         try:
             while True:
                 exhausted = self._assign(queue, source)
@@ -320,7 +330,7 @@ class DecodePool:
                     continue
                 head = queue[0]
                 while not head.answers and not head.finished:
-                    self._listen()
+                    self._receive()
                     self._assign(queue, source)
                 if head.answers:
                     answer, worker = head.answers.popleft()
@@ -328,19 +338,19 @@ class DecodePool:
                 else:
                     queue.popleft()
         finally:
-            self._leave()
+            self._stop()
 
-    def _leave(self) -> None:
-        """End the workers with something that nobody wants any more."""
-        for place, worker in list(self._workers.items()):
-            if place in self._working or worker.unread:
-                self._drop(place)
+    def _stop(self) -> None:
+        """End the workers that have an abandoned task or unread blocks."""
+        for number, worker in list(self._workers.items()):
+            if number in self._tasks or worker.unread:
+                self._drop(number)
         self._busy = False
 
     def _assign(self, queue: deque[_Task], source: Iterator[dict[str, Any]]) -> bool:
-        """Give work to idle workers; True when there is no more."""
-        for place in range(self._used):
-            if place in self._working:
+        """Assign messages to idle workers; return True when no message is left."""
+        for number in range(self._used):
+            if number in self._tasks:
                 continue
             if len(queue) >= self._ahead * self._processes:
                 return False
@@ -349,70 +359,73 @@ class DecodePool:
                 return True
             task = _Task(message)
             queue.append(task)
-            self._give(place, task)
+            self._send_task(number, task)
         return False
 
-    def _give(self, place: int, task: _Task) -> None:
-        worker = self._workers.get(place)
+    def _send_task(self, number: int, task: _Task) -> None:
+        worker = self._workers.get(number)
         if worker is None:
             try:
                 if self._server is None or self._server.ended:
                     self._server = ForkServerProcess()
                 worker = WorkerProcess(self._server, self._layout, self._views, self._memory_gb)
-            except OSError as error:  # descriptors, processes, shared memory
+            # A limit of descriptors, processes or shared memory.
+            except OSError as error:
                 reason = limit_met(error) or error.strerror or error
                 raise DecoderError(f"a decoding process cannot be started: {reason}") from error
-            self._workers[place] = worker
-        self._working[place] = task
+            self._workers[number] = worker
+        self._tasks[number] = task
         if not worker.send(task.message):
-            self._died(place)
+            self._handle_end(number)
 
-    def _listen(self) -> None:
-        """Receive what workers send; kill those that were silent, or nearly so, for too long."""
-        listening = {place: self._workers[place] for place in self._working}
-        began = time.monotonic()
+    def _receive(self) -> None:
+        """Receive the messages of workers; kill workers that send nothing or too little."""
+        listening = {number: self._workers[number] for number in self._tasks}
+        start = time.monotonic()
         ready = wait(
             [worker.connection for worker in listening.values()], timeout=min(self._timeout_s, 1.0)
         )
-        seconds = time.monotonic() - began
-        for place, worker in listening.items():
+        seconds = time.monotonic() - start
+        for number, worker in listening.items():
             if worker.connection in ready:
-                self._take(place)
-        for place, worker in listening.items():
-            # Time in which nobody received, or in which all slots were unread, is not the worker's
-            # silence.
-            if place not in self._working or self._workers.get(place) is not worker:
+                self._receive_from(number)
+        for number, worker in listening.items():
+            # Time in which the pool did not receive, or in which all slots were unread, does not
+            # count as silence of the worker.
+            if number not in self._tasks or self._workers.get(number) is not worker:
                 continue
             if worker.all_slots_unread():
-                worker.listened = 0.0
+                worker.waited = 0.0
                 continue
-            worker.listened += seconds
-            task = self._working[place]
+            worker.waited += seconds
+            task = self._tasks[number]
             task.waited += seconds
             slow = (
                 task.waited > _SLOW * self._timeout_s
                 and task.waited > task.signs * self._timeout_s / _SLOW
             )
-            if worker.listened > self._timeout_s and not worker.has_sent():
-                self._failed(place, f"no frame for {self._timeout_s:g} s")
+            if worker.waited > self._timeout_s and not worker.has_sent():
+                self._handle_failure(number, f"no frame for {self._timeout_s:g} s")
             elif slow:
-                self._failed(place, f"fewer than one frame in {self._timeout_s / _SLOW:g} s")
+                self._handle_failure(
+                    number, f"fewer than one frame in {self._timeout_s / _SLOW:g} s"
+                )
 
-    def _take(self, place: int) -> None:
+    def _receive_from(self, number: int) -> None:
         """Receive all messages that one worker has sent."""
-        worker, task = self._workers[place], self._working[place]
-        while place in self._working:
+        worker, task = self._workers[number], self._tasks[number]
+        while number in self._tasks:
             try:
                 answer = worker.receive()
             except (EOFError, OSError, ValueError):
-                self._died(place)
+                self._handle_end(number)
                 return
             if answer is None:
                 return
-            worker.listened = 0.0
+            worker.waited = 0.0
             task.signs += 1
             if answer["kind"] not in ("ready", "alive"):
-                self._servers_ended = 0
+                self._server_ends = 0
             if answer["kind"] == "block":
                 task.rows += len(answer["index"])
                 worker.unread += 1
@@ -421,12 +434,10 @@ class DecodePool:
                 worker.ready = True
             elif answer["kind"] == "fault":
                 log.error("%s: %s", task.path, answer["trace"])
-                raise DecoderError(
-                    f"decoding does not work here, whatever the video: {answer['what']}"
-                )
+                raise DecoderError(f"decoding fails for every video: {answer['what']}")
             elif answer["kind"] == "end":
                 task.finished = True
-                del self._working[place]
+                del self._tasks[number]
             elif answer["kind"] != "alive":
                 if "trace" in answer:
                     log.error("%s: %s", task.path, answer["trace"])
@@ -435,47 +446,48 @@ class DecodePool:
                     task.next_path()
                 else:
                     task.finished = True
-                    del self._working[place]
+                    del self._tasks[number]
 
-    def _died(self, place: int) -> None:
-        worker = self._workers[place]
-        why = worker.last_words()
+    def _handle_end(self, number: int) -> None:
+        worker = self._workers[number]
+        reason = worker.end_reason()
         if not worker.server_ended:
-            self._failed(place, why)
+            self._handle_failure(number, reason)
             return
-        # No video is to blame, unless servers end one after another with nothing done in between.
-        self._servers_ended += 1
-        if self._servers_ended > _ATTEMPTS * self._processes:
+        # The end of a server is not the fault of a video, unless servers end one after another
+        # without an answer in between.
+        self._server_ends += 1
+        if self._server_ends > _ATTEMPTS * self._processes:
             raise DecoderError("the process that decoding processes are forked from was killed")
-        task = self._working.pop(place)
-        self._drop(place)
-        self._retry(place, task)
+        task = self._tasks.pop(number)
+        self._drop(number)
+        self._retry(number, task)
 
-    def _failed(self, place: int, why: str) -> None:
+    def _handle_failure(self, number: int, reason: str) -> None:
         """Try the task once more in a fresh worker, then give it up.
 
-        A worker that never began has no video to blame. No existing worker will do: its slots may
-        all hold blocks that are read after this task.
+        If a worker never began, its video is not at fault. An existing worker cannot take the task,
+        because all its slots may hold blocks that are read after it.
         """
-        worker, task = self._workers[place], self._working.pop(place)
-        self._drop(place)
-        task.failures.append(why)
+        worker, task = self._workers[number], self._tasks.pop(number)
+        self._drop(number)
+        task.failures.append(reason)
         if not worker.ready and (worker.ended or len(task.failures) == _ATTEMPTS):
-            raise DecoderError(f"a decoding process cannot start: {why}")
+            raise DecoderError(f"a decoding process cannot start: {reason}")
         if len(task.failures) == _ATTEMPTS:
-            task.answers.append(({"kind": "failed", "reason": why}, None))
+            task.answers.append(({"kind": "failed", "reason": reason}, None))
             task.next_path()
         if "paths" in task.message or len(task.failures) < _ATTEMPTS:
-            self._retry(place, task)
+            self._retry(number, task)
         else:
             task.finished = True
 
-    def _retry(self, place: int, task: _Task) -> None:
+    def _retry(self, number: int, task: _Task) -> None:
         task.message = {**task.message, "skip": task.rows}
         task.signs, task.waited = 0, 0.0
-        self._give(place, task)
+        self._send_task(number, task)
 
-    def _drop(self, place: int) -> None:
-        self._working.pop(place, None)
-        if (worker := self._workers.pop(place, None)) is not None:
+    def _drop(self, number: int) -> None:
+        self._tasks.pop(number, None)
+        if (worker := self._workers.pop(number, None)) is not None:
             worker.kill()

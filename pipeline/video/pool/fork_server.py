@@ -1,12 +1,12 @@
 """The process from which decoding workers are forked: `python -m …fork_server SOCKET`.
 
-It has imported all that a worker needs, so that one more costs a few milliseconds, also in place of
-one that a file has crashed. It runs one thread, decodes nothing itself, and ends when the process
-that started it closes the socket or ends.
+It has imported all modules of a worker, so that a new worker costs a few milliseconds, also after a
+file has crashed one. It runs one thread, decodes nothing itself, and ends when the process that
+started it closes the socket or ends.
 
-A request is one byte with four descriptors: the socket and the shared memory of the worker, its
-standard error, and a pipe. Into the pipe go its process id and then how it ended, as
-`Popen.returncode` has it, or `NOT_FORKED` alone.
+A request is one byte with four descriptors: the socket, the shared memory and the standard error of
+the worker, and a pipe. The server writes the worker's process id into the pipe and, after its end,
+the exit code in the form of `Popen.returncode`; or `NOT_FORKED` alone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _DESCRIPTORS = 4
 
 
 class ForkServer:
-    """Forks a worker for each request, and reports its end."""
+    """Forks a worker for each request and reports how it ended."""
 
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._reports: dict[int, Connection] = {}  # by process id of a worker that runs
+        # By process id, for the workers that run.
+        self._reports: dict[int, Connection] = {}
 
     def run(self) -> None:
         """Serve until the other side hangs up."""
@@ -43,11 +44,12 @@ class ForkServer:
             self._fork(*descriptors)
 
     def _fork(self, connection: int, memory: int, errors: int, report: int) -> None:
-        # A worker that ends at once must not be reported before it is known.
+        # The end of a worker must not be reported before its process id.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         try:
             pid = os.fork()
-        except OSError as error:  # a limit of processes or memory: the other workers live on
+        # A limit of processes or memory, which does not end the other workers.
+        except OSError as error:
             os.write(errors, f"{error}\n".encode())
             pid = NOT_FORKED
         if pid == 0:
@@ -77,12 +79,13 @@ class ForkServer:
 
 
 def _send(report: Connection, number: int) -> None:
-    with contextlib.suppress(OSError):  # nobody wants to know any more
+    # The other side may have closed the pipe.
+    with contextlib.suppress(OSError):
         report.send_bytes(str(number).encode())
 
 
 def _run_worker(connection: int, memory: int, errors: int) -> int:
-    """Work as a worker of its own session (Ctrl-C is for the parent); return the exit code."""
+    """Run a worker in a separate session (Ctrl-C is for the parent); return the exit code."""
     try:
         os.setsid()
         os.dup2(errors, 2)
@@ -97,7 +100,7 @@ def _run_worker(connection: int, memory: int, errors: int) -> int:
 
 
 if __name__ == "__main__":
-    # The collector leaves what exists alone, so that its memory stays shared.
+    # The garbage collector ignores the existing objects, so that their memory stays shared.
     gc.collect()
     gc.freeze()
     ForkServer(socket.socket(fileno=int(sys.argv[1]))).run()

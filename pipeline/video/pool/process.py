@@ -1,4 +1,4 @@
-"""The parent's end of decoding workers: their processes, sockets and shared memory."""
+"""The parent's side of decoding workers: their processes, sockets and shared memory."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .messages import FORK, NOT_FORKED, SLOTS, Inbox, Layout, send, shared_file
 
 _SERVER = f"{__package__}.fork_server"
 _READ_BYTES = 2**20
-_END_S = 5.0  # the longest that a process takes to end
+_MAX_END_S = 5.0  # that a process takes to end
 
 
 class ForkServerProcess:
     """A started fork server.
 
-    With `subprocess`, not `multiprocessing`: that works inside daemonic workers and from scripts
-    without a `__main__` guard.
+    `subprocess` starts it, not `multiprocessing`, so that it works inside daemonic workers and from
+    scripts without a `__main__` guard.
 
     Raises:
         OSError: No process can be started.
@@ -38,19 +38,18 @@ class ForkServerProcess:
 
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        self._requests, its = socket.socketpair()
-        # The same modules as here, wherever they were imported from; -P keeps the working folder
-        # out.
+        self._requests, server_end = socket.socketpair()
+        # The server must import the same modules as this process; -P excludes the working folder.
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        with its:
+        with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _SERVER, str(its.fileno())],
-                pass_fds=(its.fileno(),),
+                [sys.executable, "-P", "-m", _SERVER, str(server_end.fileno())],
+                pass_fds=(server_end.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
@@ -60,23 +59,23 @@ class ForkServerProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether it can fork no more workers."""
+        """Whether the server has ended and can fork no more workers."""
         return self._process.poll() is not None
 
     def fork(self, connection: int, memory: int, errors: int) -> ForkedProcess:
         """Return a worker with these descriptors, the last as its standard error."""
-        report, its = Pipe(duplex=False)
-        # A server that has ended is noticed where the worker's report is read.
-        with its, contextlib.suppress(ConnectionError):
-            descriptors = [connection, memory, errors, its.fileno()]
+        report, server_end = Pipe(duplex=False)
+        # If the server has ended, the reader of the worker's report notices it.
+        with server_end, contextlib.suppress(ConnectionError):
+            descriptors = [connection, memory, errors, server_end.fileno()]
             socket.send_fds(self._requests, [FORK], descriptors)
         return ForkedProcess(self, report)
 
     def close(self) -> tuple[int, bytes]:
-        """End it after its workers.
+        """End the server, after its workers.
 
         Returns:
-            How it ended, as `Popen.returncode` has it, and what it wrote to standard error.
+            The exit code in the form of `Popen.returncode`, and the server's standard error.
         """
         self._requests.close()
         if self._process.poll() is None:
@@ -84,16 +83,16 @@ class ForkServerProcess:
         code = self._process.wait()
         if not self._errors.closed:
             self._errors.seek(0)
-            self._written = self._errors.read()
+            self._stderr = self._errors.read()
             self._errors.close()
-        return code, self._written
+        return code, self._stderr
 
 
 class ForkedProcess:
-    """A worker of a fork server, with the part of `Popen` that is needed.
+    """A worker of a fork server, with the needed part of the interface of `Popen`.
 
-    errors: what the server wrote to standard error, if it ended before there was a worker.
-    server_ended: whether this process ended only because the server did.
+    errors: The server's standard error, if the server ended before the worker started.
+    server_ended: Whether this process ended only because the server did.
     """
 
     def __init__(self, server: ForkServerProcess, report: Connection) -> None:
@@ -105,37 +104,39 @@ class ForkedProcess:
 
     @property
     def pid(self) -> int | None:
-        """Wait until there is a process, and return its id; None if there will be none."""
+        """The process id, after the process has started; None if it could not start."""
         if self._pid is None:
             self._receive(None)
         return self._pid
 
     def poll(self) -> int | None:
-        """Return how the process ended, None while it runs."""
+        """Return the exit code of the process, None while it runs."""
         return self.wait(0)
 
     def wait(self, timeout: float) -> int | None:
-        """Return how the process ended; None if it runs after so many seconds."""
+        """Return the exit code of the process; None if it still runs after `timeout` seconds."""
         end = time.monotonic() + timeout
         while self.returncode is None and self._receive(max(0.0, end - time.monotonic())):
             pass
         return self.returncode
 
     def kill(self) -> None:
-        """End the process at once. One that is not forked yet finds that nobody needs it."""
+        """End the process at once; a worker not forked yet ends because its socket is closed."""
         if self.poll() is None and self._pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
-            self.wait(_END_S)  # longer if it reads from a file server that does not answer
+            # It takes longer if it reads from a file server that does not answer.
+            self.wait(_MAX_END_S)
         self._report.close()
 
     def _receive(self, timeout: float | None) -> bool:
-        """Take in what the server reports: the process id, then the end; False if nothing came."""
+        """Receive a report of the server (process id, then exit code); False if there is none."""
         if self._report.closed or not self._report.poll(timeout):
             return False
         try:
             number = int(self._report.recv_bytes())
-        except EOFError:  # the server has ended, and with it its workers
+        # The server has ended, and its workers with it.
+        except EOFError:
             code, self.errors = self._server.close()
             self.server_ended = self._pid is not None
             self.returncode = -signal.SIGKILL if self.server_ended else code
@@ -150,7 +151,7 @@ class ForkedProcess:
 
 
 class WorkerProcess:
-    """A started worker. `listened`: seconds the parent has waited for it since it last spoke."""
+    """A started worker. `waited`: seconds that the parent waited since the worker's last sign."""
 
     def __init__(
         self,
@@ -159,9 +160,9 @@ class WorkerProcess:
         views: tuple[View, ...],
         memory_gb: float,
     ) -> None:
-        self.ready = False  # whether it has begun to work
+        self.ready = False  # whether the worker has begun
         self.unread = 0
-        self.listened = 0.0
+        self.waited = 0.0
         parent_end, worker_end = socket.socketpair()
         self._file = shared_file(layout.total_bytes)
         self._memory = mmap.mmap(self._file, layout.total_bytes)
@@ -186,7 +187,7 @@ class WorkerProcess:
         )
 
     def show(self, layout: Layout, views: tuple[View, ...]) -> None:
-        """Let the process render other views from the next task on; no slot may be in use."""
+        """Render other views from the next task on; no slot may be in use."""
         os.ftruncate(self._file, layout.total_bytes)
         self._memory = mmap.mmap(self._file, layout.total_bytes)
         self._layout = layout
@@ -200,12 +201,12 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Return the process id, None if it could not be started."""
+        """The process id, None if the process could not be started."""
         return self._process.pid
 
     def send(self, message: dict[str, Any]) -> bool:
-        """Send a message; False if the worker is gone."""
-        self.listened = 0.0
+        """Send a message; return False if the worker has ended."""
+        self.waited = 0.0
         try:
             send(self.connection, message)
         except OSError:
@@ -213,10 +214,10 @@ class WorkerProcess:
         return True
 
     def receive(self) -> dict[str, Any] | None:
-        """Return the next message, None if there is none yet.
+        """Return the next message, None if none is complete yet.
 
-        A part of a message is a sign of life, but its rest is not waited for: the process may have
-        stopped.
+        A part of a message is a sign of life. The other parts are not waited for, because the
+        process may have stopped.
 
         Raises:
             EOFError: The process has ended.
@@ -227,19 +228,19 @@ class WorkerProcess:
             if not data:
                 raise EOFError
             self._inbox.add(data)
-            self.listened = 0.0
+            self.waited = 0.0
         return message
 
     def has_sent(self) -> bool:
-        """Return whether there is something to hear, the end included."""
+        """Return whether the connection has data or is at its end."""
         return bool(wait([self.connection], timeout=0))
 
     def slot(self, slot: int) -> tuple[np.ndarray, ...]:
-        """uint8 [rows, h, w, 3] per view of one slot; readable also after the worker's death."""
+        """Return uint8 [rows, h, w, 3] per view of one slot, even after the end of the worker."""
         return self._layout.arrays(self._memory, slot)
 
     def free(self, slot: int) -> None:
-        """Give a slot back. A worker that has died meanwhile does not care."""
+        """Give a slot back to the worker, unless the worker has ended."""
         self.unread -= 1
         if self._process.poll() is None and not self.connection.closed:
             self.send({"kind": "free", "slot": slot})
@@ -248,24 +249,24 @@ class WorkerProcess:
         """Return whether the process can only wait for its parent."""
         return self.unread >= SLOTS
 
-    def last_words(self) -> str:
-        """Describe why the process ended."""
-        code = self._process.wait(_END_S)
+    def end_reason(self) -> str:
+        """Return the reason why the process ended, in words."""
+        code = self._process.wait(_MAX_END_S)
         if code is None:
-            return "the decoder hung up"
+            return "the decoder closed its connection"
         if code < 0:
             name = (
                 signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
             )
             return f"the decoder crashed ({name})"
         self._errors.seek(0)
-        written = self._errors.read() or self._process.errors
-        lines = written.decode(errors="replace").strip().splitlines()
+        stderr = self._errors.read() or self._process.errors
+        lines = stderr.decode(errors="replace").strip().splitlines()
         return f"the decoder process ended with status {code}" + (f": {lines[-1]}" if lines else "")
 
     @property
     def ended(self) -> bool:
-        """Whether the process ended by itself, not by a signal."""
+        """Whether the process ended with an error status, not by a signal."""
         return (self._process.poll() or 0) > 0
 
     @property

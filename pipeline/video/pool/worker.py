@@ -1,11 +1,11 @@
 """The decoding worker process, see `serve`.
 
-A decoder that crashes or hangs in C takes this process with it and nothing else. The worker imports
-no torch, keeps to its memory limit, and ends when its parent does.
+A decoder that crashes or hangs in C affects only this process. The worker does not import torch,
+has a memory limit, and ends when its parent does.
 
-An exception that a bad file cannot explain may be a fault of this package: the worker then reads a
-video that ships with it, and reports which of the two is at fault. It reads that video once before
-it begins, too.
+An exception that a bad file cannot explain may be a fault of this package. The worker then reads a
+test video of the package, and reports whether the file or the package is at fault. It also reads
+that video once before it begins.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from ..sampling import Sampling
 from .messages import INTERNAL, SLOTS, Layout, receive, send
 
 _SIGN_OF_LIFE_S = 1.0
-_GOOD = Path(__file__).parents[3] / "conf/demo_corpus/Standing_Still/test_Standing-Still-001.mp4"
+_TEST_VIDEO = (
+    Path(__file__).parents[3] / "conf/demo_corpus/Standing_Still/test_Standing-Still-001.mp4"
+)
 _JOBS = {"copy": "distinit.pipeline.prepared.make_copy:copy_job"}
-"""Jobs of other packages by kind. They are imported when the first one comes: no other worker needs
-their modules."""
+"""Jobs of other packages by kind. A worker imports a module when it receives the first job."""
 
 
 def _job(message: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
@@ -54,21 +55,25 @@ class DecodeWorker:
         self, connection: Connection, file: int, size: int, views: tuple[View, ...]
     ) -> None:
         self._connection, self._file = connection, file
-        self._memory, self._layout, self._views = mmap.mmap(file, size), Layout.of(views), views
+        self._memory, self._layout, self._views = (
+            mmap.mmap(file, size),
+            Layout.for_views(views),
+            views,
+        )
         self._free = list(range(SLOTS))
-        self._spoke = time.monotonic()
+        self._last_sign = time.monotonic()
 
     def serve(self) -> None:
-        """Work until the parent hangs up."""
+        """Work until the parent closes the connection."""
         send(self._connection, {"kind": "ready"})
         while True:
             message = receive(self._connection)
             if message["kind"] == "free":
                 self._free.append(message["slot"])
                 continue
-            self._spoke = time.monotonic()
+            self._last_sign = time.monotonic()
             if message["kind"] == "views":
-                self._show(message)
+                self._set_views(message)
             elif message["kind"] == "probes":
                 for path in message["paths"][message["skip"] :]:
                     send(self._connection, self._answer({"kind": "probe", "path": path}))
@@ -77,22 +82,23 @@ class DecodeWorker:
                 send(self._connection, self._answer(message))
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Do what a message asks for; return the result, or the reason of a failure."""
+        """Run the job of a message; return the result, or the reason of a failure."""
         try:
             return self._work(message)
         except VideoError as error:
             return {"kind": "failed", "reason": str(error)}
         except (MemoryError, av.FFmpegError) as error:
-            return self._of_the_file(error)
-        except (EOFError, ConnectionError):  # the parent has gone
+            return self._file_failure(error)
+        # The parent has ended.
+        except (EOFError, ConnectionError):
             raise
         except Exception as error:
-            return self._unexpected(error, message)
+            return self._diagnose(error, message)
 
-    def _show(self, message: dict[str, Any]) -> None:
-        """Render other views from now on, after they were tried."""
+    def _set_views(self, message: dict[str, Any]) -> None:
+        """Render other views from now on; try them on the test video first."""
         self._views = tuple(View.model_validate(view) for view in message["views"])
-        self._layout = Layout.of(self._views)
+        self._layout = Layout.for_views(self._views)
         self._memory = mmap.mmap(self._file, message["bytes"])
         try:
             self.check()
@@ -101,41 +107,46 @@ class DecodeWorker:
             send(self._connection, {"kind": "fault", "what": in_one_line(error), "trace": trace})
 
     def check(self, message: dict[str, Any] | None = None) -> None:
-        """Read a video that is known to be good as `message` asks; raise what fails."""
-        result = probe(str(_GOOD))
+        """Run the job of `message` on the test video; raise what fails."""
+        result = probe(str(_TEST_VIDEO))
         if result.error is not None:
-            raise DecoderError(f"{_GOOD}: {result.error}")
-        with VideoReader(str(_GOOD)) as reader:
+            raise DecoderError(f"{_TEST_VIDEO}: {result.error}")
+        with VideoReader(str(_TEST_VIDEO)) as reader:
             for _, _, frame in reader.sample(Sampling(every=4)):
                 renderer = reader.info.renderer()
                 for view in self._views:
                     renderer.render(frame, view)
         if message is not None and message["kind"] == "copy":
             with tempfile.TemporaryDirectory() as folder:
-                place = {"source": str(_GOOD), "part": f"{folder}/part", "target": f"{folder}/copy"}
-                _job(message)({**message, **place}, self._alive)
+                paths = {
+                    "source": str(_TEST_VIDEO),
+                    "part": f"{folder}/part",
+                    "target": f"{folder}/copy",
+                }
+                _job(message)({**message, **paths}, self._send_sign_of_life)
 
-    def _of_the_file(self, error: BaseException) -> dict[str, Any]:
+    def _file_failure(self, error: BaseException) -> dict[str, Any]:
         try:
             return {"kind": "failed", "reason": reason(error)}
         except DecoderError as fault:
             return {"kind": "fault", "what": str(fault), "trace": ""}
 
-    def _unexpected(self, error: Exception, message: dict[str, Any]) -> dict[str, Any]:
+    def _diagnose(self, error: Exception, message: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to an exception that a bad file should not cause.
 
-        The fault is this program's if a good file causes one as well.
+        This package is at fault if the test video causes an exception too.
         """
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, (DecoderError, ImportError)):
             return {"kind": "fault", "what": str(error), "trace": trace}
         with contextlib.suppress(DecoderError):
             if isinstance(error, OSError):
-                reason(error)  # a limit
+                # Raises DecoderError for a limit of the machine.
+                reason(error)
             try:
                 self.check(message)
-            except Exception as again:
-                trace += "".join(traceback.format_exception(again))
+            except Exception as second_error:
+                trace += "".join(traceback.format_exception(second_error))
             else:
                 return {
                     "kind": "failed",
@@ -144,18 +155,21 @@ class DecodeWorker:
                 }
         return {"kind": "fault", "what": in_one_line(error), "trace": trace}
 
-    def _alive(self) -> None:
-        """Tell the parent now and then that work goes on."""
+    def _send_sign_of_life(self) -> None:
+        """Signal to the parent, at most once per second, that the work continues."""
         now = time.monotonic()
-        if now - self._spoke > _SIGN_OF_LIFE_S:
-            self._spoke = now
+        if now - self._last_sign > _SIGN_OF_LIFE_S:
+            self._last_sign = now
             send(self._connection, {"kind": "alive"})
 
     def _work(self, message: dict[str, Any]) -> dict[str, Any]:
         if message["kind"] == "probe":
-            return {"kind": "probed", "probe": asdict(probe(message["path"], self._alive))}
+            return {
+                "kind": "probed",
+                "probe": asdict(probe(message["path"], self._send_sign_of_life)),
+            }
         if message["kind"] == "timeline":
-            with VideoReader(message["path"], progress=self._alive) as reader:
+            with VideoReader(message["path"], progress=self._send_sign_of_life) as reader:
                 timeline = reader.timeline()
                 base = timeline.time_base
                 return {
@@ -168,18 +182,18 @@ class DecodeWorker:
                     "size": [reader.info.width, reader.info.height],
                 }
         if message["kind"] == "copy":
-            return {"kind": "copied", "row": _job(message)(message, self._alive)}
+            return {"kind": "copied", "row": _job(message)(message, self._send_sign_of_life)}
         return self._decode(message)
 
     def _decode(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Decode a job's rows into slots; `skip` rows were delivered by a worker that died."""
+        """Decode the rows of a job into slots, except `skip` rows that a dead worker delivered."""
         sampling = Sampling.model_validate(job["sampling"])
-        first, end, most, skip = job["first"], job["end"], job["max_rows"], job["skip"]
-        with VideoReader(job["path"], progress=self._alive) as reader:
+        first, end, max_rows, skip = job["first"], job["end"], job["max_rows"], job["skip"]
+        with VideoReader(job["path"], progress=self._send_sign_of_life) as reader:
             timeline = reader.timeline()
             chosen = sampling.select(timeline.pts, timeline.key, timeline.time_base)
             chosen = chosen[(chosen >= first) & (chosen < (len(timeline) if end is None else end))]
-            limit = len(chosen) if most is None else most
+            limit = len(chosen) if max_rows is None else max_rows
             renderer: Renderer | None = None
             index: list[int] = []
             pts: list[int] = []
@@ -187,7 +201,7 @@ class DecodeWorker:
             arrays: tuple[np.ndarray, ...] = ()
             more = False
             try:
-                # Rows are counted as they come, since a damaged frame gives none.
+                # Only decoded rows are counted: a damaged frame gives none.
                 for i, p, frame in reader.frames_at(chosen):
                     if rows >= limit:
                         more = True
@@ -212,7 +226,8 @@ class DecodeWorker:
                     self._deliver(slot, index, pts)
                     slot = -1
             finally:
-                if slot >= 0:  # of a video that cannot be read to its end
+                # The video could not be read to its end.
+                if slot >= 0:
                     self._free.append(slot)
             if len(chosen) and not rows:
                 raise VideoError(f"none of the sampled frames could be decoded: {reader.damage}")
@@ -225,23 +240,24 @@ class DecodeWorker:
             }
 
     def _slot(self) -> int:
-        """Return a slot that the parent has read; waits for one."""
+        """Return a free slot; wait until the parent has read one."""
         while not self._free:
             message = receive(self._connection)
             self._free.append(message["slot"])
         return self._free.pop()
 
     def _deliver(self, slot: int, index: list[int], pts: list[int]) -> None:
-        self._spoke = time.monotonic()
+        self._last_sign = time.monotonic()
         send(self._connection, {"kind": "block", "slot": slot, "index": index, "pts": pts})
 
 
 def _limit_memory(gigabytes: float) -> None:
-    """Allow so much more address space than is used now.
+    """Allow this much more address space than is used now.
 
-    A hostile header can then not fill the machine's memory.
+    A hostile header then cannot fill the memory of the machine.
     """
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
+    # Not every system has such a limit.
+    with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
@@ -254,7 +270,7 @@ def _limit_memory(gigabytes: float) -> None:
 
 
 def serve(connection: int, memory: int) -> None:
-    """Work until the parent hangs up.
+    """Work until the parent closes the connection.
 
     Args:
         connection: Descriptor of the socket to the parent.
@@ -267,6 +283,6 @@ def serve(connection: int, memory: int) -> None:
     worker = DecodeWorker(parent, memory, setup["bytes"], views)
     worker.check()
     _limit_memory(setup["memory_gb"])
-    # What is raised when the parent is done with this process.
+    # Raised when the parent needs this process no more.
     with contextlib.suppress(EOFError, ConnectionError):
         worker.serve()

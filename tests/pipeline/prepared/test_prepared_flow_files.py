@@ -1,4 +1,4 @@
-"""Files of flow against OpenCV called here, and against flow computed when a clip is read."""
+"""Flow files against OpenCV, and against flow that is computed when a clip is read."""
 
 from __future__ import annotations
 
@@ -28,13 +28,11 @@ cv2 = pytest.importorskip("cv2")
 SIZE = (40, 56)
 BOUND = 6.0
 STEP = BOUND / 127
-WHOLE = ClipView(
-    size=40, resize=(40, 40)
-)  # no room to crop: what is cached is the flow of the clip
+WHOLE = ClipView(size=40, resize=(40, 40))  # no room to crop: the stored flow is that of the clip
 
 
 def farneback(images: np.ndarray) -> np.ndarray:
-    """[L, H, W, 3] → [L - 1, 2, H, W], with Caffe2's parameters written out."""
+    """Return the flow [L - 1, 2, H, W] of images [L, H, W, 3], with Caffe2's parameters."""
     grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images]
     flow = [cv2.calcOpticalFlowFarneback(a, b, None, 0.5**0.5, 5, 10, 2, 7, 1.5, cv2.OPTFLOW_FARNEBACK_GAUSSIAN)
             for a, b in pairwise(grey)]  # fmt: skip
@@ -42,8 +40,7 @@ def farneback(images: np.ndarray) -> np.ndarray:
 
 
 def blocks(frames: int, speed: float) -> np.ndarray:
-    """Smooth noise that moves by `speed` pixels a frame to the right, uint8 [frames, 80, 112,
-    3]."""
+    """Smooth noise uint8 [frames, 80, 112, 3] that moves right by `speed` pixels per frame."""
     noise = np.random.default_rng(1).normal(0, 1, (80, 300, 3))
     noise = cv2.GaussianBlur(noise, (0, 0), 4)
     noise = (noise / noise.std() * 40 + 128).clip(0, 255).astype(np.uint8)
@@ -56,10 +53,10 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     root = tmp_path_factory.mktemp("flow")
     images = np.concatenate([blocks(16, 1.5), blocks(8, 17.0)])
     write_video(root / "v.mp4", images, gop=7)
-    made = make_flow(
+    flow_map = make_flow(
         str(root / "v.mp4"), str(root / "part"), str(root / "f" / "v.h5"), options(SIZE)
     )
-    assert made.clipped > 0
+    assert flow_map.clipped > 0
     make_flow(str(root / "v.mp4"), str(root / "part"), str(root / "w.h5"), options((40, 40)))
     return str(root / "v.mp4"), str(root / "f" / "v.h5")
 
@@ -86,9 +83,9 @@ def test_stored_values_are_those_of_opencv_up_to_the_step(video: tuple[str, str]
 
 def test_no_motion_is_exactly_zero_and_mirrors_are_exact() -> None:
     flow = np.array([0.0, -0.0, 1e-4, 3.0, -3.0, 99.0, -99.0], np.float32)
-    stored, beyond = quantise(flow, BOUND)
+    stored, num_clipped = quantise(flow, BOUND)
     assert stored.tolist() == [128, 128, 128, 192, 64, 255, 1]
-    assert beyond == 2
+    assert num_clipped == 2
     assert quantise(-flow, BOUND)[0].tolist() == (256 - stored.astype(int)).tolist()
 
 
@@ -101,16 +98,20 @@ def test_clips_from_the_file_are_those_computed_when_read(
     assert count_frames(whole) == 24
     for first in (0, 5, 9):
         frames = np.arange(first, first + 6)
-        ours = read_clip(whole, frames, WHOLE, channels=2, crop=crop)
-        theirs = read_clip(VideoFile(source), frames, WHOLE, channels=2, crop=crop)
-        assert ours.shape == theirs.shape == (2, 5, 40, 40)
-        assert ours.dtype == theirs.dtype == torch.float32
-        torch.testing.assert_close(ours, theirs.clamp(-BOUND, BOUND), atol=STEP / 2 + 1e-4, rtol=0)
+        from_file = read_clip(whole, frames, WHOLE, channels=2, crop=crop)
+        computed = read_clip(VideoFile(source), frames, WHOLE, channels=2, crop=crop)
+        assert from_file.shape == computed.shape == (2, 5, 40, 40)
+        assert from_file.dtype == computed.dtype == torch.float32
+        torch.testing.assert_close(
+            from_file, computed.clamp(-BOUND, BOUND), atol=STEP / 2 + 1e-4, rtol=0
+        )
     repeated = np.array([21, 22, 23, 23, 23])
-    ours = read_clip(whole, repeated, WHOLE, channels=2)
-    assert not ours[:, 2:].any()
-    theirs = read_clip(VideoFile(source), repeated, WHOLE, channels=2)
-    torch.testing.assert_close(ours, theirs.clamp(-BOUND, BOUND), atol=STEP / 2 + 1e-4, rtol=0)
+    from_file = read_clip(whole, repeated, WHOLE, channels=2)
+    assert not from_file[:, 2:].any()
+    computed = read_clip(VideoFile(source), repeated, WHOLE, channels=2)
+    torch.testing.assert_close(
+        from_file, computed.clamp(-BOUND, BOUND), atol=STEP / 2 + 1e-4, rtol=0
+    )
     other = VideoFile(path, "flow", source)
     for read in (
         lambda: read_clip(other, frames, WHOLE, channels=2),
@@ -137,7 +138,7 @@ def test_crops_are_cut_out_and_mirrored_ones_move_the_other_way(video: tuple[str
     assert mirrored[0].mean() < -0.4
 
 
-def test_a_damaged_frame_does_not_move_and_one_that_counts_is_an_error(tmp_path: Path) -> None:
+def test_a_damaged_frame_does_not_move_and_a_required_one_is_an_error(tmp_path: Path) -> None:
     source = tmp_path / "v.mp4"
     write_video(
         source, blocks(20, 2.0), codec="libx265", gop=1, extra={"x265-params": "log-level=none"}
@@ -145,24 +146,28 @@ def test_a_damaged_frame_does_not_move_and_one_that_counts_is_an_error(tmp_path:
     with av.open(str(source)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     with source.open("r+b") as file:
-        for at, size in packets[9:11]:
-            file.seek(at)
+        for position, size in packets[9:11]:
+            file.seek(position)
             file.write(b"\xff" * size)
-    made = make_flow(str(source), str(tmp_path / "p"), str(tmp_path / "v.h5"), options((40, 40)))
-    assert made.index.tolist() == [*range(9), *range(11, 20)]
+    flow_map = make_flow(
+        str(source), str(tmp_path / "p"), str(tmp_path / "v.h5"), options((40, 40))
+    )
+    assert flow_map.index.tolist() == [*range(9), *range(11, 20)]
     file = VideoFile(str(tmp_path / "v.h5"), "flow")
     for first in (6, 9, 10):  # damage inside, and at the beginning
         frames = np.arange(first, first + 6)
-        ours = read_clip(file, frames, WHOLE, channels=2)
-        theirs = read_clip(VideoFile(str(source)), frames, WHOLE, channels=2)
-        torch.testing.assert_close(ours, theirs.clamp(-BOUND, BOUND), atol=STEP / 2 + 1e-3, rtol=0)
+        from_file = read_clip(file, frames, WHOLE, channels=2)
+        computed = read_clip(VideoFile(str(source)), frames, WHOLE, channels=2)
+        torch.testing.assert_close(
+            from_file, computed.clamp(-BOUND, BOUND), atol=STEP / 2 + 1e-3, rtol=0
+        )
     assert read_clips(file, np.arange(6, 12)[None], WHOLE, channels=2).repeated == 2
-    at = np.array([9])
+    indices = np.array([9])
     with VideoReader(str(source)) as reader:
-        pts = reader.timeline().pts[at]
-    for where in (file, VideoFile(str(source))):
+        pts = reader.timeline().pts[indices]
+    for video_file in (file, VideoFile(str(source))):
         with pytest.raises(VideoError, match="frame 9 cannot be decoded"):
-            read_clip(where, np.arange(6, 12), WHOLE, channels=2, expect=(at, pts))
+            read_clip(video_file, np.arange(6, 12), WHOLE, channels=2, expect=(indices, pts))
 
 
 def test_damaged_files_and_files_of_other_videos_are_refused(
@@ -179,12 +184,12 @@ def test_damaged_files_and_files_of_other_videos_are_refused(
         read_flow(video[1], frames, expect=(np.array([3]), pts[3:4] + 1))
     with pytest.raises(VideoError, match="frames 20–24 wanted, the video has 24"):
         read_flow(video[1], np.arange(20, 25))
-    with pytest.raises(VideoError, match="no file of flow"):
+    with pytest.raises(VideoError, match="no flow file"):
         read_flow(str(tmp_path / "gone.h5"), frames)
     data = bytearray(Path(video[1]).read_bytes())
     with h5py.File(video[1]) as file:
-        place = file["flow"].id.get_chunk_info_by_coord((4, 0, 0, 0))
-    data[place.byte_offset + place.size // 2] ^= 1
+        chunk = file["flow"].id.get_chunk_info_by_coord((4, 0, 0, 0))
+    data[chunk.byte_offset + chunk.size // 2] ^= 1
     (tmp_path / "bit.h5").write_bytes(data)
     with pytest.raises(VideoError, match="the flow is damaged"):
         read_flow(str(tmp_path / "bit.h5"), frames)

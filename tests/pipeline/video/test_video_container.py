@@ -1,4 +1,4 @@
-"""What is opened, under which names, and the reasons a person reads for what is not."""
+"""Which files and names can be opened, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def ffmpeg(*arguments: object) -> None:
 
 
 def reason(path: Path) -> str:
-    found = probe(os.fspath(path))
-    assert found.error is not None, found
+    probed = probe(os.fspath(path))
+    assert probed.error is not None, probed
     with pytest.raises(VideoError, match=r".") as error, VideoReader(os.fspath(path)) as reader:
         reader.timeline()
-    assert str(error.value) == found.error
-    return found.error
+    assert str(error.value) == probed.error
+    return probed.error
 
 
 def test_playlists_are_not_followed(tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_subtitles_and_cover_art_first(tmp_path: Path) -> None:
         "-c:v:1", "copy", "-disposition:v:0", "attached_pic", tmp_path / "b.mp4",
     )  # fmt: skip
     for name in ("b.mkv", "b.mp4"):
-        found = probe(str(tmp_path / name))
-        assert (found.error, found.frames, found.width, found.height) == (None, 10, 64, 48)
+        probed = probe(str(tmp_path / name))
+        assert (probed.error, probed.frames, probed.width, probed.height) == (None, 10, 64, 48)
 
 
-def test_headers_that_lie(tmp_path: Path) -> None:
+def test_headers_with_false_claims(tmp_path: Path) -> None:
     for side, words in (
         (100_000, "the header is damaged"),
         (12_000, "the header claims frames of 12000x12000"),
@@ -147,32 +147,34 @@ def test_headers_that_lie(tmp_path: Path) -> None:
         )
         assert words in reason(tmp_path / "big.y4m")
     data = bytearray(grey(tmp_path / "a.mp4").read_bytes())
-    at = data.find(b"stsz")
-    struct.pack_into(">II", data, at + 8, 1, 2**31 - 1)  # every sample one byte, 2³¹ − 1 of them
-    at = data.find(b"stts")
-    struct.pack_into(">I", data, at + 12, 2**31 - 1)
+    position = data.find(b"stsz")
+    struct.pack_into(
+        ">II", data, position + 8, 1, 2**31 - 1
+    )  # every sample one byte, 2³¹ − 1 of them
+    position = data.find(b"stts")
+    struct.pack_into(">I", data, position + 12, 2**31 - 1)
     (tmp_path / "many.mp4").write_bytes(data)
     assert "the header promises 2147483647 frames" in reason(tmp_path / "many.mp4")
 
 
-def test_the_digest_sees_size_head_and_tail(tmp_path: Path) -> None:
+def test_the_digest_covers_size_head_and_tail(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(bytes(200_000))
-    seen = {digest(str(path))}
+    digests = {digest(str(path))}
     for change in ((0, b"x"), (199_999, b"y")):
         with path.open("r+b") as file:
             file.seek(change[0])
             file.write(change[1])
-        seen.add(digest(str(path)))
+        digests.add(digest(str(path)))
     path.write_bytes(path.read_bytes() + b"y")
-    seen.add(digest(str(path)))
-    assert len(seen) == 4
-    assert all(len(d) == 32 for d in seen)
+    digests.add(digest(str(path)))
+    assert len(digests) == 4
+    assert all(len(d) == 32 for d in digests)
     with pytest.raises(VideoError, match="no such file"):
         digest(str(tmp_path / "gone"))
 
 
-def test_ffmpegs_own_words_are_in_the_error(tmp_path: Path) -> None:
+def test_messages_of_ffmpeg_are_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="No such file or directory"):
         grey(tmp_path / "nowhere" / "a.mp4")
     (tmp_path / "noise").write_bytes(b"x" * 1000)

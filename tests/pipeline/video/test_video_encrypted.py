@@ -1,4 +1,4 @@
-"""Encrypted Matroska and WebM files say so: nobody should look for damage in them."""
+"""Encrypted Matroska and WebM files are reported as encrypted, not as damaged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encrypted(content: bytes) -> bytes:
     key = element(b"\x47\xe1", b"\5") + element(b"\x47\xe2", b"key of someone")
     kind = element(b"\x50\x33", b"\1") + element(b"\x50\x31", b"\0") + element(b"\x50\x32", b"\1")
     added = element(b"\x6d\x80", element(b"\x62\x40", kind + element(b"\x50\x35", key)))
-    tracks = content.index(TRACKS, content.index(TRACKS) + 1)  # the first is in the table of places
+    tracks = content.index(TRACKS, content.index(TRACKS) + 1)  # the first is in the seek table
     entry = content.index(ENTRY + b"\1\0\0\0\0\0\0", tracks)
     size = int.from_bytes(content[entry + 2 : entry + 9], "big")
     new_entry = (
@@ -32,7 +32,7 @@ def encrypted(content: bytes) -> bytes:
         + added
         + content[entry + 9 : entry + 9 + size]
     )
-    # The length of all tracks, of 8 bytes; what follows them is left.
+    # The length of all tracks has 8 bytes; the elements after them stay as they are.
     return content[:tracks] + TRACKS + b"\1" + len(new_entry).to_bytes(7, "big") + new_entry + content[
         entry + 9 + size :
     ]  # fmt: skip

@@ -33,7 +33,7 @@ SAMPLINGS = [Sampling(every=4), Sampling(every=7), Sampling(fps=2), Sampling(key
 
 
 def moving(frames: int, seed: int = 0, height: int = 48, width: int = 64) -> Iterator[np.ndarray]:
-    """Pictures with motion, noise and cuts, so that encoders use all they have."""
+    """Pictures with motion, noise and cuts, so that encoders use all their features."""
     random = np.random.default_rng(seed)
     for t in range(frames):
         if t % 23 == 0:
@@ -47,8 +47,7 @@ def pixels(frame: av.VideoFrame) -> bytes:
 
 
 def plain(path: Path) -> list[tuple[int | None, bytes]]:
-    """Every frame that comes out of a linear decode; packets that fail are passed over, as players
-    do."""
+    """Every frame of a linear decode; packets that fail are skipped, as by players."""
     rows = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -75,21 +74,21 @@ def rows(frames: Iterator[tuple[int, int, av.VideoFrame]]) -> list[Row]:
 
 
 def check(path: Path, *, whole: bool = True, clock: str | None = None) -> int:
-    """All samplings and some clips of a file against the plain decode. `whole`: nothing in it is
-    damaged.
+    """Compare all samplings and some clips of a file with the plain decode.
 
-    Returns how many of 6 clips a QuickReader did without help."""
-    by_header, done = header(path) if path.suffix in (".mp4", ".mov") else None, 0
+    `whole`: The file is undamaged. Returns how many of 6 clips a QuickReader could read.
+    """
+    by_header, num_quick = header(path) if path.suffix in (".mp4", ".mov") else None, 0
     truth = plain(path)
     with VideoReader(str(path)) as reader:
         line = reader.timeline()
         full = rows(reader.decode_plain())
-    found = probe(str(path))
-    assert (found.frames, found.keyframes) == (len(line), int(line.key.sum()))
+    probed = probe(str(path))
+    assert (probed.frames, probed.keyframes) == (len(line), int(line.key.sum()))
     with VideoReader(str(path)) as reader:
         info = reader.info
-    assert Fraction(*found.time_base) == line.time_base
-    assert (found.width, found.height, found.codec) == (info.width, info.height, info.codec)
+    assert Fraction(*probed.time_base) == line.time_base
+    assert (probed.width, probed.height, probed.codec) == (info.width, info.height, info.codec)
     assert clock is None or line.clock == clock
     assert sorted(p for _, _, p in full) == sorted(p for _, p in truth)
     if whole:
@@ -109,45 +108,44 @@ def check(path: Path, *, whole: bool = True, clock: str | None = None) -> int:
     for _ in range(3):
         start = int(random.integers(0, len(line)))
         clip = np.arange(start, min(start + 8, len(line)))
-        wanted = [by_index[i] for i in clip.tolist() if i in by_index]
+        expected = [by_index[i] for i in clip.tolist() if i in by_index]
         with VideoReader(str(path)) as reader:
-            assert rows(reader.frames_at(clip)) == wanted, clip
+            assert rows(reader.frames_at(clip)) == expected, clip
             info = reader.info
         if by_header is None:
             continue
         for index in (None, by_header):
             with contextlib.suppress(NotAsPlanned), QuickReader(str(path), index=index) as quick:
-                assert rows(quick.frames_at(clip)) == wanted, clip
+                assert rows(quick.frames_at(clip)) == expected, clip
                 assert quick.info == info
-                done += 1
-    return done
+                num_quick += 1
+    return num_quick
 
 
 def header(path: Path) -> VideoIndex | None:
-    """What the header of a file tells, if a QuickReader takes it: the frames must be those of the
-    packets."""
+    """The index from the header of a file, checked against its packets; None if it is not used."""
     try:
         with QuickReader(str(path)) as quick:
-            found = quick.index()
+            index = quick.index()
     except NotAsPlanned:
         return None
     with VideoReader(str(path)) as reader:
         packets, line = reader.packets, reader.timeline()
-    for name in ("pts", "dts", "shown", "bytes"):
-        np.testing.assert_array_equal(getattr(found.packets, name), getattr(packets, name))
-    np.testing.assert_array_equal(found.timeline.pts, line.pts)
-    assert (found.timeline.time_base, found.timeline.clock) == (line.time_base, line.clock)
+    for name in ("pts", "dts", "shown", "num_bytes"):
+        np.testing.assert_array_equal(getattr(index.packets, name), getattr(packets, name))
+    np.testing.assert_array_equal(index.timeline.pts, line.pts)
+    assert (index.timeline.time_base, index.timeline.clock) == (line.time_base, line.clock)
     assert line.reliable
-    return found
+    return index
 
 
 @pytest.fixture(params=["in memory", "by seeking"])
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files are kept in memory between demux and decode, large ones are sought in: both, on
-    small files."""
+    """Read small files both ways: from memory, as small files, and by seeking, as large ones."""
     if request.param == "by seeking":
-        monkeypatch.setattr(timeline, "KEEP_BYTES", 0)
-        monkeypatch.setattr(feed, "_READ_ON", (0, 0))
+        monkeypatch.setattr(timeline, "MAX_CACHED_BYTES", 0)
+        monkeypatch.setattr(feed, "_MAX_DROPPED_PACKETS", 0)
+        monkeypatch.setattr(feed, "_MAX_DROPPED_BYTES", 0)
 
 
 X265 = "log-level=none"
@@ -217,7 +215,7 @@ def test_every_kind_of_stream(case: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("reading")
 def test_an_edit_list_hides_the_frames_before_its_start(tmp_path: Path) -> None:
     write_video(tmp_path / "long.mp4", moving(60), gop=30, bframes=2)
-    # Cut without encoding anew: the copy begins at the key frame and hides what comes before the
+    # Cut without encoding again: the copy begins at the key frame and hides the frames before the
     # cut.
     transcode(
         tmp_path / "long.mp4", tmp_path / "cut.mp4", codec="copy", input_options={"ss": 1.7},
@@ -229,7 +227,7 @@ def test_an_edit_list_hides_the_frames_before_its_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.mp4"])
-def test_a_cut_file_keeps_what_came(name: str, tmp_path: Path) -> None:
+def test_a_truncated_file_keeps_its_frames(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     write_video(
         path,
@@ -250,8 +248,8 @@ def test_damage_does_not_shift_the_frames_after_it(tmp_path: Path) -> None:
     with VideoReader(str(path)) as reader:
         whole = {index: pts for index, pts, _ in reader.decode_plain()}
     with av.open(str(path)) as container:
-        broken = [p for p in container.demux(video=0) if p.size][25]
-        position, size = broken.pos, broken.size
+        packet = [p for p in container.demux(video=0) if p.size][25]
+        position, size = packet.pos, packet.size
     with path.open("r+b") as file:
         file.seek(position)
         file.write(b"\xff" * size)
@@ -267,7 +265,7 @@ def test_damage_does_not_shift_the_frames_after_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "quick"), [("a.mp4", 6), ("a.ts", 6)]
 )  # MPEG-TS has parameters at every key frame
-def test_the_shape_of_pixels_where_the_header_does_not_have_it(
+def test_pixel_aspect_ratio_without_one_in_the_header(
     name: str, quick: int, tmp_path: Path
 ) -> None:
     write_video(tmp_path / name, moving(40), gop=12, extra={"vf": "setsar=4/3"})
@@ -298,7 +296,7 @@ def test_a_first_frame_that_never_comes_out_is_not_counted(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "other", [{"vf": "setsar=1,format=yuv420p,setparams=range=unknown"}, {"qp": 0}], ids=str
 )
-def test_what_new_parameters_do_not_say_stays_as_it_was(
+def test_new_parameter_sets_keep_earlier_values_that_they_omit(
     other: dict[str, Any], tmp_path: Path
 ) -> None:
     first = (
@@ -313,14 +311,14 @@ def test_what_new_parameters_do_not_say_stays_as_it_was(
     check(tmp_path / "ab.mp4")
 
 
-def test_mistakes_of_early_encoders_are_made_everywhere(tmp_path: Path) -> None:
+def test_faults_of_early_encoders_are_reproduced_everywhere(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, moving(40), gop=10, bframes=2, pix_fmt="yuv444p")
     path.write_bytes(re.sub(rb"(?<=x264 - core )\d{3}", b"148", path.read_bytes()))
     assert check(path) == 0
 
 
-def test_boxes_in_boxes_without_end_are_left_to_libavformat(tmp_path: Path) -> None:
+def test_deeply_nested_boxes_are_left_to_libavformat(tmp_path: Path) -> None:
     path, nested = tmp_path / "a.mp4", b""
     write_video(path, moving(20), gop=12)
     for _ in range(2000):
@@ -335,29 +333,31 @@ def test_boxes_in_boxes_without_end_are_left_to_libavformat(tmp_path: Path) -> N
 def test_a_header_that_points_elsewhere_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, moving(40), gop=12, bframes=2)
-    found = header(path)
-    assert found is not None
+    index_by_header = header(path)
+    assert index_by_header is not None
     for name, position, clip in (
-        ("place", 14, [12, 13, 14, 15]),
+        ("byte_position", 14, [12, 13, 14, 15]),
         ("pts", 15, [12, 13, 14, 15]),
         ("entry", 6, [9, 10]),
     ):
         table = replace(
-            found.packets, entry=found.packets.entry.copy(), pts=found.packets.pts.copy()
+            index_by_header.packets,
+            entry=index_by_header.packets.entry.copy(),
+            pts=index_by_header.packets.pts.copy(),
         )
-        table.place = (
-            found.packets.place + (np.arange(40) == position)
-            if name == "place"
-            else found.packets.place
+        table.byte_position = (
+            index_by_header.packets.byte_position + (np.arange(40) == position)
+            if name == "byte_position"
+            else index_by_header.packets.byte_position
         )
         if name == "pts":
             table.pts[position] += 1
         if name == "entry":
             table.entry[position] = True
         with QuickReader(
-            str(path), index=VideoIndex(table, found.timeline, from_header=True)
+            str(path), index=VideoIndex(table, index_by_header.timeline, from_header=True)
         ) as quick:
-            if name == "entry":  # of a frame that is none: the entry before it serves
+            if name == "entry":  # a wrong entry: decoding begins at the one before it
                 assert [i for i, _, _ in quick.frames_at(np.array(clip))] == clip
                 assert not table.entry[position]
             else:
@@ -383,7 +383,7 @@ def test_random_streams(
     codec: str, gop: int, bframes: int, frames: int, rate: float, keep: int, cut: float, seed: int,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(timeline, "KEEP_BYTES", keep)
+    monkeypatch.setattr(timeline, "MAX_CACHED_BYTES", keep)
     path = tmp_path / "a.mkv"
     extra = (
         {"x265-params": "log-level=none"}
@@ -402,7 +402,7 @@ def test_random_streams(
             with VideoReader(str(path)) as reader:
                 reader.timeline()
         except VideoError:
-            with contextlib.suppress(av.FFmpegError):  # as unreadable for others
+            with contextlib.suppress(av.FFmpegError):  # unreadable in a plain decode too
                 assert plain(path) == []
             return
     check(path, whole=not cut)

@@ -1,4 +1,4 @@
-"""Farnebäck flow against a translation whose flow is known, and how flow clips are made."""
+"""Farnebäck flow of a known translation, and clips of flow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VIEW = ClipView(size=48, resize=(56, 72))
 
 
 def shifted(steps: int, x: float, y: float, height: int = 96, width: int = 128) -> np.ndarray:
-    """A smooth picture that moves by (x, y) pixels a frame, uint8 [steps, height, width, 3]."""
+    """A smooth picture that moves by (x, y) pixels per frame, uint8 [steps, height, width, 3]."""
     random = np.random.default_rng(0)
     waves = [(*random.uniform(0.05, 0.25, 2), *random.uniform(0, 6.28, 2)) for _ in range(12)]
     rows, columns = np.mgrid[0:height, 0:width]
@@ -45,11 +45,11 @@ def shifted(steps: int, x: float, y: float, height: int = 96, width: int = 128) 
 
 
 @pytest.mark.parametrize(("x", "y"), [(2.0, 0.0), (0.0, -1.5), (-3.0, 1.0), (0.0, 0.0)])
-def test_a_translation_is_found_in_pixels(x: float, y: float) -> None:
-    found = flow.flow_of(shifted(4, x, y))
-    assert found.shape == (3, 96, 128, 2)
-    assert found.dtype == np.float32
-    inside = found[:, 16:-16, 16:-16]
+def test_a_translation_is_measured_in_pixels(x: float, y: float) -> None:
+    computed = flow.optical_flow(shifted(4, x, y))
+    assert computed.shape == (3, 96, 128, 2)
+    assert computed.dtype == np.float32
+    inside = computed[:, 16:-16, 16:-16]
     assert np.abs(inside - (x, y)).mean() < 0.15
 
 
@@ -84,7 +84,7 @@ def test_students_of_flow_see_the_flow_of_the_clips_that_others_see(tiny_store) 
         assert set(draw.picked.tolist()) <= set(draw.indices[:8].tolist())
         images = read_frames(store.video_path(draw.video), draw.indices, VIEW.frame_view()).images
         cropped = crop_and_flip(images, int(draw.top * 9), int(draw.left * 25), 48, draw.flip)
-        expected = flow.flow_of(cropped.permute(1, 2, 3, 0).numpy()).transpose(3, 0, 1, 2)
+        expected = flow.optical_flow(cropped.permute(1, 2, 3, 0).numpy()).transpose(3, 0, 1, 2)
         np.testing.assert_array_equal(example["clip"], expected)
     with pytest.raises(ValueError, match="ahead=0"):
         StudentClips(sampler, VIEW)

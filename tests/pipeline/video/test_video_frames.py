@@ -1,4 +1,4 @@
-"""Clips by index: order, repeats, what a store expects; and the transforms against torchvision."""
+"""Clips by index: order, repeats, expectations of a store; the transforms against torchvision."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ def test_any_order_and_repeats(clip: str) -> None:
     with VideoReader(clip) as reader:
         truth = {index: (pts, render(frame, VIEW)) for index, pts, frame in reader.decode_plain()}
     wanted = np.array([39, 3, 3, 17, 0])
-    for _ in range(2):  # the second time with what was remembered of the first
-        found = read_frames(clip, wanted, VIEW)
-        np.testing.assert_array_equal(found.images, [truth[i][1] for i in wanted])
-        assert found.pts.tolist() == [truth[i][0] for i in wanted]
-        assert (found.total, found.repeated, count_frames(clip)) == (40, 0, 40)
+    for _ in range(2):  # the second time with the cached index of the first
+        frames = read_frames(clip, wanted, VIEW)
+        np.testing.assert_array_equal(frames.images, [truth[i][1] for i in wanted])
+        assert frames.pts.tolist() == [truth[i][0] for i in wanted]
+        assert (frames.total, frames.repeated, count_frames(clip)) == (40, 0, 40)
     assert read_frames(clip, wanted, None).images.shape == (5, 48, 64, 3)
 
 
-def test_a_file_that_is_not_the_stores(clip: str, tmp_path: Path) -> None:
+def test_a_file_that_differs_from_the_store_is_refused(clip: str, tmp_path: Path) -> None:
     with VideoReader(clip) as reader:
         pts = reader.timeline().pts
-    at = np.array([4, 8])
-    read_frames(clip, at, VIEW, expect=(at, pts[at]), digest=digest(clip))
+    indices = np.array([4, 8])
+    read_frames(clip, indices, VIEW, expect=(indices, pts[indices]), digest=digest(clip))
     with pytest.raises(
         StoreMismatchError, match=f"frame 8 has pts 7 in the store, in the file it is {pts[8]}"
     ):
-        read_frames(clip, at, VIEW, expect=(at, np.array([pts[4], 7])))
+        read_frames(clip, indices, VIEW, expect=(indices, np.array([pts[4], 7])))
     with pytest.raises(StoreMismatchError, match="it has 40 frames"):
-        read_frames(clip, at, VIEW, expect=(np.array([99]), np.array([7])))
+        read_frames(clip, indices, VIEW, expect=(np.array([99]), np.array([7])))
     with pytest.raises(StoreMismatchError, match=digest(clip)):
-        read_frames(clip, at, VIEW, digest="0" * 32)
+        read_frames(clip, indices, VIEW, digest="0" * 32)
     with pytest.raises(VideoError, match="the video has 40"):
         read_frames(clip, np.array([40]), VIEW)
     with pytest.raises(VideoError, match="no such file"):
-        read_frames(str(tmp_path / "gone.mp4"), at, VIEW)
+        read_frames(str(tmp_path / "gone.mp4"), indices, VIEW)
 
 
-def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     for frames in (10, 20):
         write_video(path, np.zeros((frames, 48, 64, 3), np.uint8))
@@ -85,12 +85,12 @@ def test_a_damaged_frame_is_shown_by_the_one_before(tmp_path: Path) -> None:
         file.seek(position)
         file.write(b"\xff" * size)
     with VideoReader(str(path)) as reader:
-        there = [index for index, _, _ in reader.decode_plain()]
+        decoded = [index for index, _, _ in reader.decode_plain()]
         pts = reader.timeline().pts
-    assert there == [i for i in range(20) if i != 5]
-    found = read_frames(str(path), np.arange(3, 11), VIEW)
-    np.testing.assert_array_equal(found.images[2], found.images[1])
-    assert (found.repeated, found.pts[2], found.total) == (1, pts[4], 20)
+    assert decoded == [i for i in range(20) if i != 5]
+    clip_frames = read_frames(str(path), np.arange(3, 11), VIEW)
+    np.testing.assert_array_equal(clip_frames.images[2], clip_frames.images[1])
+    assert (clip_frames.repeated, clip_frames.pts[2], clip_frames.total) == (1, pts[4], 20)
     for wanted, expect in ((np.array([5]), None), (np.arange(3, 11), (np.array([5]), pts[[5]]))):
         with pytest.raises(VideoError, match="frame 5 cannot be decoded"):
             read_frames(str(path), wanted, VIEW, expect=expect)
@@ -137,6 +137,6 @@ def test_a_scale_makes_the_picture_larger_that_the_crop_is_cut_from() -> None:
         ValueError, match=r"resize 128x171 times scale 0\.8 is smaller than the crop of 112"
     ):
         ClipView(size=112, scale=(0.8, 1.2)).frame_view()
-    for wrong in ((1.2, 1.0), (0.0, 1.0), (1.0, 99.0)):
+    for scale in ((1.2, 1.0), (0.0, 1.0), (1.0, 99.0)):
         with pytest.raises(ValueError, match="scale must be two factors, the smaller first"):
-            ClipView(scale=wrong)
+            ClipView(scale=scale)

@@ -20,7 +20,7 @@ from distinit.pipeline.video.geometry import Orientation, View, render
 
 
 def picture(height: int = 96, width: int = 128) -> np.ndarray:
-    """No symmetry, strong colours: a wrong turn, matrix or range cannot hide."""
+    """A picture without symmetry, in strong colours, that reveals a wrong turn, matrix or range."""
     y, x = np.mgrid[0:height, 0:width]
     red = 255 * (y < height // 3)
     green = 255 * x / width
@@ -31,13 +31,13 @@ def picture(height: int = 96, width: int = 128) -> np.ndarray:
 def ffmpeg_rgb(path: Path, height: int, width: int, filters: str, *before: str) -> np.ndarray:
     binary = imageio_ffmpeg.get_ffmpeg_exe()
     command = [binary, "-v", "error", *before, "-i", str(path), "-frames:v", "1", "-vf", filters]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True
     )
-    return np.frombuffer(done.stdout, np.uint8).reshape(height, width, 3)
+    return np.frombuffer(completed.stdout, np.uint8).reshape(height, width, 3)
 
 
-def ours(path: Path, view: View | None) -> np.ndarray:
+def rendered(path: Path, view: View | None) -> np.ndarray:
     with VideoReader(str(path)) as reader:
         _, _, frame = next(reader.decode_plain())
         return reader.info.renderer().render(frame, view)
@@ -61,12 +61,12 @@ def test_colour_matrix_and_range(matrix: str, level: str, pix_fmt: str, tmp_path
             "color_range": "tv" if level == "limited" else "pc",
         },
     )  # fmt: skip
-    # In ffmpeg's filter the position of chroma is center unless said; the stream says left, as
-    # H.264 does.
+    # The chroma position of ffmpeg's filter is center by default; the stream has left, like all
+    # H.264.
     expected = ffmpeg_rgb(path, 48, 64, "scale=64:48:flags=bilinear:in_chroma_loc=left")
-    assert difference(ours(path, View(resize=(48, 64))), expected) < 0.5
+    assert difference(rendered(path, View(resize=(48, 64))), expected) < 0.5
     area = View(resize=(48, 64), interpolation="area")
-    assert difference(ours(path, area), picture().reshape(48, 2, 64, 2, 3).mean((1, 3))) < 8
+    assert difference(rendered(path, area), picture().reshape(48, 2, 64, 2, 3).mean((1, 3))) < 8
 
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
@@ -88,15 +88,14 @@ def test_rotation_and_mirroring(turn: int, mirror: tuple[str, ...], tmp_path: Pa
     height, width = (96, 128) if turn in (0, 180) else (128, 96)
     expected = ffmpeg_rgb(
         tmp_path / "b.mp4", height, width, "scale=in_chroma_loc=left"
-    )  # turns by itself
-    assert difference(ours(tmp_path / "b.mp4", None), expected) < 2
+    )  # ffmpeg applies the rotation
+    assert difference(rendered(tmp_path / "b.mp4", None), expected) < 2
     with VideoReader(str(tmp_path / "b.mp4")) as reader:
         assert (reader.info.height, reader.info.width) == (height, width)
 
 
 class UnknownSideData:
-    """A frame of PyAV whose side data is of a kind that PyAV does not know: Apple's spatial video
-    has one."""
+    """A frame with side data of a kind that PyAV does not know, as in Apple's spatial video."""
 
     def __init__(self, frame: av.VideoFrame) -> None:
         self.rotation = frame.rotation
@@ -107,7 +106,7 @@ class UnknownSideData:
 
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
-def test_side_data_that_pyav_does_not_know_leaves_the_rotation(turn: int, tmp_path: Path) -> None:
+def test_unknown_side_data_leaves_the_rotation(turn: int, tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", [picture()], crf=1)
     transcode(
         tmp_path / "a.mp4",
@@ -118,16 +117,16 @@ def test_side_data_that_pyav_does_not_know_leaves_the_rotation(turn: int, tmp_pa
     with VideoReader(str(tmp_path / "b.mp4")) as reader:
         _, _, frame = next(reader.decode_plain())
         assert frame.rotation % 360 in (turn, -turn % 360)
-        assert Orientation.of(UnknownSideData(frame)) == Orientation.of(frame)
+        assert Orientation.from_frame(UnknownSideData(frame)) == Orientation.from_frame(frame)
 
 
 def test_pixels_become_square(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", [picture()], extra={"vf": "setsar=3/2"})
-    assert ours(tmp_path / "a.mp4", None).shape == (96, 192, 3)
-    assert ours(tmp_path / "a.mp4", View(resize=48)).shape == (48, 96, 3)
-    # An absurd ratio is a broken header.
+    assert rendered(tmp_path / "a.mp4", None).shape == (96, 192, 3)
+    assert rendered(tmp_path / "a.mp4", View(resize=48)).shape == (48, 96, 3)
+    # A header with an absurd ratio is invalid.
     write_video(tmp_path / "b.mp4", [picture()], extra={"vf": "setsar=1000/1"})
-    assert ours(tmp_path / "b.mp4", None).shape == (96, 128, 3)
+    assert rendered(tmp_path / "b.mp4", None).shape == (96, 128, 3)
 
 
 def test_interlaced_pictures_are_scaled_whole(tmp_path: Path) -> None:
@@ -138,7 +137,7 @@ def test_interlaced_pictures_are_scaled_whole(tmp_path: Path) -> None:
     with VideoReader(str(path)) as reader:
         assert next(reader.decode_plain())[2].interlaced_frame
     expected = ffmpeg_rgb(path, 48, 64, "scale=64:48:flags=bilinear:in_chroma_loc=center")
-    assert difference(ours(path, View(resize=(48, 64))), expected) < 2
+    assert difference(rendered(path, View(resize=(48, 64))), expected) < 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +189,7 @@ def test_pictures_are_those_of_swscales_packed_rgb(interpolation: str, pix_fmt: 
         np.testing.assert_array_equal(render(frame, view), packed.to_ndarray())
 
 
-def test_what_cannot_be_rendered() -> None:
+def test_pictures_that_cannot_be_rendered() -> None:
     frame = av.VideoFrame.from_ndarray(np.zeros((2, 16384, 3), np.uint8))
     with pytest.raises(VideoError, match="too long and thin"):
         render(frame, View(resize=256, crop=224))

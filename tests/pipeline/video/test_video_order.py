@@ -1,4 +1,4 @@
-"""Files whose times or whose container say something else than a plain decode shows."""
+"""Files whose times or container differ from the frames that a plain decode shows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def number(picture: np.ndarray) -> int:
 
 
 def everything(path: Path) -> dict[str, list[int]]:
-    """The numbers that each road to the frames shows."""
+    """The numbers of the frames that each way of reading gives."""
     with VideoReader(str(path)) as reader:
         whole = [
             number(reader.info.renderer().render(frame, None))
@@ -63,7 +63,7 @@ def everything(path: Path) -> dict[str, list[int]]:
             for _, _, f in reader.sample(Sampling(every=4))
         ]
     clips = []
-    for start in range(0, len(whole), 8):  # each opens the file anew, as a loader does
+    for start in range(0, len(whole), 8):  # each opens the file again, as a loader does
         wanted = np.arange(start, min(start + 8, len(whole)))
         clips += [number(image) for image in read_frames(str(path), wanted, None).images]
     copy = path.with_name("copy.mp4")
@@ -79,7 +79,7 @@ def everything(path: Path) -> dict[str, list[int]]:
 
 
 def linear(path: Path) -> list[int]:
-    """The numbers that PyAV shows by itself, from the first packet to the last."""
+    """The numbers of the frames that PyAV alone gives, from the first packet to the last."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "NONE"
         return [number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
@@ -156,11 +156,11 @@ def test_the_rate_of_a_counted_clock_is_that_of_the_times(tmp_path: Path) -> Non
         tmp_path / "a.mp4", numbered(0, 50), gop=12, bframes=2, extra={"x264-params": "b-adapt=0"}
     )
     transcode(tmp_path / "a.mp4", tmp_path / "b.avi", codec="copy")
-    found = probe(str(tmp_path / "b.avi"))
+    probed = probe(str(tmp_path / "b.avi"))
     with av.open(str(tmp_path / "b.avi")) as container:
-        assert float(container.streams.video[0].average_rate) > 100  # what the header says
-    assert (found.fps, found.frames) == (25, 50)
-    assert found.duration == pytest.approx(2.0)
+        assert float(container.streams.video[0].average_rate) > 100  # the rate of the header
+    assert (probed.fps, probed.frames) == (25, 50)
+    assert probed.duration == pytest.approx(2.0)
     with VideoReader(str(tmp_path / "b.avi")) as reader:
         assert reader.timeline().time_base == Fraction(1, 25)
         assert [index for index, _, _ in reader.sample(Sampling(fps=2))] == [0, 12, 25, 37]
@@ -171,16 +171,16 @@ def box(kind: bytes, content: bytes) -> bytes:
 
 
 def with_clap(path: Path, width: int, height: int, right: int, down: int) -> None:
-    """Give an mp4 the clean aperture of that size, its middle `right` and `down` of the
-    picture's."""
+    """Give an mp4 a clean aperture of that size, centred `right` and `down` of the picture's
+    centre."""
     data = path.read_bytes()
     clap = box(b"clap", struct.pack(">IIIIiIiI", width, 1, height, 1, right, 1, down, 1))
     for kind in (b"avc1", b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
-        at = data.rindex(kind) - 4
+        position = data.rindex(kind) - 4
         data = (
-            data[:at]
-            + (int.from_bytes(data[at : at + 4], "big") + len(clap)).to_bytes(4, "big")
-            + data[at + 4 :]
+            data[:position]
+            + (int.from_bytes(data[position : position + 4], "big") + len(clap)).to_bytes(4, "big")
+            + data[position + 4 :]
         )
         if kind == b"avc1":
             entry = data.index(b"avcC") - 4
@@ -205,19 +205,19 @@ def test_cropping_of_the_container_is_applied(ending: str, tmp_path: Path) -> No
         path = tmp_path / "a.mkv"
     with VideoReader(str(path)) as reader:
         assert (reader.info.width, reader.info.height) == (128, 64)
-    found = probe(str(path))
-    assert (found.width, found.height) == (128, 64)
+    probed = probe(str(path))
+    assert (probed.width, probed.height) == (128, 64)
     assert_shows(path, list(range(16)))
 
 
-def test_a_damaged_picture_of_its_own_is_left_out_everywhere(tmp_path: Path) -> None:
+def test_a_damaged_intra_picture_is_left_out_everywhere(tmp_path: Path) -> None:
     path = tmp_path / "a.avi"
     write_video(path, numbered(0, 24), codec="mjpeg", pix_fmt="yuvj420p", extra={"q:v": 3})
     with av.open(str(path)) as container:
         packet = [p for p in container.demux(video=0) if p.size][8]
-        at, size = packet.pos, packet.size
+        position, size = packet.pos, packet.size
     data = bytearray(path.read_bytes())
-    data[at + size // 2 : at + size // 2 + 400] = bytes(400)
+    data[position + size // 2 : position + size // 2 + 400] = bytes(400)
     path.write_bytes(data)
     with VideoReader(str(path)) as reader:
         whole = [index for index, _, _ in reader.decode_plain()]
@@ -231,8 +231,8 @@ def test_a_damaged_picture_of_its_own_is_left_out_everywhere(tmp_path: Path) -> 
     assert clip.repeated == 1
 
 
-def test_a_concealed_picture_is_the_same_whatever_is_sampled(tmp_path: Path) -> None:
-    path = tmp_path / "a.asf"  # of which FFmpeg makes a raw stream with rubbish between its packets
+def test_a_concealed_picture_does_not_depend_on_the_sampling(tmp_path: Path) -> None:
+    path = tmp_path / "a.asf"  # FFmpeg reads it as a raw stream with junk between its packets
     random = np.random.default_rng(0)
     scenes = random.integers(0, 255, (3, 6, 8, 3)).repeat(8, 1).repeat(8, 2)
     moving = [
@@ -247,13 +247,13 @@ def test_a_concealed_picture_is_the_same_whatever_is_sampled(tmp_path: Path) -> 
     path.write_bytes(data)
 
     def pictures(sampling: Sampling) -> dict[int, bytes]:
-        found = {}
+        rendered = {}
         with VideoReader(str(path)) as reader:
             for index, _, frame in reader.sample(sampling):
-                found[index] = reader.info.renderer().render(frame, None).tobytes()
+                rendered[index] = reader.info.renderer().render(frame, None).tobytes()
                 del frame
         assert reader.truncated is not None
-        return found
+        return rendered
 
     alone: list[bytes] = []
     renderer = Renderer(orientation=Orientation())
@@ -294,8 +294,8 @@ def test_frames_that_never_come_out_are_counted(tmp_path: Path) -> None:
                 packet = empty
             target.mux(packet)
     with VideoReader(str(tmp_path / "b.mkv")) as reader:
-        came = [index for index, _, _ in reader.decode_plain()]
-        assert len(came) == 39
+        decoded = [index for index, _, _ in reader.decode_plain()]
+        assert len(decoded) == 39
         assert reader.truncated is not None
         assert "1 of 40" in reader.truncated
 
@@ -314,7 +314,7 @@ def packets_of(path: Path) -> list[bytes]:
 
 
 def slice_of(packet: bytes, ending: str) -> bytes:
-    """The first slice of a packet that has nothing else in front; in MPEG-TS the last."""
+    """The slice of a packet: the first unit, in MPEG-TS the last."""
     return packet.split(b"\0\0\1")[-1] if ending == "ts" else packet[4:]
 
 
@@ -325,14 +325,14 @@ def test_non_reference_pictures_are_known_by_their_numbers(ending: str, tmp_path
     with VideoReader(str(path)) as reader:
         extradata = reader.stream.codec_context.extradata
     pictures, packets = NonReferencePictures(extradata), packets_of(path)
-    may = [pictures.may_leave_out(memoryview(packet), wanted=False) for packet in packets]
+    allowed = [pictures.may_leave_out(memoryview(packet), wanted=False) for packet in packets]
     heads = [slice_of(packet, ending)[0] for packet in packets]
-    assert may == [head == 1 for head in heads]
-    assert 10 < sum(map(bool, may)) < 35
+    assert allowed == [head == 1 for head in heads]
+    assert 10 < sum(map(bool, allowed)) < 35
     header = extradata or b""
-    for cut in range(len(header)):  # whatever is cut off, nothing else is left out
+    for cut in range(len(header)):  # with a truncated header, no other picture is left out
         pictures = NonReferencePictures(header[:cut])
-        for packet, expected in zip(packets[:20], may, strict=False):
+        for packet, expected in zip(packets[:20], allowed, strict=False):
             assert expected or not pictures.may_leave_out(memoryview(packet), wanted=False)
     for packet in packets[:20]:
         for cut in range(min(len(packet), 40)):
@@ -346,14 +346,14 @@ def test_non_reference_pictures_are_known_by_their_numbers(ending: str, tmp_path
 def test_a_reference_picture_that_looks_like_none_is_decoded(ending: str, tmp_path: Path) -> None:
     whole, path = tmp_path / f"whole.{ending}", tmp_path / f"a.{ending}"
     write_video(whole, numbered(0, 40, 32, 64), gop=16, bframes=3, extra=STREAMS_WITH_B[ending])
-    data, done = whole.read_bytes(), 0
+    data, num_tried = whole.read_bytes(), 0
     # Slices of reference pictures, whose header's bits 5 and 6 (nal_ref_idc) become 0.
     heads = {slice_of(packet, ending)[:12] for packet in packets_of(whole)}
     for head in sorted(
         head for head in heads if head[0] & 0x1F == 1 and head[0] & 0x60 and data.count(head) == 1
     ):
-        at = data.index(head)
-        path.write_bytes(data[:at] + bytes([1]) + data[at + 1 :])
+        position = data.index(head)
+        path.write_bytes(data[:position] + bytes([1]) + data[position + 1 :])
         with VideoReader(str(path)) as reader:
             plain = {index: digest_of(frame) for index, _, frame in reader.decode_plain()}
         for every in (3, 4, 7):
@@ -365,8 +365,8 @@ def test_a_reference_picture_that_looks_like_none_is_decoded(ending: str, tmp_pa
             assert sampled == {
                 index: plain[index] for index in range(0, 40, every) if index in plain
             }
-        done += 1
-    assert done > 3
+        num_tried += 1
+    assert num_tried > 3
 
 
 def digest_of(frame: av.VideoFrame) -> str:
@@ -406,5 +406,5 @@ def test_fields_are_known_by_the_header(parameters: str, frames_only: bool, tmp_
     with av.open(str(tmp_path / "v.mp4")) as container:
         extradata = container.streams.video[0].codec_context.extradata or b""
     assert codes_frames_only(extradata) == frames_only
-    for length in range(len(extradata)):  # cut off anywhere, it is not believed or still whole
+    for length in range(len(extradata)):  # a truncated header is not believed, or still complete
         assert codes_frames_only(extradata[:length]) in (False, frames_only)

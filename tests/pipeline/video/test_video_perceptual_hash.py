@@ -20,9 +20,9 @@ PAGE = Path(__file__).parents[3] / "docs" / "store-format.md"
 
 
 def coefficients(picture: np.ndarray) -> np.ndarray:
-    d = dctn(picture.astype(np.float64), type=2, norm="ortho")
-    low = d[:8, :8].copy()
-    low[0, 0] = d[8, 0]
+    transform = dctn(picture.astype(np.float64), type=2, norm="ortho")
+    low = transform[:8, :8].copy()
+    low[0, 0] = transform[8, 0]
     return low.round(6)
 
 
@@ -44,7 +44,7 @@ def test_hashes_are_signs_of_a_dct() -> None:
     assert hash_p(pictures).tolist() == p
     assert hash_r(pictures)[0].tolist() == r
     np.testing.assert_array_equal(hash_r(pictures)[1], rms)
-    assert hash_p(pictures[:1]).tolist() == p[:1]  # of a picture alone
+    assert hash_p(pictures[:1]).tolist() == p[:1]  # a single picture
     flat = np.full((2, 32, 32), 77, np.uint8)
     assert [*hash_p(flat), *hash_r(flat)[0], *hash_r(flat)[1]] == [0] * 6
 

@@ -1,5 +1,4 @@
-"""Decoding in worker processes that are killed, stopped, starved and left, with the real
-workers."""
+"""Decoding in real worker processes that are killed, stopped, starved and abandoned."""
 
 from __future__ import annotations
 
@@ -61,7 +60,7 @@ def expected(path: str, sampling: Sampling) -> list[tuple[int, int, bytes]]:
 
 
 def collect(events: Iterator[Block | Done | Failed], rows: Rows) -> Iterator[Block | Done | Failed]:
-    """Copies the rows of every block; passes all events on."""
+    """Copy the rows of every block to `rows`, and yield all events."""
     for event in events:
         if isinstance(event, Block):
             for i, (index, pts) in enumerate(zip(event.index, event.pts, strict=True)):
@@ -127,7 +126,7 @@ def test_a_killed_worker_costs_nothing(long_video: str, after: int) -> None:
 
 @pytest.mark.slow
 def test_a_killed_fork_server_costs_nothing(long_video: str) -> None:
-    """Its workers end with it, and the videos are decoded by those of another."""
+    """Its workers end with it, and the workers of another server decode the videos."""
     rows: Rows = {}
     killed: list[int] = []
     events = []
@@ -149,24 +148,24 @@ def test_a_killed_fork_server_costs_nothing(long_video: str) -> None:
 def test_a_system_without_another_process_is_no_fault_of_a_video(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The worker has ended with the reason, and the server serves on."""
+    """The worker has ended with the reason, and the server continues."""
 
     def refuse() -> int:
         raise OSError(errno.EAGAIN, "no more processes")
 
     monkeypatch.setattr(os, "fork", refuse)
     handler = signal.getsignal(signal.SIGCHLD)
-    ours, theirs = socket.socketpair()
+    client_end, server_end = socket.socketpair()
     children = []
-    with ours, theirs, TemporaryFile() as errors, open(os.devnull) as nothing:
+    with client_end, server_end, TemporaryFile() as errors, open(os.devnull) as nothing:
         for _ in range(2):
-            report, its = Pipe(duplex=False)
-            descriptors = [nothing.fileno(), nothing.fileno(), errors.fileno(), its.fileno()]
-            socket.send_fds(ours, [FORK], descriptors)
-            its.close()
+            report, report_end = Pipe(duplex=False)
+            descriptors = [nothing.fileno(), nothing.fileno(), errors.fileno(), report_end.fileno()]
+            socket.send_fds(client_end, [FORK], descriptors)
+            report_end.close()
             children.append(process.ForkedProcess(None, report))  # type: ignore[arg-type]
-        ours.shutdown(socket.SHUT_WR)
-        ForkServer(theirs).run()
+        client_end.shutdown(socket.SHUT_WR)
+        ForkServer(server_end).run()
         assert [child.wait(5) for child in children] == [1, 1]
         assert not any(child.server_ended for child in children)
         errors.seek(0)
@@ -211,7 +210,7 @@ def test_a_video_that_kills_twice_fails_and_the_next_is_decoded(long_video: str)
 def test_a_hanging_worker_is_killed_after_the_time_out(long_video: str) -> None:
     stopped: set[int] = set()
     rows: Rows = {}
-    # A worker has to start within it, too, which takes long on a machine with other work.
+    # A worker must also start within the time-out, which takes long on a busy machine.
     with pool(timeout_s=4) as decoders:
         for event in collect(decoders.stream([DecodeJob(0, long_video, Sampling(every=1))]), rows):
             if len(stopped) < 2 and decoders.pids and decoders.pids[0] not in stopped:
@@ -228,7 +227,7 @@ def test_a_hanging_worker_is_killed_after_the_time_out(long_video: str) -> None:
 def test_videos_that_fail_while_they_are_rendered_cost_the_worker_nothing(
     tmp_path: Path, long_video: str
 ) -> None:
-    """Nor is the worker, which has four slots, left without one for the next video."""
+    """The worker, which has four slots, still has a free slot for the next video."""
     path = str(tmp_path / "thin.nut")
     write_video(path, [np.zeros((2, 16384, 3), np.uint8)] * 2, codec="ffv1")
     jobs = [DecodeJob(i, path if i < 5 else long_video, Sampling(every=1)) for i in range(6)]
@@ -271,13 +270,15 @@ def test_probing_begins_before_the_views_are_known(tmp_path: Path, long_video: s
                 assert isinstance([*collect(decoders.stream(jobs), rows)][-1], Done)
                 assert rows[0] == expected(short[2], Sampling(every=3))
                 decoders.begin_probing(paths)
-                assert [p.frames for p in decoders.probe(short)] == [30, 1, 90], "others are asked"
+                assert [p.frames for p in decoders.probe(short)] == [30, 1, 90], (
+                    "other paths are probed"
+                )
                 decoders.begin_probing(paths)
                 assert len(decoders.timeline(short[0])) == 30
 
 
 @pytest.mark.slow
-def test_a_stream_may_be_left_and_the_pool_used_again(long_video: str) -> None:
+def test_a_stream_may_be_abandoned_and_the_pool_used_again(long_video: str) -> None:
     with pool(processes=2) as decoders:
         for _ in range(3):
             events = decoders.stream(DecodeJob(i, long_video, Sampling(every=1)) for i in range(10))
@@ -300,11 +301,11 @@ def test_workers_end_with_their_parent(long_video: str) -> None:
         "print(*pool.pids, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script, long_video], capture_output=True, text=True, check=False
     )
-    pids = [int(word) for word in done.stdout.split()]
-    assert len(pids) == 2, done.stderr
+    pids = [int(word) for word in completed.stdout.split()]
+    assert len(pids) == 2, completed.stderr
     for _ in range(100):
         if not any(alive(pid) for pid in pids):
             break

@@ -1,8 +1,7 @@
-"""A decoder that dies or stops, at every state of the buffers: the frames are those of an
-undisturbed run.
+"""A decoder ends or stops at every state of the buffers: the frames equal an undisturbed run.
 
-The pool is the real one. Its workers are simulated, and so is the clock, so that thousands of
-states are tried and a wait without end is seen at once.
+The pool is the real one. Its workers and the clock are simulated, so that thousands of states are
+tried and an endless wait is noticed at once.
 """
 
 from __future__ import annotations
@@ -35,29 +34,31 @@ TIMEOUT_S = 100.0
 END_S = 50 * TIMEOUT_S  # of simulated time, far more than any of these runs takes
 CRASH = "crash"
 Fault = tuple[int, int, str]
-"""(wait, place, what): before the pool's n-th wait the n-th worker is killed ("kill") or stops for
-good ("stop")."""
+"""(wait, worker, kind): before the pool's n-th wait the n-th worker is killed ("kill") or stops
+forever ("stop")."""
 
 
 class Standstill(AssertionError):
-    """The pool waits for what will never come."""
+    """The pool waits for a message that will never come."""
 
 
 @dataclass(eq=False)
 class SimulatedWorker:
-    """A worker as pipeline/video/pool/worker.py is, which works when the machine lets it. A job's
-    path is its blocks."""
+    """A worker like that of pipeline/video/pool/worker.py, which works when the machine lets it.
+
+    The path of a job is its number of blocks.
+    """
 
     machine: Machine
     ready: bool = True
     unread: int = 0
-    listened: float = 0.0
+    waited: float = 0.0
     ended: bool = False
     server_ended: bool = False
     pid: int = 0
     state: str = "runs"
-    todo: list[dict[str, Any]] = field(default_factory=list)
-    said: list[dict[str, Any]] = field(default_factory=list)
+    inbox: list[dict[str, Any]] = field(default_factory=list)
+    outbox: list[dict[str, Any]] = field(default_factory=list)
     free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS)))
     slots: dict[int, tuple[int, int]] = field(default_factory=dict)
 
@@ -66,60 +67,60 @@ class SimulatedWorker:
         return self
 
     def send(self, message: dict[str, Any]) -> bool:
-        self.listened = 0.0
+        self.waited = 0.0
         if self.state == "dead":
             return False
-        self.todo.append(dict(message))
+        self.inbox.append(dict(message))
         return True
 
     def can_work(self) -> bool:
         return (
             self.state == "runs"
-            and bool(self.todo)
+            and bool(self.inbox)
             and (bool(self.free_slots) or self.at_its_end())
         )
 
     def at_its_end(self) -> bool:
-        task = self.todo[0]
+        task = self.inbox[0]
         return bool(task["skip"] >= (len(task["paths"]) if "paths" in task else int(task["path"])))
 
     def work(self) -> None:
         """Decode one block of the task, or end it."""
-        task = self.todo[0]
+        task = self.inbox[0]
         if "paths" in task:
             self.probe(task)
             return
         if self.at_its_end():
-            self.said.append(
+            self.outbox.append(
                 {"kind": "done", "frames": -1, "clock": "pts", "note": None, "more": False}
             )
-            self.todo.pop(0)
+            self.inbox.pop(0)
             return
         slot = self.free_slots.pop()
         self.slots[slot] = (task["key"], task["skip"])
-        self.said.append({"kind": "block", "slot": slot, "index": [task["skip"]], "pts": [0]})
+        self.outbox.append({"kind": "block", "slot": slot, "index": [task["skip"]], "pts": [0]})
         task["skip"] += 1
 
     def probe(self, task: dict[str, Any]) -> None:
         """Probe one of several files, or end; one called `crash` ends the worker."""
         if self.at_its_end():
-            self.said.append({"kind": "end"})
-            self.todo.pop(0)
+            self.outbox.append({"kind": "end"})
+            self.inbox.pop(0)
             return
         path = task["paths"][task["skip"]]
         if path == CRASH:
             self.state = "dead"
             return
-        self.said.append({"kind": "probed", "probe": {"codec": path, "time_base": [1, 25]}})
+        self.outbox.append({"kind": "probed", "probe": {"codec": path, "time_base": [1, 25]}})
         task["skip"] += 1
 
     def receive(self) -> dict[str, Any] | None:
-        if not self.said and self.state == "dead":
+        if not self.outbox and self.state == "dead":
             raise EOFError
-        return self.said.pop(0) if self.said else None
+        return self.outbox.pop(0) if self.outbox else None
 
     def has_sent(self) -> bool:
-        return bool(self.said) or self.state == "dead"
+        return bool(self.outbox) or self.state == "dead"
 
     def slot(self, slot: int) -> tuple[np.ndarray, ...]:
         return (np.array([self.slots[slot]]),)
@@ -131,7 +132,7 @@ class SimulatedWorker:
     def all_slots_unread(self) -> bool:
         return self.unread >= SLOTS
 
-    def last_words(self) -> str:
+    def end_reason(self) -> str:
         return "killed"
 
     def kill(self) -> None:
@@ -139,7 +140,7 @@ class SimulatedWorker:
 
 
 class SimulatedServer:
-    """Stands in for the process that workers are forked from."""
+    """Replaces the process that workers are forked from."""
 
     ended = False
 
@@ -148,8 +149,7 @@ class SimulatedServer:
 
 
 class Machine:
-    """Lets workers work, in one of several orders, and does harm to them. Stands in for `wait` and
-    for the clock."""
+    """Lets workers work in a given order, and harms them. Replaces `wait` and the clock."""
 
     def __init__(self, order: str, faults: Iterable[Fault], seed: int = 0) -> None:
         self.order, self.faults = order, list(faults)
@@ -163,27 +163,27 @@ class Machine:
     def wait(self, connections: list[SimulatedWorker], timeout: float) -> list[SimulatedWorker]:
         self.waits += 1
         workers: dict[int, Any] = self.pool._workers if self.pool is not None else {}  # type: ignore[assignment]
-        for number, place, what in self.faults:
-            if number == self.waits and place in workers:
-                workers[place].state = {"kill": "dead", "stop": "stopped"}[what]
-        able = [worker for _, worker in sorted(workers.items()) if worker.can_work()]
-        if able:
+        for wait, worker_number, kind in self.faults:
+            if wait == self.waits and worker_number in workers:
+                workers[worker_number].state = {"kill": "dead", "stop": "stopped"}[kind]
+        active = [worker for _, worker in sorted(workers.items()) if worker.can_work()]
+        if active:
             if self.order == "first":
-                able = able[:1]
+                active = active[:1]
             elif self.order == "last":
-                able = able[-1:]
+                active = active[-1:]
             elif self.order == "any":
-                able = [self.random.choice(able)]
-            for worker in able:
+                active = [self.random.choice(active)]
+            for worker in active:
                 worker.work()
                 while self.order == "far" and worker.can_work():
                     worker.work()
-        heard = [worker for worker in connections if worker.has_sent()]
-        if not heard:
+        senders = [worker for worker in connections if worker.has_sent()]
+        if not senders:
             self.now += timeout
             if self.now > END_S:
                 raise Standstill
-        return heard
+        return senders
 
 
 def run(
@@ -250,8 +250,8 @@ def undisturbed(blocks: list[int]) -> list[Any]:
     ]
 
 
-# Videos shorter and longer than what a worker's slots hold, in the orders that fill them behind a
-# long one.
+# Videos shorter and longer than the slots of a worker hold, in orders that fill the slots behind a
+# long video.
 CORPORA = [
     [1, 9, 1, 1, 1, 1],
     [9, 9, 9],
@@ -263,24 +263,24 @@ CORPORA = [
 
 @pytest.mark.parametrize("order", ["first", "last", "all", "far"])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("what", ["kill", "stop"])
+@pytest.mark.parametrize("kind", ["kill", "stop"])
 def test_one_fault_at_every_moment_changes_nothing(
-    order: str, processes: int, what: str, monkeypatch: pytest.MonkeyPatch
+    order: str, processes: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = 0
+    num_tried = 0
     for blocks in CORPORA:
         quiet = Machine(order, [])
         assert run(blocks, processes, quiet, monkeypatch) == undisturbed(blocks)
-        for number in range(1, quiet.waits + 1):
-            for place in range(processes):
-                machine = Machine(order, [(number, place, what)])
+        for wait in range(1, quiet.waits + 1):
+            for worker_number in range(processes):
+                machine = Machine(order, [(wait, worker_number, kind)])
                 assert run(blocks, processes, machine, monkeypatch) == undisturbed(blocks), (
                     blocks,
-                    number,
-                    place,
+                    wait,
+                    worker_number,
                 )
-                tried += 1
-    assert tried >= 20
+                num_tried += 1
+    assert num_tried >= 20
 
 
 @settings(deadline=None)
@@ -312,8 +312,7 @@ def test_many_faults_cost_at_most_the_videos_that_met_two(
 def test_a_trickle_of_frames_does_not_hold_a_decoder_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A frame now and then is no silence; one in a tenth of a time-out is enough, also of a long
-    video."""
+    """A rare frame is not silence; one per tenth of a time-out is enough, also for a long video."""
 
     class Slow(Machine):
         def __init__(self, every_s: float) -> None:
@@ -354,13 +353,13 @@ def video(path: Path, frames: int, seed: int) -> str:
 def test_the_decoder_of_the_first_video_falls_while_the_other_has_filled_its_slots(
     tmp_path: Path, how: int
 ) -> None:
-    """The second is done with all that comes after: it is no place for the second try."""
+    """The second worker has finished all later tasks, but cannot take the second try."""
     paths = [
         video(tmp_path / f"{i}.mp4", frames, i) for i, frames in enumerate((3, 600, 3, 3, 3, 3))
     ]
 
     def rows(harm: bool) -> list[tuple[int, int, bytes]]:
-        found = []
+        decoded = []
         jobs = (DecodeJob(key, path, Sampling(every=1)) for key, path in enumerate(paths))
         timeout_s = 5 if how == signal.SIGSTOP else 100
         views = [View(resize=(120, 160))]
@@ -368,36 +367,36 @@ def test_the_decoder_of_the_first_video_falls_while_the_other_has_filled_its_slo
             for event in decoders.stream(jobs):
                 assert not isinstance(event, Failed)
                 if isinstance(event, Block):
-                    found += [
+                    decoded += [
                         (event.key, int(i), image.tobytes())
                         for i, image in zip(event.index, event.images[0], strict=True)
                     ]
                 if harm and event.key == 1:
                     harm = False
-                    time.sleep(1.0)  # the other goes as far as it can
-                    (place,) = [
-                        place
-                        for place, task in decoders._working.items()
+                    time.sleep(1.0)  # the other worker fills its slots
+                    (number,) = [
+                        worker_number
+                        for worker_number, task in decoders._tasks.items()
                         if task.message["key"] == 1
                     ]
-                    os.kill(decoders.pids[place], how)
-        return found
+                    os.kill(decoders.pids[number], how)
+        return decoded
 
     assert rows(harm=True) == rows(harm=False)
 
 
 @pytest.mark.parametrize("head", [(17).to_bytes(4, "big"), b"\xff" * 4 + (17).to_bytes(8, "big")])
 def test_a_worker_that_stops_in_the_middle_of_a_message_is_not_waited_for(head: bytes) -> None:
-    ours, theirs = socket.socketpair()
+    parent_end, worker_end = socket.socketpair()
     worker = WorkerProcess.__new__(WorkerProcess)
-    worker.connection, worker._inbox, worker.listened = Connection(ours.detach()), Inbox(), 0.0
+    worker.connection, worker._inbox, worker.waited = Connection(parent_end.detach()), Inbox(), 0.0
     data = head + b'{"kind": "alive"}'
     for cut in range(len(data)):
         assert worker.receive() is None
-        theirs.sendall(data[cut : cut + 1])
+        worker_end.sendall(data[cut : cut + 1])
     assert worker.receive() == {"kind": "alive"}
     assert worker.receive() is None
-    theirs.sendall(data[:5])
-    theirs.close()
+    worker_end.sendall(data[:5])
+    worker_end.close()
     with pytest.raises(EOFError):
         worker.receive()

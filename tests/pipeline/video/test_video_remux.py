@@ -29,10 +29,10 @@ from distinit.pipeline.video.sampling import Sampling
 from distinit.tests.thorough import is_thorough
 
 FRAMES, SIZE = 40, (48, 64)
-VIEW = View(resize=(32, 40))  # of one size, whatever damage makes of the header
+VIEW = View(resize=(32, 40))  # one size, even if the header is damaged
 X264 = "x264-params"
-# What is encoded once: codec, first container, options. The second file of an appended one is made
-# of other pictures.
+# The sources, each encoded once: codec, first container, options. Appended files are made of other
+# pictures.
 SOURCES = {
     "h264": ("libx264", "mp4", {"g": 12, "bf": 3}),
     "h264 avi": ("libx264", "avi", {"g": 12, "bf": 2}),
@@ -122,7 +122,7 @@ class Frame:
 
 
 def pictures(seed: int) -> np.ndarray:
-    """uint8 [FRAMES, h, w, 3]: each another, with motion and cuts."""
+    """Different pictures uint8 [FRAMES, h, w, 3] with motion and cuts."""
     random = np.random.default_rng(seed)
     scenes = random.integers(0, 255, (3, SIZE[0] // 8, SIZE[1] // 8, 3)).repeat(8, 1).repeat(8, 2)
     frames = [
@@ -134,7 +134,7 @@ def pictures(seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """Of each source two files of different pictures; made when they are asked for."""
+    """Two files of different pictures per source, made on first use."""
     return _Sources(tmp_path_factory.mktemp("sources"))
 
 
@@ -174,8 +174,7 @@ def ffmpeg(*arguments: object) -> bool:
 
 
 def linear(path: Path) -> list[Frame] | None:
-    """Every frame of a linear decode by PyAV, packets that fail passed over; None where it does not
-    open."""
+    """Every frame of a linear decode by PyAV without packets that fail; None if it cannot open."""
     frames = []
     try:
         container = av.open(str(path))
@@ -190,7 +189,7 @@ def linear(path: Path) -> list[Frame] | None:
         context = stream.codec_context
         context.thread_type, context.thread_count = "NONE", 1
         intra = context.codec.canonical_name in INTRA_ONLY
-        if intra:  # what a damaged picture shows is not a property of the file
+        if intra:  # the content of a damaged picture is not a property of the file
             context.options = {"err_detect": "explode"}
         packets = container.demux(stream)
         while True:
@@ -201,13 +200,13 @@ def linear(path: Path) -> list[Frame] | None:
             if packet is not None and not packet.size:
                 continue
             try:
-                came = [
+                decoded = [
                     (f.pts, digest(f))
                     for f in context.decode(packet)
                     if not (f.is_corrupt and intra)
                 ]
-                frames += [Frame(*frame) for frame in came]
-            except av.FFmpegError:  # damage: a linear decode passes over the packet, as players do
+                frames += [Frame(*frame) for frame in decoded]
+            except av.FFmpegError:  # damage: a linear decode skips the packet, as players do
                 pass
             except ValueError:  # no decoder for what the header claims
                 return None
@@ -222,7 +221,7 @@ def digest(frame: av.VideoFrame) -> str:
 
 
 def digests(frames: Rows) -> Iterator[tuple[int, int, str]]:
-    """(index, pts, digest), no frame held while the next is decoded: see VideoReader."""
+    """Yield (index, pts, digest); hold no frame while the next is decoded, see VideoReader."""
     for index, pts, frame in frames:
         row = index, pts, digest(frame)
         del frame
@@ -230,8 +229,10 @@ def digests(frames: Rows) -> Iterator[tuple[int, int, str]]:
 
 
 def compare(path: Path, *, damaged: bool) -> str:
-    """The reader's frames against the linear decode's, those of samplings and clips against the
-    reader's. What came."""
+    """Compare the reader's frames with the linear decode, and samplings and clips with the reader.
+
+    Return the outcome in words.
+    """
     truth, refused = linear(path), ""
     try:
         with VideoReader(str(path)) as reader:
@@ -264,7 +265,7 @@ def compare(path: Path, *, damaged: bool) -> str:
         assert note is not None or len(rows) == len(shown)
     else:
         assert [pixels for _, _, pixels in rows] == shown
-        # Where packets did not decode, a note says so, and what came keeps the index of its time.
+        # A note reports packets that did not decode; the other frames keep the index of their time.
         assert note is not None or [index for index, _, _ in rows] == list(range(len(shown)))
     if line.clock == "pts" and not damaged:
         assert [pts for _, pts, _ in rows] == [frame.pts for frame in truth]
@@ -279,17 +280,16 @@ def compare(path: Path, *, damaged: bool) -> str:
 
 
 def clips(path: Path, by_index: dict[int, tuple[int, int, str]], total: int) -> None:
-    """Clips as training reads them: by a reader that knows the header alone where the file has
-    one."""
+    """Compare clips as training reads them, if possible with a reader of the header alone."""
     whole: dict[int, np.ndarray] = {}
     for start in (0, total // 3, max(0, total - 8)):
         wanted = np.arange(start, min(start + 8, total))
         try:
-            got = read_frames(str(path), wanted, VIEW)
+            frames = read_frames(str(path), wanted, VIEW)
         except VideoError:
             assert sum(int(i) in by_index for i in wanted) * 2 < len(wanted)
             continue
-        for index, image in zip(wanted.tolist(), got.images, strict=True):
+        for index, image in zip(wanted.tolist(), frames.images, strict=True):
             if index in by_index:
                 whole.setdefault(index, image)
                 np.testing.assert_array_equal(image, whole[index])
@@ -307,16 +307,16 @@ def examples(share: float) -> int:
 
 @st.composite
 def remux(draw: st.DrawFn, sources: dict[str, list[Path]], folder: Path) -> tuple[Path, str]:
-    """A file that ffmpeg made of a source without encoding, or of two, and how it was made."""
+    """A file that ffmpeg remuxed from one or two sources, and a description of the steps."""
     name = draw(st.sampled_from(sorted(SOURCES)))
     step = st.tuples(st.sampled_from(TARGETS), st.sampled_from(BEFORE), st.sampled_from(AFTER))
     steps = draw(st.lists(step, max_size=2))
     paths = list(sources[name])
     for number, (ending, before, after) in enumerate(steps):
-        made = [folder / f"{part}-{number}.{ending}" for part in (0, 1)]
-        for source, target in zip(paths, made, strict=True):
+        outputs = [folder / f"{part}-{number}.{ending}" for part in (0, 1)]
+        for source, target in zip(paths, outputs, strict=True):
             assume(ffmpeg(*before, "-i", source, "-map", "0:v:0", "-c", "copy", *after, target))
-        paths = made
+        paths = outputs
     appended = draw(st.sampled_from(["no", "no", "no", "cat", "concat"]))
     path = paths[0]
     if appended == "cat":
@@ -332,29 +332,31 @@ def remux(draw: st.DrawFn, sources: dict[str, list[Path]], folder: Path) -> tupl
 
 @st.composite
 def damage(draw: st.DrawFn, path: Path) -> str:
-    """Bits, cuts, zeros and lost, doubled or swapped packets of a transport stream, in place."""
+    """Damage a file in place: bits, cuts, zeros, or lost, doubled or swapped pieces."""
     data = bytearray(path.read_bytes())
     assume(len(data) > 2)
     kind = draw(
         st.sampled_from(["bit", "bit", "cut", "zeros", "hole", "lost", "doubled", "swapped"])
     )
-    at = draw(st.integers(0, max(0, len(data) - 2)))
+    position = draw(st.integers(0, max(0, len(data) - 2)))
     size = 188 if path.suffix in (".ts", ".m2ts") else draw(st.sampled_from([1, 16, 300, 2000]))
-    at = at - at % 188 if size == 188 else at
+    position = position - position % 188 if size == 188 else position
     if kind == "bit":
-        data[at] ^= 1 << draw(st.integers(0, 7))
+        data[position] ^= 1 << draw(st.integers(0, 7))
     elif kind == "cut":
-        del data[at:]
+        del data[position:]
     elif kind == "zeros":
-        data[at : at + size] = bytes(min(size, len(data) - at))
+        data[position : position + size] = bytes(min(size, len(data) - position))
     elif kind == "hole" or kind == "lost":
-        del data[at : at + size]
+        del data[position : position + size]
     elif kind == "doubled":
-        data[at:at] = data[at : at + size]
+        data[position:position] = data[position : position + size]
     else:
-        data[at : at + 2 * size] = data[at + size : at + 2 * size] + data[at : at + size]
+        data[position : position + 2 * size] = (
+            data[position + size : position + 2 * size] + data[position : position + size]
+        )
     path.write_bytes(data)
-    return f"{kind} of {size} at {at}"
+    return f"{kind} of {size} at {position}"
 
 
 OFTEN = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
@@ -372,8 +374,8 @@ def test_remuxes_show_the_frames_of_a_linear_decode(
     data: st.DataObject, sources: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     path, how = data.draw(remux(sources, tmp_path))
-    came = compare(path, damaged="noise=drop" in how)
-    print(f"{came:24s} {how}")
+    outcome = compare(path, damaged="noise=drop" in how)
+    print(f"{outcome:24s} {how}")
 
 
 @pytest.mark.slow
@@ -391,5 +393,5 @@ def test_damage_shows_frames_of_a_linear_decode_or_a_reason(
     copy = tmp_path / f"damaged{path.suffix}"
     copy.write_bytes(path.read_bytes())
     how += ", " + data.draw(damage(copy))
-    came = compare(copy, damaged=True)
-    print(f"{came:24s} {how}")
+    outcome = compare(copy, damaged=True)
+    print(f"{outcome:24s} {how}")

@@ -1,4 +1,4 @@
-"""Which frames are kept, against a loop that follows the definition."""
+"""The sampled frames, against a loop that follows the definition."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_a_rate_keeps_the_last_frame_at_or_before_each_tick(
     while k / rate <= times[-1]:
         expected.append(max(i for i, t in enumerate(times) if t <= k / rate))
         k += 1
-    found = Sampling(fps=fps).select(pts, np.ones(len(pts), bool), base)
-    assert found.tolist() == sorted(set(expected))
-    assert found.dtype == np.int64
+    sampled = Sampling(fps=fps).select(pts, np.ones(len(pts), bool), base)
+    assert sampled.tolist() == sorted(set(expected))
+    assert sampled.dtype == np.int64
     probe = Probe(duration=float(times[-1]), frames=len(pts), exact=True)
-    assert len(found) <= Sampling(fps=fps).rows_bound(probe)
+    assert len(sampled) <= Sampling(fps=fps).rows_bound(probe)
 
 
 def test_absurd_timestamps_do_not_overflow() -> None:
