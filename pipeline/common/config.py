@@ -1,13 +1,13 @@
-"""Make one validated config of preset, file, options and `--set`, and write it next to the result.
+"""Make a validated config of preset, file, options and `--set`, and write it next to the result.
 
-Presets and config files have the same layout, a section per command:
+Presets and config files have the same layout, with a section per command:
 
     train-student:
       student: {architecture: r2plus1d_18}
     finetune:
       ...
 
-so that one file describes a whole experiment and a config as used can be given to `--config` again.
+One file can thus describe a whole experiment, and `--config` accepts the config next to a result.
 Later layers win: the model's defaults, `--preset`, `--config`, options, `--set`.
 """
 
@@ -131,7 +131,7 @@ def load_config(
         flags: Dotted key → the option that sets it, for messages.
 
     Raises:
-        UsageError: One line: the key, where its value comes from, the value, what is allowed.
+        UsageError: One line: the key, the origin of its value, the value, the allowed values.
     """
     base_layers: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:

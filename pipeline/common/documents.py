@@ -121,7 +121,7 @@ def plain_data(value: Any, depth: int = 0) -> Any:
 
 
 def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Return the value of a YAML text, without Python's own tags; the one place where YAML is read.
+    """Return the value of a YAML text, without Python's own tags. It reads all YAML.
 
     Raises:
         yaml.YAMLError: It is not YAML, too long, nested too deeply, contains itself, or has aliases

@@ -29,7 +29,7 @@ class UsageError(DistInitError, ValueError):
 
 
 class SourceError(UsageError):
-    """A video source names nothing: no such folder, an empty list, no videos found."""
+    """A source has no videos: a missing folder, an empty list, only files of other kinds."""
 
 
 class VideoError(DistInitError, ValueError):
@@ -37,7 +37,7 @@ class VideoError(DistInitError, ValueError):
 
 
 class DecoderError(DistInitError, RuntimeError):
-    """Decoding does not work on this machine, whatever the video.
+    """Decoding fails on this machine for any video.
 
     A library is missing, a limit is too low, or a process cannot start.
     """

@@ -137,7 +137,7 @@ class Hdf5Writer:
 
     Args:
         path: The file to write.
-        sealed: Store a digest of the file in it, see `sealed`; the file is read once more for it.
+        sealed: Store a digest of the file in it, see `sealed`, for which it is read again.
         options: Further arguments of h5py.File.
     """
 
@@ -241,6 +241,6 @@ class _Target:
             error.filename = str(self._path)
             self.error = error
 
-    # read, readinto, seek, tell and flush
+    # HDF5 also calls read, readinto, seek, tell and flush.
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

@@ -93,7 +93,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
             stack.enter_context(locked(folder, busy, wait_s=MAX_WAIT_S))
         except OSError as error:
             raise UsageError(
-                f"--out {os.fspath(folder)} cannot be made: {error.strerror}"
+                f"--out {os.fspath(folder)} cannot be created: {error.strerror}"
             ) from error
         except NoLocksError as error:
             # Training on such a file system must stay possible. A store, which many processes fill,

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class ProgressBar:
-    """The progress of one task. This base class shows nothing; a console shows its own bars."""
+    """The progress of one task. This base class shows nothing, those of a console do."""
 
     def advance(self, n: float = 1, **fields: object) -> None:
         """Add n completed units; `fields` replace the text behind the bar, as in loss=0.52."""

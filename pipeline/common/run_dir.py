@@ -1,4 +1,4 @@
-"""The folder of a run or an ablation: the names of its files, and checks before a command writes.
+"""The folder of a run or an ablation: the names of its files, and checks before writing.
 
 All checks raise a UsageError that names `--out`:
 
@@ -79,7 +79,7 @@ def claim_run_dir(run_dir: Path, *, resume: bool | Literal["auto"]) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {run_dir} cannot be made: {error.strerror}") from error
+        raise UsageError(f"--out {run_dir} cannot be created: {error.strerror}") from error
 
 
 @contextmanager

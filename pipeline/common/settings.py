@@ -118,7 +118,7 @@ def value_type(annotation: Any) -> ValueType:
 
 @dataclass(frozen=True)
 class CliOption:
-    """How a field is given on the command line, as metadata of `Annotated`.
+    """The command-line form of a field, as metadata of `Annotated`.
 
     Type, default, choices and help text come from the field itself, so that they are written once.
     On a field that is a model, only `shown` counts: all options of the model show it as their

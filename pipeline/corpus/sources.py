@@ -19,7 +19,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -75,9 +75,7 @@ class VideoList:
 
     def describe(self) -> str:
         """Return a text such as `12 videos in clips`, with the ignored files."""
-        ignored = ", ".join(
-            f"{n} {ext or 'without extension'}" for ext, n in sorted(self.ignored.items())
-        )
+        ignored = _describe_endings(self.ignored)
         names = ", ".join(corpus.name for corpus in self.corpora)
         return f"{counted(len(self), 'video')} in {names}" + (
             f" (not videos: {ignored})" if ignored else ""
@@ -153,9 +151,7 @@ def list_videos(sources: Sequence[str]) -> VideoList:
                 f"{source}: corpus {name!r} is already {corpora[name]}; give this one another name, as in new={root}"
             )
         if not paths:
-            endings = ", ".join(
-                f"{n} {ending or 'without ending'}" for ending, n in skipped.items()
-            )
+            endings = _describe_endings(skipped)
             raise SourceError(
                 f"{source}: no videos found" + (f" (other files: {endings})" if endings else "")
             )
@@ -239,7 +235,7 @@ def _expand(source: str, ignored: Counter[str]) -> tuple[str, str, list[str]]:
 def _walk(root: str, ignored: Counter[str]) -> list[str]:
     """List the video files below `root`, relative to it.
 
-    Each folder is visited once, under its own name before the name of a link to it. Names with a
+    Each folder is visited once, under its real path rather than that of a link. Names with a
     leading dot and folders of prepared copies below `root` are skipped.
     """
     videos: list[str] = []
@@ -252,20 +248,20 @@ def _walk(root: str, ignored: Counter[str]) -> list[str]:
             identity = status.st_dev, status.st_ino
             visited = identity in visited_folders
             visited_folders.add(identity)
-            if copies := MARKER in names and folder != root and not visited:
+            if is_prepared := MARKER in names and folder != root and not visited:
                 ignored["folder of prepared copies"] += 1
-            if copies or visited:
+            if is_prepared or visited:
                 folders.clear()
                 continue
             folders[:] = sorted((f for f in folders if not f.startswith(".")), key=os.fsencode)
             tops += (path for f in folders if os.path.islink(path := os.path.join(folder, f)))
-            videos += _videos(
+            videos += _filter_videos(
                 (os.path.relpath(os.path.join(folder, n), root) for n in names), ignored
             )
     return sorted(videos, key=os.fsencode)
 
 
-def _videos(paths: Iterable[str], ignored: Counter[str]) -> list[str]:
+def _filter_videos(paths: Iterable[str], ignored: Counter[str]) -> list[str]:
     videos = []
     for path in paths:
         base = os.path.basename(path)
@@ -285,7 +281,7 @@ def _expand_glob(
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)
     root = os.path.abspath(os.path.join("", *fixed))
     matches = [os.path.abspath(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
-    paths = _videos((os.path.relpath(p, root) for p in matches), ignored)
+    paths = _filter_videos((os.path.relpath(p, root) for p in matches), ignored)
     return name or _basename(root), root, sorted(set(paths), key=os.fsencode)
 
 
@@ -330,6 +326,11 @@ def _path_in_line(line: str, root: str) -> str | None:
         return line or None
     path = strip_label(line)
     return None if line.startswith("#") and not os.path.exists(os.path.join(root, path)) else path
+
+
+def _describe_endings(counts: Mapping[str, int]) -> str:
+    """Return a text such as `3 .jpg, 1 without ending`."""
+    return ", ".join(f"{n} {ending or 'without ending'}" for ending, n in sorted(counts.items()))
 
 
 def _basename(root: str) -> str:

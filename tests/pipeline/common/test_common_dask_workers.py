@@ -1,4 +1,4 @@
-"""Limits of the system: raised where they can be, named where they cannot."""
+"""Limits of the system are raised where possible, and otherwise named in an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_workers_raise_the_limit_of_open_files_or_name_it(
 ) -> None:
     script = tmp_path_factory.mktemp("start") / "start.py"
     script.write_text(START)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
@@ -37,9 +37,9 @@ def test_workers_raise_the_limit_of_open_files_or_name_it(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
     )
     if hard == 4096:
-        assert (done.returncode, done.stdout.split()) == (0, ["[7,", "7]"])
+        assert (process.returncode, process.stdout.split()) == (0, ["[7,", "7]"])
         return
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
     assert "--workers 2" in line
     assert f" {hard};" in line

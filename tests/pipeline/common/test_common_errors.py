@@ -29,13 +29,16 @@ def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
     assert in_one_line(error) == (name if line == name else f"{name}: {line}")
 
 
-def test_whatever_third_party_code_raises_names_who_failed() -> None:
+def test_third_party_errors_begin_with_the_prefix() -> None:
     for error in (ValueError("one\ntwo"), KeyError(), RuntimeError("one")):
-        with pytest.raises(TeacherError, match="who") as failed, third_party("who", TeacherError):
+        with (
+            pytest.raises(TeacherError, match="prefix") as failed,
+            third_party("prefix", TeacherError),
+        ):
             raise error
         assert "\n" not in str(failed.value)
         assert failed.value.__cause__ is error
-    with pytest.raises(StoreError), third_party("who", TeacherError):
+    with pytest.raises(StoreError), third_party("prefix", TeacherError):
         raise StoreError("ours")
-    with pytest.raises(KeyboardInterrupt), third_party("who", TeacherError):
+    with pytest.raises(KeyboardInterrupt), third_party("prefix", TeacherError):
         raise KeyboardInterrupt

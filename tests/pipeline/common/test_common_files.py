@@ -41,7 +41,9 @@ WRITERS: list[Write] = [
 
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, write: Write, exists: bool) -> None:
+def test_a_failed_write_leaves_the_existing_file(
+    tmp_path: Path, write: Write, exists: bool
+) -> None:
     path = tmp_path / "file"
     if exists:
         path.write_bytes(b"old")

@@ -1,5 +1,4 @@
-"""A file that cannot be written to its end is an error, and the process goes on; one that shows
-others is refused."""
+"""A full disk is an error and does not end the process; files that refer to others are refused."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ caught = 0
 try:
     with Hdf5Writer(sys.argv[1]) as writer:
         data = writer.file.create_dataset("a", (400_000,), "f4", chunks=(4096,), fletcher32=True)
-        for at in range(0, 400_000, 4096):
-            data[at : at + 4096] = 1.0
+        for start in range(0, 400_000, 4096):
+            data[start : start + 4096] = 1.0
             if "check" in sys.argv:
                 writer.check()
 except OSError as error:
@@ -49,35 +48,35 @@ print("caught", caught)
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [9_000, 40_000, 700_000, 1_600_000])
 @pytest.mark.parametrize("check", ["check", "at the end"])
-def test_no_room(tmp_path: Path, size: int, check: str) -> None:
+def test_a_full_disk(tmp_path: Path, size: int, check: str) -> None:
     path = tmp_path / "x.h5"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", LIMITED, path, str(size), check],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "caught 1\n", "")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "caught 1\n", "")
     with h5py.File(path) as file:
         assert file["b"][:].tolist() == [0, 1, 2]
 
 
-def test_what_is_written_is_read_by_h5py(tmp_path: Path) -> None:
+def test_h5py_reads_a_written_file(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(300, 70))
     with Hdf5Writer(tmp_path / "x.h5", libver="latest") as writer:
-        grown = writer.file.create_dataset(
+        table = writer.file.create_dataset(
             "a", (0, 70), "f8", maxshape=(None, 70), chunks=(16, 70), compression="gzip"
         )
         for row, value in enumerate(values):
-            grown.resize(row + 1, axis=0)
-            grown[row] = value
-        writer.file.attrs["of"] = "ü"
+            table.resize(row + 1, axis=0)
+            table[row] = value
+        writer.file.attrs["name"] = "ü"
     with h5py.File(tmp_path / "x.h5") as file:
         np.testing.assert_array_equal(file["a"][:], values)
-        assert file.attrs["of"] == "ü"
+        assert file.attrs["name"] == "ü"
 
 
-def test_an_error_inside_is_the_one_that_is_told(tmp_path: Path) -> None:
+def test_an_error_in_the_block_is_raised(tmp_path: Path) -> None:
     with pytest.raises(KeyError), Hdf5Writer(tmp_path / "x.h5") as writer:
         writer.file["none"]
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -164,7 +163,7 @@ HOSTILE = [_external, _external_text, _virtual, _external_link, _soft_link, _gro
 
 
 @pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack.__name__.strip("_"))
-def test_a_file_that_shows_others_or_is_not_of_its_format_is_refused(
+def test_a_file_that_refers_to_others_or_has_another_format_is_refused(
     attack: Callable[[h5py.File, Path, Path], None], tmp_path: Path
 ) -> None:
     (tmp_path / "secret").write_bytes(SECRET)
@@ -180,14 +179,14 @@ def test_a_file_that_shows_others_or_is_not_of_its_format_is_refused(
 @pytest.mark.parametrize(
     "table", ["classes", "videos", "labels", "clip_scores", "features", "flow", "index"]
 )
-def test_no_reader_takes_such_a_table(
+def test_every_reader_refuses_such_a_table(
     table: str,
     attack: Callable[[h5py.File, Path, Path], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every door, with one table of a good file replaced by the one of an attack."""
-    # A stranger leaves out the digest, or makes another.
+    """Replace one table of a valid file by that of an attack."""
+    # An attacker leaves out the digest.
     monkeypatch.setattr(predictions, "Hdf5Writer", lambda path, sealed: Hdf5Writer(path))
     (tmp_path / "secret").write_bytes(SECRET)
     with h5py.File(tmp_path / "other.h5", "w") as file:
@@ -208,9 +207,9 @@ def test_no_reader_takes_such_a_table(
                 format=FORMAT, version=VERSION, source=json.dumps(source), options="{}"
             )
     else:
-        made = Predictions.empty(["a"], ["1.mp4"], [0], 2, protocol={}, identity={}, features=3)
-        made.set_scores(0, np.ones((2, 1), np.float32), np.arange(2), 9, features=np.ones((2, 3)))
-        made.write(path)
+        scores = Predictions.empty(["a"], ["1.mp4"], [0], 2, protocol={}, identity={}, features=3)
+        scores.set_scores(0, np.ones((2, 1), np.float32), np.arange(2), 9, features=np.ones((2, 3)))
+        scores.write(path)
     read, error = (read_flow_map, VideoError) if flow else (Predictions.read, PredictionsError)
     read(str(path))
     with h5py.File(path, "r+") as file:
@@ -227,7 +226,7 @@ def test_no_reader_takes_such_a_table(
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89HDF\r\n\x1a\n" + b"\xff" * 200, b"PK\3\4", b"text"])
-def test_files_that_are_none(content: bytes, tmp_path: Path) -> None:
+def test_files_of_other_formats_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.h5").write_bytes(content)
     with pytest.raises(PredictionsError, match=r"x\.h5"):
         Predictions.read(tmp_path / "x.h5")

@@ -1,4 +1,4 @@
-"""Locks: another holder is told from a file system without locks."""
+"""Locks against other processes, and file systems without locks."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def test_a_file_that_is_made_for_its_lock_is_not_reached_through_a_link(tmp_path
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(descriptor: int, operation: int) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     descriptors = len(os.listdir("/proc/self/fd"))
     with (
         pytest.raises(NoLocksError, match=str(tmp_path)),
@@ -58,7 +58,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_a_folder_is_locked_by_one_process_and_its_forks_have_no_part_in_it(
+def test_a_folder_is_locked_by_one_process_and_not_by_its_forks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "MAX_WAIT_S", 0.3)
@@ -69,7 +69,8 @@ def test_a_folder_is_locked_by_one_process_and_its_forks_have_no_part_in_it(
             with pytest.raises(UsageError, match="run"), folder_lock(out):
                 pass
             sleeper.start()
-        with folder_lock(out):  # the sleeper lives and has none
+        # The sleeping process is alive and does not hold the lock.
+        with folder_lock(out):
             pass
     finally:
         sleeper.kill()
@@ -84,8 +85,8 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         "    print('locked', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    words = [sys.executable, "-c", program, str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
         with pytest.raises(UsageError), locked(tmp_path, UsageError("busy")):

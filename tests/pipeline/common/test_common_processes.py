@@ -1,5 +1,4 @@
-"""Processes that outlive nobody: decoders and loader processes whose client is killed, at any
-moment of theirs."""
+"""Decoders and loader processes end when their client is killed, at any moment."""
 
 from __future__ import annotations
 
@@ -21,9 +20,7 @@ from distinit.pipeline.common.processes import end_with_parent
 from distinit.pipeline.video.encode import write_video
 from distinit.tests.thorough import some
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="what a process starts is known from /proc"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are listed in /proc")
 MARK = "DISTINIT_TEST_FAMILY"
 LOADER = r"""
 import multiprocessing, os, sys, threading, time
@@ -34,7 +31,8 @@ from distinit.pipeline.training.loader import EpochBatchSampler, read_batches
 start, how, when = sys.argv[1:4]
 
 def stop_here():
-    os.write(1, b"here\n")  # a print of two processes may come out as "herehere"
+    # With print, the lines of two processes may be written as "herehere".
+    os.write(1, b"here\n")
     time.sleep(3 if when == "before" else 1000)
 
 class Examples:
@@ -52,8 +50,8 @@ def batches():
     keys = EpochBatchSampler(batch_size=2, steps_per_epoch=500, epochs=1)
     return read_batches(Examples(), keys, workers=2, device=torch.device("cpu"))
 
-def consume(found):
-    for number, batch in enumerate(found):
+def consume(loader):
+    for number, batch in enumerate(loader):
         if number == 20:
             if when == "waiting":
                 os.write(1, b"here\n")
@@ -63,16 +61,17 @@ if __name__ == "__main__":
     loader_workers.start_context = lambda device: multiprocessing.get_context(start)
     if when == "before" and start == "fork":
         run = loader_workers._run_worker
-        def late(*arguments, **named):
+        def late(*args, **kwargs):
             stop_here()
-            run(*arguments, **named)
+            run(*args, **kwargs)
         loader_workers._run_worker = late
     if how == "thread":
-        found = batches()
-        thread = threading.Thread(target=lambda: next(found))  # starts them, and ends
+        loader = batches()
+        # The thread starts the loader processes, and ends.
+        thread = threading.Thread(target=lambda: next(loader))
         thread.start()
         thread.join()
-        consume(found)
+        consume(loader)
     else:
         consume(batches())
 """
@@ -98,17 +97,16 @@ for event in events:
 
 
 def family(mark: str) -> list[int]:
-    """The processes with `mark` in the environment that they were started with, and their
-    descendants by fork."""
-    found = []
+    """Return the processes that were started with `mark` in their environment, and their forks."""
+    pids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
+                    pids.append(int(folder.name))
             except OSError:
                 continue
-    return found
+    return pids
 
 
 @pytest.fixture
@@ -119,15 +117,14 @@ def mark() -> Iterator[str]:
         os.kill(pid, signal.SIGKILL)
 
 
-def killed(
+def kill_program(
     program: str, arguments: list[str], mark: str, folder: Path, after: float | None
 ) -> list[int]:
-    """Kill a program alone once it has printed where it is, or after so many seconds; returns its
-    processes."""
+    """Kill a program once it has printed "here", or after `after` seconds; return its processes."""
     (folder / "program.py").write_text(program)
     environment = {**os.environ, MARK: mark}
-    words = [sys.executable, str(folder / "program.py"), *arguments]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment, text=True) as client:
+    command = [sys.executable, str(folder / "program.py"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as client:
         assert client.stdout is not None
         if after is None:
             while client.stdout.readline() != "here\n":
@@ -139,9 +136,10 @@ def killed(
     return pids
 
 
-def nothing_is_left(mark: str, seconds: float = 15.0) -> bool:
-    until = time.monotonic() + seconds
-    while family(mark) and time.monotonic() < until:
+def wait_for_end(mark: str, seconds: float = 15.0) -> bool:
+    """Wait for the end of all processes of a program; return whether all have ended."""
+    deadline = time.monotonic() + seconds
+    while family(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not family(mark)
 
@@ -150,7 +148,8 @@ def nothing_is_left(mark: str, seconds: float = 15.0) -> bool:
 @pytest.mark.parametrize(
     ("start", "how", "when"),
     [
-        # Every fourth one has both values of `how`, and two of `when`; the third is below.
+        # One of four of these runs, which covers both values of `how` and two of `when`; the cases
+        # below add the third.
         *some(itertools.product(["fork"], ["main", "thread"], ["before", "reading", "waiting"]), 4),
         ("spawn", "main", "before"),
         ("forkserver", "thread", "waiting"),
@@ -159,9 +158,9 @@ def nothing_is_left(mark: str, seconds: float = 15.0) -> bool:
 def test_loader_processes_end_with_their_client(
     start: str, how: str, when: str, mark: str, tmp_path: Path
 ) -> None:
-    pids = killed(LOADER, [start, how, when], mark, tmp_path, None)
+    pids = kill_program(LOADER, [start, how, when], mark, tmp_path, None)
     assert len(pids) >= 2
-    assert nothing_is_left(mark)
+    assert wait_for_end(mark)
 
 
 @pytest.mark.slow
@@ -170,17 +169,18 @@ def test_loader_processes_end_with_their_client(
 def test_decoders_end_with_their_client(how: str, when: str, mark: str, tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", (np.zeros((64, 64, 3), np.uint8) for _ in range(900)), gop=50)
     assert (
-        len(killed(DECODERS, ["-", how, when, str(tmp_path / "v.mp4")], mark, tmp_path, None)) >= 2
+        len(kill_program(DECODERS, ["-", how, when, str(tmp_path / "v.mp4")], mark, tmp_path, None))
+        >= 2
     )
-    assert nothing_is_left(mark)
+    assert wait_for_end(mark)
 
 
 @pytest.mark.slow
-def test_at_random_moments(mark: str, tmp_path: Path) -> None:
+def test_loader_processes_end_at_random_moments(mark: str, tmp_path: Path) -> None:
     chance = random.Random(0)
     for _ in range(2):
-        killed(LOADER, ["fork", "main", "never"], mark, tmp_path, chance.uniform(1.0, 5.0))
-        assert nothing_is_left(mark)
+        kill_program(LOADER, ["fork", "main", "never"], mark, tmp_path, chance.uniform(1.0, 5.0))
+        assert wait_for_end(mark)
 
 
 def test_programs_end_with_the_process_that_started_them(mark: str, tmp_path: Path) -> None:
@@ -191,9 +191,10 @@ def test_programs_end_with_the_process_that_started_them(mark: str, tmp_path: Pa
         "with subprocess.Popen(['sleep', '1000'], preexec_fn=partial(end_with_parent, os.getpid())):\n"
         "    print('here', flush=True)\n"
     )
-    assert len(killed(program, [], mark, tmp_path, None)) == 2
-    assert nothing_is_left(mark)
-    gone = subprocess.run(
+    assert len(kill_program(program, [], mark, tmp_path, None)) == 2
+    assert wait_for_end(mark)
+    process = subprocess.run(
         ["sleep", "1000"], preexec_fn=partial(end_with_parent, os.getpid() + 1), check=False
     )
-    assert gone.returncode == 1  # the parent ended before it was asked
+    # Its parent is another process, as after the end of the parent.
+    assert process.returncode == 1

@@ -1,4 +1,4 @@
-"""What version 0.1 stored in configs and checkpoints is read under the names that keys have now."""
+"""Configs and checkpoints of version 0.1 are read under the current names of their keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ train-student:
 """
 
 
-def test_a_config_that_was_stored_is_read(tmp_path: Path) -> None:
+def test_a_stored_config_is_read(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(STORED)
 
@@ -47,24 +47,24 @@ def test_a_config_that_was_stored_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", RENAMED_KEYS)
-def test_an_old_key_is_an_error_where_a_person_types_it(old: str) -> None:
+def test_an_old_key_that_a_user_types_is_an_error(old: str) -> None:
     model: Any = TrainConfig
-    needed: dict[str, Any] = {"store": "s", "out": "o"}
+    required: dict[str, Any] = {"store": "s", "out": "o"}
     command = "train-student"
     if old == "accept_run":
         model, command = ExtractConfig, "extract-targets"
-        needed = {"out": "o", "teachers": [{"name": "resnet50"}]}
+        required = {"out": "o", "teachers": [{"name": "resnet50"}]}
     elif old == "videos":
         model, command = FinetuneConfig, "finetune"
-        needed = {"out": "o", "dataset": "hmdb51"}
+        required = {"out": "o", "dataset": "hmdb51"}
 
     assert RENAMED_KEYS[old] in known_keys(model)
     with pytest.raises(UsageError, match="unknown key"):
-        load_config(model, command, options=needed, settings=[f"{old}=1"])
+        load_config(model, command, options=required, settings=[f"{old}=1"])
 
 
 @pytest.mark.parametrize("old", RENAMED_KEYS)
-def test_a_name_that_is_translated_and_back_is_the_same(old: str) -> None:
+def test_names_translated_to_current_and_back_are_the_same(old: str) -> None:
     stored = nested(old, 3)
 
     assert current_keys(stored) == nested(RENAMED_KEYS[old], 3)
@@ -72,7 +72,7 @@ def test_a_name_that_is_translated_and_back_is_the_same(old: str) -> None:
     assert current_keys(current_keys(stored)) == current_keys(stored)
 
 
-def test_digests_of_an_ablation_stay_in_the_first_names() -> None:
+def test_digests_of_an_ablation_keep_the_first_names() -> None:
     dumped = TrainConfig(store="s", out="o").model_dump(mode="json")
 
     first = first_keys(dumped)
@@ -91,6 +91,6 @@ def test_a_run_that_read_copies_is_read(tmp_path: Path) -> None:
 
 
 def test_names_with_dots_are_no_keys() -> None:
-    """Teachers of features are called so, and are keys of the identities of runs."""
+    """Teachers of features have such names, which are keys in the identities of runs."""
     stored = {"teachers": {"cells.features": {"name": "cells"}}, "heads": {"a.length": "1"}}
     assert current_keys(stored) == stored

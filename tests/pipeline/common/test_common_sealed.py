@@ -1,4 +1,4 @@
-"""No flipped bit of a checkpoint, a model, predictions, a copy or a file of flow goes unseen."""
+"""Every flipped bit of a checkpoint, model, predictions file, copy or flow file is detected."""
 
 from __future__ import annotations
 
@@ -55,9 +55,8 @@ from distinit.tests.flips import Flip, flips
 OPTIONS = StudentOptions(width=0.02)
 
 
-def drop_remembered_maps() -> None:
-    """Forget heads, which are remembered by path, size and time: the tests change files within one
-    tick of a clock."""
+def clear_cached_maps() -> None:
+    """Clear the cache of maps, whose key has the time: tests change files within one clock tick."""
     for module in (frame_map, flowfile):
         module._maps._tables.clear()
 
@@ -88,18 +87,18 @@ def make_start(root: Path) -> Path:
 
 
 def make_predictions(root: Path) -> Path:
-    made = Predictions.empty(
+    scores = Predictions.empty(
         ["a", "b"], ["1.mp4", "2.mp4"], [0, 1], 2, protocol={"clips": 2}, identity={}, features=3
     )
     for video in (0, 1):
-        made.set_scores(
+        scores.set_scores(
             video, np.full((2, 2), 0.5, np.float32), np.arange(2), 9, features=np.ones((2, 3))
         )
-    made.write(root / "predictions.h5")
+    scores.write(root / "predictions.h5")
     return root / "predictions.h5"
 
 
-def video(root: Path) -> Path:
+def make_video(root: Path) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (1, 40, 56, 3), np.uint8)
     write_video(
         root / "v.mp4", np.concatenate([np.roll(noise, 2 * t, axis=2) for t in range(7)]), gop=4
@@ -109,14 +108,14 @@ def video(root: Path) -> Path:
 
 def make_a_copy(root: Path) -> Path:
     options = CopyOptions(size=(32, 32), gop=3)
-    make_copy(str(video(root)), str(root / "part"), str(root / "copy.mp4"), options)
+    make_copy(str(make_video(root)), str(root / "part"), str(root / "copy.mp4"), options)
     return root / "copy.mp4"
 
 
 def make_a_flow(root: Path) -> Path:
     pytest.importorskip("cv2")
     make_flow(
-        str(video(root)), str(root / "part"), str(root / "flow.h5"), FlowOptions(size=(16, 24))
+        str(make_video(root)), str(root / "part"), str(root / "flow.h5"), FlowOptions(size=(16, 24))
     )
     return root / "flow.h5"
 
@@ -147,8 +146,7 @@ def read_flow_frames(path: Path) -> object:
 
 
 def refusal(read: Callable[[], object], error: type[DistInitError]) -> str | None:
-    """Return the message of an error, None where there is none. Any other error is one of the
-    test."""
+    """Return the message of an error of this type, None without an error."""
     try:
         read()
     except error as refused:
@@ -157,7 +155,7 @@ def refusal(read: Callable[[], object], error: type[DistInitError]) -> str | Non
 
 
 Make = Callable[[Path], Path]
-# How a file is made, what reads it, and the error of a damaged one.
+# Functions that make and read a file, and the error of a damaged one.
 READERS: dict[str, tuple[Make, Callable[[Path], object], type[DistInitError]]] = {
     "checkpoint's weights": (make_checkpoint, read_checkpoint, CheckpointError),
     "checkpoint, resumed": (make_checkpoint, resume, CheckpointError),
@@ -183,7 +181,7 @@ def all_flips(path: Path, folder: Path, count: int) -> Iterator[Flip]:
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     for flip in flips(path, target, per_kind=count, seed=0):
-        drop_remembered_maps()
+        clear_cached_maps()
         yield flip
 
 
@@ -198,8 +196,8 @@ def test_every_flipped_bit_is_refused(kind: str, tmp_path: Path) -> None:
     for flip in all_flips(path, tmp_path / "flipped", count=60):
         message = refusal(lambda path=flip.path: read(path), error)
         if message is None:
-            # The one thing that nobody compares is the name of the digest in JSON: all else is what
-            # it was.
+            # Only a flip in the name of the digest, a key in JSON, is not detected. It changes
+            # nothing else.
             assert flip.path.suffix == ".safetensors", flip
             assert not check_seal(flip.path, error), flip
             unmarked += 1
@@ -214,7 +212,7 @@ def test_every_flipped_bit_is_refused(kind: str, tmp_path: Path) -> None:
     [(make_a_copy, read_copy_frames), (make_a_flow, read_flow_frames)],
     ids=["copy", "flow"],
 )
-def test_a_reader_of_clips_gives_the_frames_that_were_written_or_none(
+def test_a_reader_of_clips_returns_the_written_frames_or_none(
     make: Make, read, tmp_path: Path
 ) -> None:
     """A loader reads a small part of a file, and compares the checksums of that part."""
@@ -224,20 +222,20 @@ def test_a_reader_of_clips_gives_the_frames_that_were_written_or_none(
     (tmp_path / "flipped").mkdir()
     for flip in all_flips(path, tmp_path / "flipped", count=300):
         try:
-            found = read(flip.path)
+            frames = read(flip.path)
         except VideoError:
             refused += 1
         else:
-            assert found == expected, flip
+            assert frames == expected, flip
     assert refused > 100
 
 
 def without_digest(path: Path) -> bytes:
-    """A checkpoint or a student as version 0.1 wrote it; of predictions as they are."""
+    """Return the bytes of a checkpoint or student as version 0.1 wrote them, others unchanged."""
     data = path.read_bytes()
     if path.suffix == ".pt":
-        at = data.rindex(b"PK\5\6")
-        return data[: at + 20] + struct.pack("<H", 0)
+        end = data.rindex(b"PK\5\6")
+        return data[: end + 20] + struct.pack("<H", 0)
     if path.suffix == ".h5":
         return data
     with io.BytesIO(data) as file:
@@ -250,7 +248,7 @@ def without_digest(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["checkpoint's weights", "student", "predictions"])
-def test_files_of_version_0_1_are_read_with_a_line_that_says_what_is_not_checked(
+def test_files_of_version_0_1_are_read_with_a_warning(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, read, error = READERS[kind]
@@ -282,7 +280,7 @@ def test_tensors_of_a_checkpoint_of_version_0_1_have_the_checksums_of_the_archiv
         read_checkpoint(path)
 
 
-def test_other_readers_pass_over_the_digest(tmp_path: Path) -> None:
+def test_other_readers_ignore_the_digest(tmp_path: Path) -> None:
     student, checkpoint, scores = (
         make_student(tmp_path),
         make_checkpoint(tmp_path),
@@ -309,16 +307,16 @@ def test_a_value_of_the_metadata_is_not_taken_for_the_digest(tmp_path: Path) -> 
 
 def test_a_copy_of_version_0_1_has_the_checksums_of_its_packets(tmp_path: Path) -> None:
     path = make_a_copy(tmp_path)
-    found = read_map(str(path))
-    before = found.pack()
+    frames = read_map(str(path))
+    packed = frames.pack()
     data = path.read_bytes()
-    found.__dict__["sha256"] = None
-    path.write_bytes(data[: -len(before)] + found.pack())
-    drop_remembered_maps()
+    frames.__dict__["sha256"] = None
+    path.write_bytes(data[: -len(packed)] + frames.pack())
+    clear_cached_maps()
     assert check_copy(str(path)) is False
     data = bytearray(path.read_bytes())
-    data[int(found.offset[2]) + 5] ^= 8
+    data[int(frames.offset[2]) + 5] ^= 8
     path.write_bytes(data)
-    drop_remembered_maps()
+    clear_cached_maps()
     with pytest.raises(VideoError):
         check_copy(str(path))

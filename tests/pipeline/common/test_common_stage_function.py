@@ -1,4 +1,4 @@
-"""Stages as functions of Python: their keywords are the options of the command line."""
+"""Python functions of stages: their keywords are the options of the command line."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from distinit.stages import STAGES
 @pytest.mark.parametrize("name", sorted(name for name in STAGES if "targets-" not in name))
 def test_keywords_are_the_options_of_the_command(name: str) -> None:
     command = cli.commands[name]
-    # Help options are made once: with the names that the command gives them.
+    # click caches the help option, so it must be created with the names of the command.
     params = command.get_params(click.Context(command, **command.context_settings))
     options = {max(p.opts, key=len).lstrip("-").replace("-", "_") for p in params}
     keywords = set(inspect.signature(getattr(distinit, name.replace("-", "_"))).parameters)
     assert options - {"json", "debug", "help"} <= keywords
 
 
-def test_a_function_does_what_the_command_does(
+def test_errors_of_a_function_are_those_of_the_command(
     make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
     _, root = make_store(videos=range(3))
@@ -51,12 +51,12 @@ def test_options_of_a_function_are_read_as_those_of_the_command(
     tiny_store: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "small"
-    first = sorted(tiny_store.videos.iterdir())[0]
-    result = distinit.prepare(first, out=out, size="32x40", gop=4, quiet=True)
+    video = sorted(tiny_store.videos.iterdir())[0]
+    result = distinit.prepare(video, out=out, size="32x40", gop=4, quiet=True)
     assert isinstance(result, distinit.Result)
     assert result.out == result["out"] == str(out)
     assert "out = " in repr(result)
-    again = distinit.prepare([str(first)], out=str(out), size=(32, 40), gop=4, quiet=True)
-    assert set(again) == set(result)
+    repeated = distinit.prepare([str(video)], out=str(out), size=(32, 40), gop=4, quiet=True)
+    assert set(repeated) == set(result)
     with pytest.raises(AttributeError, match="nothing"):
         result.nothing  # noqa: B018

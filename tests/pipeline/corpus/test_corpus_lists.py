@@ -1,5 +1,4 @@
-"""Lists as editors and other systems save them: what is taken, and what is refused before anything
-is done."""
+"""Lists as editors and other systems save them: which are read, and which are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources: what is listed, under which name, in which order, and what is refused."""
+"""Sources: listed files, their names and order, and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distinit.pipeline.corpus.sources import escape_path, list_videos, unescape_
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with videos, other files, odd names and a link in a circle."""
+    """Make a folder with videos, other files, odd names and a link to itself."""
     root = tmp_path / "clips"
     for name in (
         "b/2.mp4",
@@ -62,7 +62,8 @@ def test_a_folder_counts_under_its_own_name_and_prepared_copies_are_no_videos(
     videos = list_videos([str(root)])
     assert videos.paths == ["v/1.mp4", "v/far/2.mp4"]
     assert videos.ignored == {"folder of prepared copies": 1}
-    assert list_videos([str(root / "copies")]).paths == ["clips/1.mp4"]  # who names them wants them
+    # A folder of prepared copies that is named as a source is listed.
+    assert list_videos([str(root / "copies")]).paths == ["clips/1.mp4"]
 
 
 def test_lists_csv_globs_and_names(folder: Path, tmp_path: Path) -> None:
@@ -101,29 +102,29 @@ def test_a_glob_in_a_folder_whose_name_looks_like_one(
     (tmp_path / "a[1]" / "v").mkdir(parents=True)
     (tmp_path / "a[1]" / "v" / "x.mp4").write_bytes(b"x")
     monkeypatch.chdir(tmp_path / "a[1]")
-    found = list_videos(["v/*.mp4"])
-    assert (found.corpora[0].name, found.paths) == ("v", ["x.mp4"])
-    assert found.corpora[0].root == str(tmp_path / "a[1]" / "v")
+    videos = list_videos(["v/*.mp4"])
+    assert (videos.corpora[0].name, videos.paths) == ("v", ["x.mp4"])
+    assert videos.corpora[0].root == str(tmp_path / "a[1]" / "v")
     with pytest.raises(SourceError, match="no videos found"):
         list_videos(["v/*/.."])
 
 
-def test_the_other_files_of_a_source_are_its_own(folder: Path, tmp_path: Path) -> None:
+def test_an_error_counts_only_the_other_files_of_its_source(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=r"empty: no videos found$"):
         list_videos([str(folder), str(tmp_path / "empty")])
 
 
-def test_what_names_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_sources_without_videos_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("file,label\na,b\n")
-    for source, words in (
+    for source, message in (
         (str(tmp_path / "nowhere"), "no such folder"),
         (str(tmp_path / "empty"), "no videos found"),
         (str(tmp_path / "bad.csv"), "requires a column `path`"),
         (str(tmp_path / "@nolist"), "no such"),
     ):
-        with pytest.raises(SourceError, match=words):
+        with pytest.raises(SourceError, match=message):
             list_videos([source])
     with pytest.raises(SourceError, match="another name"):
         list_videos([f"c={folder}", f"c={folder}/b"])
