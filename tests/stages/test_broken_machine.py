@@ -1,6 +1,6 @@
 """Faults of this package or of the machine are never recorded as faults of a video.
 
-They are put into the decoding processes by a module that Python loads at its start.
+A module that Python loads at its start puts the faults into the decoding processes.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ pytestmark = pytest.mark.slow
 QUIET = Console(quiet=True)
 BREAK = """
 import sys
-if any("pipeline.video.pool.fork_server" in word for word in sys.orig_argv):
+if any("pipeline.video.pool.fork_server" in arg for arg in sys.orig_argv):
     import av
     opened, real = [], av.open
-    def broken(file, *args, **named):
+    def failing(file, *args, **kwargs):
         opened.append(str(file))
         if {condition}:
             raise {error}
-        return real(file, *args, **named)
-    av.open = broken
+        return real(file, *args, **kwargs)
+    av.open = failing
 """
 
 
@@ -54,17 +54,17 @@ def videos(tmp_path: Path) -> Path:
 def break_decoders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, condition: str, error: str
 ) -> None:
-    """Let `av.open` raise `error` in the decoding processes wherever `condition` holds."""
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "sitecustomize.py").write_text(
+    """Let `av.open` raise `error` in the decoding processes where `condition` is true."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
         BREAK.format(condition=condition, error=error)
     )
-    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setattr(decode_pool, "ForkServerProcess", ForkServerProcess)
 
 
 def extract(videos: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """Every 4th frame of `videos`, seen by a teacher of 4 classes."""
+    """Extract every 4th frame of `videos` with a teacher of 4 classes."""
     options.setdefault("teachers", [teacher()])
     return extract_targets(ExtractConfig(sources=[str(videos)], out=out, **options), QUIET)
 
@@ -83,13 +83,13 @@ def teacher(**options: str) -> TeacherSpec:
         # A process that cannot begin.
         ("True", "TypeError('open() got an unexpected keyword argument')", None, False),
         ("True", "TypeError('open() got an unexpected keyword argument')", 1, False),
-        # A library that breaks while it works.
+        # A library that fails during the work.
         ("len(opened) > 2", "AttributeError('moved')", None, True),
         ("'v1' in opened[-1]", "ImportError('libx264.so')", None, False),
         ("'v1' in opened[-1]", "OSError(24, 'Too many open files')", None, False),
     ],
 )
-def test_a_fault_of_ours_stops_the_run_and_nothing_is_recorded(
+def test_a_fault_of_the_machine_stops_the_run_and_nothing_is_recorded(
     condition: str,
     error: str,
     workers: int | None,
@@ -107,13 +107,13 @@ def test_a_fault_of_ours_stops_the_run_and_nothing_is_recorded(
             with pytest.raises(DecoderError):
                 prepare(PrepareConfig(sources=[str(videos)], out=tmp_path / "copies"), QUIET)
     assert not list(TargetStore.open(out).index.reason)
-    # Where nothing is recorded, every fault leaves the same to go on from.
+    # If nothing is recorded, the run resumes from the same state after every fault.
     if not (resumed or is_thorough()):
         return
     result = extract(videos, out)
     assert (result["complete"], result["ok"], result["failed"]) == (True, 4, 0)
-    copied = prepare(PrepareConfig(sources=[str(videos)], out=tmp_path / "copies"), QUIET)
-    assert (copied["complete"], copied["ok"], copied["failed"]) == (True, 4, 0)
+    copies = prepare(PrepareConfig(sources=[str(videos)], out=tmp_path / "copies"), QUIET)
+    assert (copies["complete"], copies["ok"], copies["failed"]) == (True, 4, 0)
 
 
 @pytest.mark.usefixtures("random_teachers")
@@ -128,12 +128,12 @@ def test_an_unexpected_exception_for_one_video_is_an_internal_error(
     (reason,) = result["failures"]
     assert reason.startswith("internal error: KeyError")
     assert any("Traceback" in record.getMessage() for record in caplog.records)
-    again = extract(videos, out, retry_failed=True)
-    assert (again["complete"], again["ok"]) == (True, 4)
+    result = extract(videos, out, retry_failed=True)
+    assert (result["complete"], result["ok"]) == (True, 4)
 
 
 @pytest.mark.usefixtures("random_teachers")
-def test_videos_that_all_fail_alike_are_recorded_only_when_asked(
+def test_videos_that_all_fail_for_one_reason_are_recorded_only_on_request(
     videos: Path, tmp_path: Path
 ) -> None:
     for number in range(4):
@@ -150,10 +150,11 @@ def test_videos_that_all_fail_alike_are_recorded_only_when_asked(
 
 
 @pytest.mark.usefixtures("random_teachers")
-def test_a_teacher_that_says_nothing_stops_the_run(videos: Path, tmp_path: Path) -> None:
+def test_a_teacher_without_finite_outputs_stops_the_run(videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "t.zarr"
     with pytest.raises(DistInitError):
-        extract(videos, out, teachers=[teacher(broken="-100")])  # not a number for any picture
+        # Its outputs are NaN for every image.
+        extract(videos, out, teachers=[teacher(broken="-100")])
     assert TargetStore.open(out).n_rows == 0
 
 
@@ -166,7 +167,7 @@ def test_a_teacher_that_says_nothing_stops_the_run(videos: Path, tmp_path: Path)
         'what is "{name}"?',
     ],
 )
-def test_names_numbers_and_addresses_make_no_other_reason(reason: str) -> None:
+def test_reasons_that_differ_in_names_numbers_and_addresses_are_equal(reason: str) -> None:
     watch = SameFailure(3)
     paths = [f"/some where/a b{n}.mp4" for n in range(3)]
     reasons = [reason.format(path=path, name=Path(path).name, n=n) for n, path in enumerate(paths)]

@@ -1,4 +1,4 @@
-"""No way out for characters that command a terminal or reorder text, whoever chose the names."""
+"""No output has characters that control a terminal or reorder text, whatever names contain."""
 
 from __future__ import annotations
 
@@ -39,10 +39,9 @@ UNSAFE = "".join(
 )
 UNSAFE += "".join(map(chr, [*range(0x2066, 0x2070), 0xDCFF]))
 TITLE = "\x1b]0;owned\x07\x9b31m\u202e\u2066\x7f$\\frac{1"
-"""Sets the title of a terminal, colours it, turns text around; and what matplotlib would take for a
-formula."""
-OURS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[0-9]*[AK]|\r")
-"""Rich's escape codes: style, cursor, the bar that is drawn again."""
+"""Sets the title of a terminal, colours it, reorders text; and matplotlib reads it as a formula."""
+RICH_CODES = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[0-9]*[AK]|\r")
+"""Rich's escape codes: style, cursor, the bar that is redrawn."""
 
 
 def unsafe_in(text: str | bytes, allowed: str = "\n") -> set[str]:
@@ -56,26 +55,34 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_escapes_are_told_apart_and_text_of_all_scripts_stays() -> None:
+def test_unsafe_characters_are_escaped_and_text_of_all_scripts_stays() -> None:
     assert unsafe_in(printable(UNSAFE), allowed="") == set()
     assert printable("\x1b\n\x9b\u202e\udcff") == "\\x1b\\n\\x9b\\u202e\\udcff"
     assert printable("a\nb\tc", lines=True) == "a\nb\\tc"
-    text = "naïve 東京 हिन्दी می‌خواهم 👩‍💻 1\u00a0000\u202f000 \\x1b"  # with joiners and spaces that do not break
+    # With joiners and non-breaking spaces.
+    text = "naïve 東京 हिन्दी می‌خواهم 👩‍💻 1\u00a0000\u202f000 \\x1b"
     assert printable(text) == text
 
 
 def renderables(name: str) -> list[Any]:
-    """What stages hand to `Console.table`, and other things that rich can show."""
-    own = Table(name, [Column(name), Column("n", number=True)], notes=[name])
-    own.head(name)
-    own.add(name, "1")
-    rich = RichTable(name, title=name, caption=name)
-    rich.add_row(name)
-    return [own.to_rich(), rich, Text(name), name, Panel(name, title=name), Panel(Text(name))]
+    """Return arguments of `Console.table`: those of stages, and others that rich can show."""
+    table = Table(name, [Column(name), Column("n", number=True)], notes=[name])
+    table.head(name)
+    table.add(name, "1")
+    rich_table = RichTable(name, title=name, caption=name)
+    rich_table.add_row(name)
+    return [
+        table.to_rich(),
+        rich_table,
+        Text(name),
+        name,
+        Panel(name, title=name),
+        Panel(Text(name)),
+    ]
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_every_method_of_a_screen(stream: type[io.StringIO]) -> None:
+def test_every_method_of_a_console(stream: type[io.StringIO]) -> None:
     out, err = stream(), stream()
     name = f"x{UNSAFE}{TITLE}y"
     for as_object in (False, True):
@@ -90,7 +97,7 @@ def test_every_method_of_a_screen(stream: type[io.StringIO]) -> None:
                 bar.update(name)
         console.result({name: [name]})
     for text in (out.getvalue(), err.getvalue()):
-        assert unsafe_in(OURS.sub("", text) if stream is Terminal else text) == set()
+        assert unsafe_in(RICH_CODES.sub("", text) if stream is Terminal else text) == set()
         assert "owned" in text
     assert json.loads(out.getvalue().splitlines()[-1]) == {name: [name]}
 
@@ -104,7 +111,7 @@ def test_columns_of_escaped_cells_are_aligned() -> None:
 
 
 def show_everywhere(error: BaseException) -> None:
-    """Show an error in every way that goes past a screen."""
+    """Show an error in every way that does not use a console."""
     warnings.warn(str(error), stacklevel=1)
     logging.getLogger("a library").error("%s", error)
     print(error, file=sys.stderr)
@@ -122,20 +129,18 @@ def test_errors_warnings_logging_and_prints(
     capfdbinary: pytest.CaptureFixture[bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Click's own errors, which quote the command line; an exception of a library; what libraries
-    print."""
+    """Check click's errors, which quote the command line, exceptions and prints of libraries."""
     monkeypatch.setattr(logging.root, "handlers", [])
-    before = sys.stdout, sys.stderr
+    streams = sys.stdout, sys.stderr
     with pytest.raises(SystemExit), pytest.warns() if args == ["go"] else warnings.catch_warnings():
         run(command_that_raises(ValueError(f"{TITLE} é"), show_everywhere), [*args, *debug])
-    assert (sys.stdout, sys.stderr) == before
+    assert (sys.stdout, sys.stderr) == streams
     shown = capfdbinary.readouterr()
     assert unsafe_in(shown.out) == unsafe_in(shown.err) == set()
     assert b"\\x1b]0;owned\\x07\\x9b31m\\u202e" in shown.err
 
 
-def test_what_passes_a_clean_stream() -> None:
-    """A library's progress bar does; a Python warning is written by Python."""
+def test_a_clean_stream_passes_the_characters_of_progress_bars() -> None:
     raw = io.StringIO()
     stream = CleanStream(raw)
     assert stream.write("\r 50%|#####\x1b[2J \t\n") == 18
@@ -145,7 +150,7 @@ def test_what_passes_a_clean_stream() -> None:
 
 @dataclass(frozen=True)
 class Dirty(Recipe):
-    """A store whose names of videos and classes, and whose reasons, hold such characters."""
+    """A store with unsafe characters in the names of videos and classes and in reasons."""
 
     @staticmethod
     def path(video: int) -> str:
@@ -154,7 +159,7 @@ class Dirty(Recipe):
 
 @pytest.fixture(scope="module")
 def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """s.zarr, runs/a and runs/b (finetuned), runs/student."""
+    """Make s.zarr, runs/a and runs/b (finetuned), and runs/student."""
     root = tmp_path_factory.mktemp("dirty")
     store = without_digests(Dirty(videos=range(12)).make(root / "s.zarr"))
     for node in [*store.glob("commits/**/zarr.json")]:
@@ -167,8 +172,8 @@ def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     classes = zarr.open_array(store / "teachers" / "t" / "class", mode="r+")
     classes[:] = np.array([f"class {k} {TITLE}" for k in range(10)], dtype=object)
-    for name, right in (("a", 20), ("b", 9)):
-        finetuned(root / "runs" / f"{name} {TITLE}", right)
+    for name, num_correct in (("a", 20), ("b", 9)):
+        make_finetuned(root / "runs" / f"{name} {TITLE}", num_correct)
     folder = root / "runs" / f"student {TITLE}"
     folder.mkdir()
     (folder / "config.yaml").write_text(
@@ -180,21 +185,21 @@ def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def finetuned(folder: Path, right: int) -> None:
+def make_finetuned(folder: Path, num_correct: int) -> None:
     folder.mkdir(parents=True)
     config = {"init": TITLE, "dataset": f"csv:/x/{TITLE}.csv", "split": 1}
     (folder / "config.yaml").write_text(yaml.safe_dump({"finetune": config}))
     labels = [i % 3 for i in range(30)]
     classes, videos = [f"class {k} {TITLE}" for k in range(3)], [f"v{i}.mp4" for i in range(30)]
-    found = Predictions.empty(
+    predictions = Predictions.empty(
         classes, videos, labels, 1, protocol={TITLE: TITLE}, identity={TITLE: TITLE}
     )
     for i in range(29):
         scores = np.full((1, 3), 0.1, np.float32)
-        scores[:, labels[i] if i < right else (labels[i] + 1) % 3] = 0.8
-        found.set_scores(i, scores, np.arange(1), 50, note=TITLE)
-    found.fail(29, TITLE)
-    found.write(folder / "predictions.h5")
+        scores[:, labels[i] if i < num_correct else (labels[i] + 1) % 3] = 0.8
+        predictions.set_scores(i, scores, np.arange(1), 50, note=TITLE)
+    predictions.fail(29, TITLE)
+    predictions.write(folder / "predictions.h5")
     (folder / "result.json").write_text(json.dumps({"split": 1, TITLE: TITLE}))
 
 
@@ -215,7 +220,7 @@ def commands(root: Path, out: Path) -> dict[str, list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(commands(Path("/"), Path("/"))))
 @pytest.mark.parametrize("extra", [[], ["--json"]])
-def test_bytes_of_commands_and_of_what_they_write(
+def test_output_and_files_of_commands(
     name: str,
     extra: list[str],
     dirty: Path,
@@ -246,16 +251,16 @@ def test_bytes_of_commands_and_of_what_they_write(
 def test_a_terminal_gets_no_escape_codes_but_those_of_rich(
     name: str, dirty: Path, tmp_path: Path
 ) -> None:
-    """A pseudo-terminal, as a person has one."""
-    ours, theirs = pty.openpty()
-    words = commands(dirty, tmp_path)[name]
-    process = warm.Process(*words, env={"TERM": "xterm-256color"}, terminal=theirs)
-    os.close(theirs)
+    """Run a command in a pseudo-terminal."""
+    reader, terminal = pty.openpty()
+    args = commands(dirty, tmp_path)[name]
+    process = warm.Process(*args, env={"TERM": "xterm-256color"}, terminal=terminal)
+    os.close(terminal)
     shown = b""
-    while block := read(ours):
+    while block := read(reader):
         shown += block
     process.wait()
-    text = OURS.sub("", shown.decode())
+    text = RICH_CODES.sub("", shown.decode())
     assert "owned" in text
     assert unsafe_in(text) == set()
 
@@ -263,12 +268,13 @@ def test_a_terminal_gets_no_escape_codes_but_those_of_rich(
 def read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 2**16)
-    except OSError:  # all who wrote have gone
+    # All writers have closed it.
+    except OSError:
         return b""
 
 
-def test_files_that_people_print(tmp_path: Path) -> None:
-    """status.csv keeps its lines over a run; tags of TensorBoard; JSON comes back as it was."""
+def test_other_files_that_people_read(tmp_path: Path) -> None:
+    """Check status.csv, tags of TensorBoard, and JSON, which is read back unchanged."""
     status = StatusFile(tmp_path / "status.csv")
     status.begin()
     status.add(("c", "v.mp4"), {"status": "failed", "reason": f"no\n{TITLE}"})

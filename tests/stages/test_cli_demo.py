@@ -1,4 +1,4 @@
-"""The demo through the command a user types, on a few of its clips, and again when it is done."""
+"""Run the demo as a command on a few of its clips, and run it again when it is finished."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_corpus_is_whole_small_and_split_by_source() -> None:
+def test_the_corpus_is_complete_small_and_split_by_source() -> None:
     clips = rows()
     files = {path.relative_to(CORPUS).as_posix() for path in CORPUS.rglob("*.mp4")}
     assert {row["path"] for row in clips} == files
@@ -44,20 +44,20 @@ def test_the_corpus_is_whole_small_and_split_by_source() -> None:
 
 
 def run(folder: Path, *settings: str) -> dict[str, Any]:
-    words = [word for setting in settings for word in ("--set", setting)]
-    done = warm.run("demo", "--out", "out", "--json", *words, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
+    options = [text for setting in settings for text in ("--set", setting)]
+    process = warm.run("demo", "--out", "out", "--json", *options, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    result: dict[str, Any] = json.loads(process.stdout)
     return result
 
 
-def test_the_demo_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
-    """One clip a class and side: all stages, real weights, real video, no result to speak of."""
-    few = {(row["label"], row["split1"]): row for row in rows()}.values()
-    with open(tmp_path / "few.csv", "w", newline="") as file:
+def test_the_demo_runs_and_keeps_finished_stages(tmp_path: Path) -> None:
+    """Run all stages with real weights on one clip per class and side; any accuracy will do."""
+    clips = {(row["label"], row["split1"]): row for row in rows()}.values()
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split1"])
-        writer.writerows([str(CORPUS / row["path"]), row["label"], row["split1"]] for row in few)
+        writer.writerows([str(CORPUS / row["path"]), row["label"], row["split1"]] for row in clips)
     loop = "{batch_size: 4, epochs: 1, epoch_clips: 4, warmup_epochs: 0, step_epochs: 1}"
     settings = (
         f"extract.sources=[demo={CORPUS / 'Walking'}]",
@@ -67,7 +67,7 @@ def test_the_demo_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
         f"finetune.loop={loop}",
         "finetune.test.clips=1",
         "finetune.test.crops=1",
-        f"finetune.dataset=csv:{tmp_path / 'few.csv'}",
+        f"finetune.dataset=csv:{tmp_path / 'labels.csv'}",
     )
     first = run(tmp_path, *settings)
     assert first["extract_targets"]["ok"] == 16
@@ -78,9 +78,9 @@ def test_the_demo_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
     assert (tmp_path / first["report"]).read_text().startswith("<!")
     assert (tmp_path / "out" / "demo.yaml").is_file()
 
-    again = run(tmp_path, *settings)
-    assert again["extract_targets"]["new_rows"] == 0
-    assert again["train_student"]["already_finished"]
-    assert all(result["already_finished"] for result in again["finetune"].values())
-    for name, result in again["finetune"].items():
+    second = run(tmp_path, *settings)
+    assert second["extract_targets"]["new_rows"] == 0
+    assert second["train_student"]["already_finished"]
+    assert all(result["already_finished"] for result in second["finetune"].values())
+    for name, result in second["finetune"].items():
         assert result["metrics"] == first["finetune"][name]["metrics"]

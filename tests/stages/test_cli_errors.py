@@ -1,5 +1,4 @@
-"""What a shell sees of `distinit`: exit codes, one line on standard error, standard output kept
-clean."""
+"""Exit codes of `distinit`, one line on standard error, and a clean standard output."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "parts"),
     [
         (["extrct"], ["extrct"]),
         (["train-student", "--stroe", "x"], ["--stroe", "--store"]),
@@ -39,57 +38,56 @@ def distinit(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_wrong_use_is_one_line_and_exit_2(
     args: list[str],
-    words: list[str],
+    parts: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         run(cli, args)
-    assert left.value.code == 2
+    assert exited.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("error: ")
     assert shown.err.count("\n") == 1
-    for word in words:
-        assert word in shown.err
+    for part in parts:
+        assert part in shown.err
 
 
 @pytest.mark.slow
-def test_a_system_without_what_is_needed_is_named_in_one_line(tmp_path: Path) -> None:
-    """As on Windows, where a module cannot be imported that Linux has; --help works all the
-    same."""
+def test_a_system_without_a_required_module_is_one_line(tmp_path: Path) -> None:
+    """Run without two modules that Windows lacks; --help works without them."""
     code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\nfrom distinit.cli import main\nmain()"
-    done = warm.run("report", ".", "--out", "r", code=code, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("error: ")
-    assert "Linux" in done.stderr
-    assert "fcntl" in done.stderr
+    process = warm.run("report", ".", "--out", "r", code=code, cwd=tmp_path)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1)
+    assert process.stderr.startswith("error: ")
+    assert "Linux" in process.stderr
+    assert "fcntl" in process.stderr
     assert warm.run("--help", code=code, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.slow
-def test_another_system_is_told_what_it_does_without(tmp_path: Path) -> None:
+def test_another_system_gets_a_warning_about_missing_limits(tmp_path: Path) -> None:
     code = "import sys, distinit.stages.targets_info\nfrom distinit.cli import main\nsys.platform = 'darwin'\nmain()"
-    done = warm.run("targets", "info", "nowhere.zarr", code=code, cwd=tmp_path)
-    assert done.returncode == 1
-    *warning, error = done.stderr.splitlines()
+    process = warm.run("targets", "info", "nowhere.zarr", code=code, cwd=tmp_path)
+    assert process.returncode == 1
+    *warning, error = process.stderr.splitlines()
     assert "memory limit" in " ".join(warning)
     assert error.startswith("error: ")
 
 
 @pytest.mark.slow
 def test_errors_of_the_job_are_one_line_and_debug_shows_where(tmp_path: Path) -> None:
-    (tmp_path / "foreign.zarr").mkdir()
-    done = distinit("targets", "info", "foreign.zarr", "--json", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: ")
-    assert "foreign.zarr" in done.stderr
-    assert done.stderr.count("\n") == 1
-    done = distinit("targets", "info", "foreign.zarr", "--debug", cwd=tmp_path)
-    assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
+    (tmp_path / "other.zarr").mkdir()
+    process = distinit("targets", "info", "other.zarr", "--json", cwd=tmp_path)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr.startswith("error: ")
+    assert "other.zarr" in process.stderr
+    assert process.stderr.count("\n") == 1
+    process = distinit("targets", "info", "other.zarr", "--debug", cwd=tmp_path)
+    assert "Traceback" in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.slow
@@ -97,14 +95,16 @@ def test_no_videos_and_an_unknown_teacher(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.mp4").write_bytes(b"not a video")
-    done = distinit("extract-targets", "empty", "--out", "s", "--teacher", "resnet50", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "empty" in done.stderr
-    done = distinit(
+    process = distinit(
+        "extract-targets", "empty", "--out", "s", "--teacher", "resnet50", cwd=tmp_path
+    )
+    assert process.returncode == 2
+    assert "empty" in process.stderr
+    process = distinit(
         "extract-targets", "full", "--out", "s", "--teacher", "resnet5000", cwd=tmp_path
     )
-    assert done.returncode == 2
-    line = done.stderr.splitlines()[-1]
+    assert process.returncode == 2
+    line = process.stderr.splitlines()[-1]
     for word in ("resnet5000", "efficientnet_lite0", "torchvision:NAME", "package.module:factory"):
         assert word in line
     assert not (tmp_path / "s").exists()
@@ -128,16 +128,17 @@ def test_no_videos_and_an_unknown_teacher(tmp_path: Path) -> None:
 def test_exceptions_become_exit_codes(
     error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         run(command_that_raises(error), ["go"], resume_hints={"go": "interrupted; again"})
-    assert left.value.code == code
+    assert exited.value.code == code
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.strip("\n").startswith(line)  # after ^C a new line comes first
+    # After ^C it begins with a line feed.
+    assert shown.err.strip("\n").startswith(line)
     assert shown.err.strip("\n").count("\n") == 0
 
 
-def test_a_full_disk_is_seen_through_what_wraps_it() -> None:
+def test_a_full_disk_is_recognized_as_the_cause_of_another_error() -> None:
     error = StoreError("runs/a.zarr: cannot write")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     line = "disk full while writing: runs/a.zarr: cannot write; free some space and run it again"
@@ -145,14 +146,14 @@ def test_a_full_disk_is_seen_through_what_wraps_it() -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
-    """A real interrupt, while a teacher is being built."""
+def test_ctrl_c_exits_with_130_and_prints_how_to_resume(tmp_path: Path) -> None:
+    """Interrupt a command while it builds a teacher."""
     (tmp_path / "slow.py").write_text(
         "import pathlib, time\ndef build():\n    pathlib.Path('begun').touch()\n    time.sleep(600)\n"
     )
     (tmp_path / "a.mp4").write_bytes(b"not a video")
-    words = ("extract-targets", "a.mp4", "--out", "s", "--teacher", "slow:build")
-    process = warm.Process(*words, cwd=tmp_path)
+    args = ("extract-targets", "a.mp4", "--out", "s", "--teacher", "slow:build")
+    process = warm.Process(*args, cwd=tmp_path)
     while not (tmp_path / "begun").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -164,7 +165,7 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
-    """A teacher's module that prints, also from C, must not spoil the object."""
+    """Load a teacher whose module prints, which must not appear on standard output."""
     (tmp_path / "chatty.py").write_text(
         "import torch\nprint('importing')\n"
         "def build():\n    print('building')\n"
@@ -173,11 +174,11 @@ def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "bad.mp4").write_bytes(b"not a video")
     write_video(tmp_path / "videos" / "good.mp4", np.zeros((8, 32, 32, 3), np.uint8))
-    done = distinit(
+    process = distinit(
         *("extract-targets", "videos", "--out", "s.zarr", "--teacher", "chatty:build", "--json"),
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
     assert (result["videos"], result["failed"]) == (2, 1)
-    assert "building" in done.stderr
+    assert "building" in process.stderr

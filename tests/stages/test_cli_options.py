@@ -1,5 +1,4 @@
-"""Options, presets and config files: every layer reaches the config, and every mistake is one
-line."""
+"""Options, presets and config files: every layer reaches the config, every mistake is one line."""
 
 from __future__ import annotations
 
@@ -38,8 +37,8 @@ def model_of(command: str) -> type[Options]:
 def stage_commands() -> list[StageCommand]:
     targets = cli.commands["targets"]
     assert isinstance(targets, click.Group)
-    below = [*cli.commands.values(), *targets.commands.values()]
-    return [command for command in below if isinstance(command, StageCommand)]
+    commands = [*cli.commands.values(), *targets.commands.values()]
+    return [command for command in commands if isinstance(command, StageCommand)]
 
 
 def params_of(command: click.Command) -> list[click.Parameter]:
@@ -73,15 +72,17 @@ def test_options_are_generated_from_fields_of_the_models() -> None:
     ],
 )
 def test_help_shows_the_default_of_the_model(command: str, option: str, shown: str) -> None:
-    found = next(each for each in stage_commands() if each.section == command)
-    help_of = {param.opts[0]: getattr(param, "help", "") for param in params_of(found)}
+    stage = next(each for each in stage_commands() if each.section == command)
+    help_of = {param.opts[0]: getattr(param, "help", "") for param in params_of(stage)}
     assert help_of[option].endswith(shown)
 
 
 def test_every_command_has_a_help_with_examples() -> None:
     def leaves(group: click.Group) -> list[click.Command]:
-        below = [leaves(c) if isinstance(c, click.Group) else [c] for c in group.commands.values()]
-        return [command for found in below for command in found]
+        commands: list[click.Command] = []
+        for command in group.commands.values():
+            commands += leaves(command) if isinstance(command, click.Group) else [command]
+        return commands
 
     for command in leaves(cli):
         assert command.help, command.name
@@ -95,7 +96,7 @@ def test_every_command_has_a_help_with_examples() -> None:
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_section_of_every_preset_is_valid(preset: str) -> None:
-    needed: dict[str, dict[str, Any]] = {
+    required: dict[str, dict[str, Any]] = {
         "extract-targets": {"out": "store"},
         "train-student": {"store": "store", "out": "run"},
         "finetune": {"dataset": "csv:labels.csv", "out": "run"},
@@ -103,7 +104,7 @@ def test_every_section_of_every_preset_is_valid(preset: str) -> None:
     sections = list(yaml.safe_load((CONF / f"{preset}.yaml").read_text()))
     assert sections
     for command in sections:
-        load_config(model_of(command), command, preset=preset, options=needed.get(command, {}))
+        load_config(model_of(command), command, preset=preset, options=required.get(command, {}))
 
 
 def test_later_layers_win_and_the_config_as_used_reads_back(tmp_path: Path) -> None:
@@ -120,10 +121,10 @@ def test_later_layers_win_and_the_config_as_used_reads_back(tmp_path: Path) -> N
         options={"store": "s", "out": "r", "loop.epochs": 3, "loop.seed": None},
         settings=["loop.momentum=0.8", "targets.teachers=[a, b]"],
     )
-    assert config.student.variant == "vmz"  # preset
-    assert (config.loop.lr, config.clips.clip_frames) == (1e-3, 16)  # file; 1e-3 is a number
-    assert (config.loop.epochs, config.loop.seed) == (3, 0)  # option over file; None is not given
-    assert (config.loop.momentum, list(config.targets.teachers)) == (0.8, ["a", "b"])  # --set
+    assert config.student.variant == "vmz", "of the preset"
+    assert (config.loop.lr, config.clips.clip_frames) == (1e-3, 16), "of the file, 1e-3 as a number"
+    assert (config.loop.epochs, config.loop.seed) == (3, 0), "an option, and one without a value"
+    assert (config.loop.momentum, list(config.targets.teachers)) == (0.8, ["a", "b"]), "of --set"
 
     write_config(tmp_path / "used.yaml", "train-student", config)
     assert load_config(model, "train-student", file=str(tmp_path / "used.yaml")) == config
@@ -144,7 +145,7 @@ def test_an_option_voids_the_keys_it_replaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "parts"),
     [
         (["loop.lrr=1"], ["'loop.lrr'", "loop.lr"]),
         (["lr=1"], ["'lr'", "loop.lr"]),
@@ -157,8 +158,8 @@ def test_an_option_voids_the_keys_it_replaces(tmp_path: Path) -> None:
         (["student.architecture=r3d_18", "student.variant=vmz"], ["vmz", "r2plus1d_18"]),
     ],
 )
-def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(
-    settings: list[str], words: list[str]
+def test_a_wrong_setting_is_one_line_with_key_value_and_allowed_values(
+    settings: list[str], parts: list[str]
 ) -> None:
     with pytest.raises(UsageError) as caught:
         load_config(
@@ -169,12 +170,12 @@ def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(
         )
     message = str(caught.value)
     assert "\n" not in message
-    for word in words:
-        assert word in message
+    for part in parts:
+        assert part in message
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "parts"),
     [
         ("train-student: {loop: {lr: 1, lr: 2}}", ["'lr'", "line 1"]),
         ("train_student: {}", ["train_student", *SECTIONS]),
@@ -185,14 +186,14 @@ def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(
     ],
 )
 def test_a_wrong_config_file_is_one_line_with_its_name(
-    tmp_path: Path, text: str, words: list[str]
+    tmp_path: Path, text: str, parts: list[str]
 ) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(UsageError) as caught:
         load_config(model_of("train-student"), "train-student", file=str(file))
-    for word in [*words, "plan.yaml"]:
-        assert word in str(caught.value)
+    for part in [*parts, "plan.yaml"]:
+        assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -219,8 +220,8 @@ def test_teacher_options_find_their_teacher() -> None:
         {"name": "resnet50", "options": {"resize": "232"}, "weights": "/w/a=b.pth"},
         {"name": "torchvision:resnet18", "options": {"mean": "0.5"}, "sha256": "abc"},
     ]
-    alone = parse_teachers(("m:f",), ("depth=50", "m:f:x=1"), ("/w/a=b.pth",), ("abc",))
-    assert alone == [
+    specs = parse_teachers(("m:f",), ("depth=50", "m:f:x=1"), ("/w/a=b.pth",), ("abc",))
+    assert specs == [
         {
             "name": "m:f",
             "options": {"depth": "50", "x": "1"},
@@ -234,26 +235,26 @@ def test_teacher_options_find_their_teacher() -> None:
             parse_teachers(names, (option,), (), ())
 
 
-def test_pairs_refuse_what_is_no_pair() -> None:
+def test_texts_that_are_no_pairs_are_refused() -> None:
     assert parse_pairs(("a=/x", "b=/y=z")) == {"a": "/x", "b": "/y=z"}
-    for wrong in (("a",), ("=x",), ("a=",), ("a=1", "a=2")):
+    for texts in (("a",), ("=x",), ("a=",), ("a=1", "a=2")):
         with pytest.raises(ValueError, match=r"NAME=VALUE|twice"):
-            parse_pairs(wrong)
+            parse_pairs(texts)
 
 
-def test_json_of_odd_values_is_json() -> None:
+def test_unusual_values_become_valid_json() -> None:
     import numpy as np
 
     from distinit.pipeline.common.console import plain, printable
 
-    odd = {
+    values = {
         "nan": float("nan"),
         "path": Path("a"),
         "array": np.arange(2),
         "scalar": np.float32(0.5),
         3: (1, None),
     }
-    text = json.dumps(plain(odd), allow_nan=False)
+    text = json.dumps(plain(values), allow_nan=False)
     assert json.loads(text) == {
         "nan": None,
         "path": "a",
@@ -274,7 +275,7 @@ def test_json_of_odd_values_is_json() -> None:
         "".join(f"k{i}: 1\n" for i in range(600_000)), "a: {? [1]: 2}",
     ],
 )  # fmt: skip
-def test_yaml_without_bounds_is_one_line(text: str, tmp_path: Path) -> None:
+def test_yaml_that_exceeds_a_limit_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     options = importlib.import_module("distinit.pipeline.extraction.extract_options")
     with pytest.raises(UsageError, match=r"c\.yaml") as caught:

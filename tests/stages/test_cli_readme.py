@@ -1,4 +1,4 @@
-"""What the README and the docs say runs as it is written."""
+"""Commands and Python examples of the README and the docs run as they are written."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _group(name: str) -> click.Group:
 
 
 @pytest.mark.parametrize("line", shell_lines())
-def test_every_command_line_that_is_shown_is_one_that_parses(line: str) -> None:
+def test_every_command_line_in_the_docs_can_be_parsed(line: str) -> None:
     name, *args = shlex.split(line, comments=True)[1:]
     command = cli.commands[name]
     if isinstance(command, click.Group):
@@ -65,7 +65,7 @@ def test_every_command_line_that_is_shown_is_one_that_parses(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small store as the README's example expects it, from real encoded video."""
+    """Make the store of the README's example, small and from encoded video."""
     folder = tmp_path_factory.mktemp("readme")
     noise = np.random.default_rng(0)
     (folder / "clips").mkdir()
@@ -145,6 +145,6 @@ def test_a_student_loads_into_torchvision_as_shown(
     assert isinstance(model, torch.nn.Module)
     assert isinstance(loaded, torch.nn.Module)
     with torch.no_grad():
-        wanted = student(clip)["resnet50"]
-        torch.testing.assert_close(model.eval()(clip), wanted)
-        torch.testing.assert_close(loaded(clip)["resnet50"], wanted)
+        expected = student(clip)["resnet50"]
+        torch.testing.assert_close(model.eval()(clip), expected)
+        torch.testing.assert_close(loaded(clip)["resnet50"], expected)

@@ -1,4 +1,4 @@
-"""Progress and results as a log file, a terminal and a program see them."""
+"""Progress and results in a log file, on a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Terminal(io.StringIO):
 
 
 def test_a_log_gets_plain_lines_with_rate_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 5))  # five seconds pass between any two looks at the clock
+    # Five seconds pass between two reads of the clock.
+    clock = iter(range(0, 1000, 5))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     err = io.StringIO()
     with Console(stdout=io.StringIO(), stderr=err).progress(
@@ -89,7 +90,8 @@ def test_records_and_progress_of_the_library_are_shown_while_a_console_is_entere
         with progress_bar("probing", 2, "videos") as bar:
             bar.advance(2)
 
-    work()  # nothing is entered: no progress, and what logging itself does with warnings
+    # Without a console there is no progress, and logging itself shows warnings.
+    work()
     assert "probing" not in capsys.readouterr().err
     outer, inner = (io.StringIO(), io.StringIO()), (io.StringIO(), io.StringIO())
     with Console(stdout=outer[0], stderr=outer[1]):
@@ -108,7 +110,7 @@ def test_records_and_progress_of_the_library_are_shown_while_a_console_is_entere
     assert logging.getLogger("distinit").handlers == []
 
 
-def test_a_line_is_shown_once_where_a_library_sets_up_the_root_logger(
+def test_a_line_is_shown_once_if_a_library_sets_up_the_root_logger(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
@@ -123,15 +125,15 @@ def test_a_line_is_shown_once_where_a_library_sets_up_the_root_logger(
 def test_progress_in_a_notebook_is_one_line_that_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A kernel's messages, caught where IPython publishes them."""
+    """Record the messages of a kernel where IPython publishes them."""
     pytest.importorskip("IPython")
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell.instance()
-    seen: list[tuple[str, bool]] = []
+    messages: list[tuple[str, bool]] = []
 
     def publish(data: dict[str, str], *, update: bool = False, **_: object) -> None:
-        seen.append((data["text/plain"], update))
+        messages.append((data["text/plain"], update))
 
     monkeypatch.setattr(shell.display_pub, "publish", publish)
     monkeypatch.setattr(module, "NOTEBOOK_INTERVAL_S", 0.0)
@@ -143,9 +145,9 @@ def test_progress_in_a_notebook_is_one_line_that_is_replaced(
             bar.advance()
     finally:
         InteractiveShell.clear_instance()
-    assert [update for _, update in seen] == [False, True, True]
-    assert seen[1][0].startswith("probing: 1/2 videos")
-    assert seen[2][0].startswith("probing: 2/2 videos")
+    assert [update for _, update in messages] == [False, True, True]
+    assert messages[1][0].startswith("probing: 1/2 videos")
+    assert messages[2][0].startswith("probing: 2/2 videos")
 
 
 @pytest.mark.parametrize("columns", [80, 120])
