@@ -92,7 +92,10 @@ def first_keys(section: Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(
     section: Mapping[str, Any], names: Mapping[str, str], prefix: str = ""
 ) -> dict[str, Any]:
-    """Return the section with renamed keys, also one level down; an existing new key is kept."""
+    """Return the section with renamed keys, also one level down.
+
+    An old key is not renamed if the section has the new one as well.
+    """
     result: dict[str, Any] = {}
     for key, value in section.items():
         # Names of teachers have dots: only a renamed key is cut at one.

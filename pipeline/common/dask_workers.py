@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = "20s"
 LOOPBACK = "127.0.0.1"
 # Open files of the process that starts workers. Counted while they ran: 21, and 9 per worker.
-OWN_FILES, FILES_PER_WORKER = 64, 16
+CLIENT_FILES, FILES_PER_WORKER = 64, 16
 MAX_STARTS = 3
 # Intervals of dask's own monitoring. Two idle workers and their scheduler took a fifth of a core
 # with dask's defaults and take a fiftieth with these. There are few workers, and a task lasts
@@ -83,7 +83,7 @@ def _local_cluster(workers: int | None) -> LocalCluster:
     from distributed.security import Security
 
     count = workers or cores()
-    require_descriptors(OWN_FILES + FILES_PER_WORKER * count, f"--workers {count}")
+    require_descriptors(CLIENT_FILES + FILES_PER_WORKER * count, f"--workers {count}")
     # Started later, it would make Python unblock the signal.
     resource_tracker.ensure_running()
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
