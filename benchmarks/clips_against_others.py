@@ -26,9 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: its threads would spin on a contender's account
-)
+# Set before torch is imported, because its threads would spin in a contender's processor time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
@@ -117,8 +116,8 @@ def opencv(path: str, start: int, length: int) -> np.ndarray:
 
 
 def contenders(sample: str) -> dict[str, Read]:
-    """Return the contenders that are installed and read the sample."""
-    found: dict[str, Read] = {
+    """Return the installed contenders that can read the sample."""
+    readers: dict[str, Read] = {
         "distinit": ours,
         "distinit, packets known": ours_again,
         "distinit, packets read": ours_by_packets,
@@ -132,13 +131,13 @@ def contenders(sample: str) -> dict[str, Read]:
         try:
             read = make()
             read(sample, 3, 2)
-            found[name] = read
+            readers[name] = read
         except (ImportError, RuntimeError, OSError) as error:
             print(
                 f"{name} is not installed or fails: {' '.join(str(error).split())[:200]}",
                 file=sys.stderr,
             )
-    return found
+    return readers
 
 
 class Clips(Dataset[Any]):
@@ -158,7 +157,7 @@ class Clips(Dataset[Any]):
 
 
 def alone(read: Read, drawn: list[tuple[str, int, int]]) -> float:
-    """Processor milliseconds a clip in this process."""
+    """Measure processor milliseconds per clip in this process."""
     began = time.process_time()
     for clip in drawn:
         read(*clip)
@@ -166,14 +165,14 @@ def alone(read: Read, drawn: list[tuple[str, int, int]]) -> float:
 
 
 def loaded(read: Read, drawn: list[tuple[str, int, int]]) -> float:
-    """Processor milliseconds a clip in a DataLoader's 2 workers, after the first two of each."""
+    """Measure processor milliseconds per clip in 2 workers, after the first two clips of each."""
     loader = DataLoader(Clips(read, [*drawn[:4], *drawn]), batch_size=2, num_workers=2)
     spent = torch.cat([milliseconds for _, milliseconds in loader])
     return float(spent[4:].mean())
 
 
 def draw(files: list[str], frames: int, length: int, count: int) -> list[tuple[str, int, int]]:
-    """Random clips, the same for all."""
+    """Draw random clips, the same for all contenders."""
     random = np.random.default_rng(length)
     return [(files[int(random.integers(len(files)))], int(random.integers(frames - length + 1)), length)
             for _ in range(count)]  # fmt: skip
@@ -183,19 +182,20 @@ def check(read: dict[str, Read], drawn: list[tuple[str, int, int]], where: str) 
     """Check that all contenders give the frames of this package."""
     for name, each in read.items():
         off = max(float(np.abs(each(*clip).astype(int) - ours(*clip)).mean()) for clip in drawn[:6])
-        if off > 6:  # resizers differ by 1 to 3 of 255; another frame by more
-            print(f"{where}, {name}: other frames, off by {off:.1f} of 255", file=sys.stderr)
+        # Resizers differ by 1 to 3 of 255; another frame differs by more.
+        if off > 6:
+            print(f"{where}, {name}: different frames, off by {off:.1f} of 255", file=sys.stderr)
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="a folder of videos, for real pictures")
     parser.add_argument("--videos", type=int, default=4)
     parser.add_argument("--frames", type=int, default=300)
-    parser.add_argument("--clips", type=int, default=24, help="a round")
+    parser.add_argument("--clips", type=int, default=24, help="per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--heights", type=int, nargs="+", default=[256, 720], choices=(256, 720))
     args = parser.parse_args()

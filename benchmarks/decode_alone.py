@@ -5,9 +5,9 @@
 
 From the videos of the folder, H.264 files of 340x256 and 10 s are encoded (x264's defaults,
 B-frames included) with a key frame at least every 12 and every 250 frames. Each contender opens a
-file, and gives every 8th frame as RGB of 340x256; a check compares the frames. One thread each;
-processor time of this process, medians of rounds in which all take turns. OpenCV decodes every
-frame (`grab`) and converts the selected ones (`retrieve`).
+file and gives every 8th frame as RGB of 340x256; a check compares the frames. Each has one thread.
+The table has the processor time of this process, as medians of rounds in which all take turns.
+OpenCV decodes every frame (`grab`) and converts the selected ones (`retrieve`).
 
 Goal: at least 1.3 times the frames of torchcodec and decord.
 """
@@ -23,9 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: its threads would spin on a contender's account
-)
+# Set before torch is imported, because its threads would spin in a contender's processor time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 from measuring import in_turn, machine, medians, pictures, table
@@ -40,12 +39,12 @@ Decode = Callable[[str], np.ndarray]
 
 
 def ours(path: str) -> np.ndarray:
-    """RGB [n, 256, 340, 3] of every 8th frame, as the decoding processes of stage one do it."""
+    """Decode every 8th frame to RGB [n, 256, 340, 3], as the decoding processes of stage one."""
     with VideoReader(path) as reader:
-        wanted = np.arange(0, len(reader.timeline()), EVERY)
-        out = np.empty((len(wanted), 256, 340, 3), np.uint8)
+        indices = np.arange(0, len(reader.timeline()), EVERY)
+        out = np.empty((len(indices), 256, 340, 3), np.uint8)
         renderer: Renderer | None = None
-        for n, (_, _, frame) in enumerate(reader.frames_at(wanted)):
+        for n, (_, _, frame) in enumerate(reader.frames_at(indices)):
             renderer = renderer or reader.info.renderer()
             renderer.render(frame, SIZE, out=out[n])
         return out
@@ -85,8 +84,8 @@ def opencv(path: str) -> np.ndarray:
 
 
 def contenders(sample: str) -> dict[str, Decode]:
-    """Return the contenders that are installed and decode the sample."""
-    found: dict[str, Decode] = {"distinit": ours}
+    """Return the installed contenders that can decode the sample."""
+    decoders: dict[str, Decode] = {"distinit": ours}
     for name, make in (
         ("torchcodec, approximate", lambda: torchcodec("approximate")),
         ("torchcodec, exact", lambda: torchcodec("exact")),
@@ -96,17 +95,17 @@ def contenders(sample: str) -> dict[str, Decode]:
         try:
             decode = make()
             decode(sample)
-            found[name] = decode
+            decoders[name] = decode
         except (ImportError, RuntimeError, OSError) as error:
             print(
                 f"{name} is not installed or fails: {' '.join(str(error).split())[:100]}",
                 file=sys.stderr,
             )
-    return found
+    return decoders
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,9 +128,10 @@ def main() -> None:
             for name, decode in decoders.items():
                 for file, frames in zip(files, expected, strict=True):
                     off = np.abs(decode(file).astype(int) - frames).mean()
-                    if off > 3:  # converters differ by 1 to 2 of 255; another frame by far more
+                    # Converters differ by 1 to 2 of 255; another frame differs by far more.
+                    if off > 3:
                         print(
-                            f"GOP {gop}, {name}: other frames, off by {off:.1f} of 255",
+                            f"GOP {gop}, {name}: different frames, off by {off:.1f} of 255",
                             file=sys.stderr,
                         )
 
@@ -148,15 +148,21 @@ def main() -> None:
                 in_turn({name: measure(decode) for name, decode in decoders.items()}, args.rounds)
             )
             for name, milliseconds in cost.items():
-                frames_a_second = sum(map(len, expected)) / len(files) / milliseconds * 1000
+                frames_per_second = sum(map(len, expected)) / len(files) / milliseconds * 1000
                 ratio = milliseconds / cost["distinit"]
                 rows.append(
-                    [gop, name, f"{milliseconds:.1f}", f"{frames_a_second:.0f}", f"{ratio:.2f}"]
+                    [gop, name, f"{milliseconds:.1f}", f"{frames_per_second:.0f}", f"{ratio:.2f}"]
                 )
     print(machine())
     print(
         table(
-            ["GOP", "reader", "processor ms a video", "sampled frames/s", "distinit is faster by"],
+            [
+                "GOP",
+                "reader",
+                "processor ms per video",
+                "sampled frames/s",
+                "distinit is faster by",
+            ],
             rows,
         )
     )

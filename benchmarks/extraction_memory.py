@@ -1,10 +1,11 @@
-"""Peak memory of an extraction's processes at different numbers of videos.
+"""Measure the peak memory of an extraction's processes at different numbers of videos.
 
     python benchmarks/extraction_memory.py FOLDER --videos 300 30000 --workers 1
 
-The videos of FOLDER are hard-linked under as many names as asked for, and extracted with a teacher
-that costs nothing (key frames only: what is looked for is memory by the video, not by the frame).
-The kernel's high-water mark (VmHWM) of every process is read four times a second. Linux only.
+The videos of FOLDER are hard-linked under the given number of names, and extracted with a teacher
+that costs nothing. Only key frames are extracted, because the question is memory per video, not per
+frame. The kernel's high-water mark (VmHWM) of every process is read four times per second. Linux
+only.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def build():
 
 
 def link(videos: list[Path], folder: Path, count: int) -> None:
-    """`count` names of the videos."""
+    """Link the videos under `count` names."""
     for i in range(count):
         source = videos[i % len(videos)]
         target = folder / f"{i // 1000:03d}" / f"{i:06d}{source.suffix}"
@@ -56,8 +57,8 @@ def role(process: psutil.Process, client: int) -> str:
 
 
 def peaks(words: list[str], environment: dict[str, str]) -> tuple[dict[str, float], float]:
-    """Run a command; the highest VmHWM in MB of its processes, by role, and its seconds."""
-    found: dict[str, float] = defaultdict(float)
+    """Run a command; return the highest VmHWM in MB of its processes by role, and its seconds."""
+    peak_mb: dict[str, float] = defaultdict(float)
     began = time.monotonic()
     with tempfile.TemporaryFile() as stderr:
         run = subprocess.Popen(words, env=environment, stderr=stderr)
@@ -76,17 +77,17 @@ def peaks(words: list[str], environment: dict[str, str]) -> tuple[dict[str, floa
                     for line in text.splitlines()
                     if line.startswith("VmHWM")
                 ]
-                found[name] = max(found[name], *mark, 0.0)
+                peak_mb[name] = max(peak_mb[name], *mark, 0.0)
             time.sleep(0.25)
         if run.returncode:
             stderr.seek(0)
             sys.stderr.buffer.write(stderr.read())
             raise SystemExit(run.returncode)
-    return dict(found), time.monotonic() - began
+    return dict(peak_mb), time.monotonic() - began
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument(
         "--work",
         type=Path,
-        help="on the folder's file system, for hard links (default: next to it)",
+        help="scratch folder on the file system of FOLDER, for hard links (default: next to it)",
     )
     args = parser.parse_args()
     videos = sorted(
@@ -123,8 +124,8 @@ def main() -> None:
             ]
             words += ["--teacher", "costs_nothing:build", "--keyframes"]
             words += ["--workers", str(args.workers)] if args.workers else []
-            found, seconds = peaks(words, environment)
-            sizes = [f"{found.get(name, 0):.0f}" for name in ("client", "worker", "decoder")]
+            peak_mb, seconds = peaks(words, environment)
+            sizes = [f"{peak_mb.get(name, 0):.0f}" for name in ("client", "worker", "decoder")]
             lines.append([count, *sizes, f"{seconds:.0f}"])
     finally:
         shutil.rmtree(work)

@@ -1,22 +1,22 @@
-"""Sampled frames a second of stage one, end to end, against its parts alone on the same cores.
+"""Compare the rate of stage one, end to end, with its parts alone on the same cores.
 
     python benchmarks/extraction_throughput.py /data/clips
     python benchmarks/extraction_throughput.py /data/clips --precision bf16 \\
         --teacher torchvision.models:resnet50
 
-The bound: where decoders and teachers share the cores of a CPU, a frame costs the time of both, so
-that no arrangement gives more than 1 / (1/D + 1/T) frames a second, with D those of decoding alone
-and T those of the teachers alone, each on all the cores. A GPU works in parallel to the decoders:
-there it is min(D, T). D, T and the whole are measured in turn in one process, in wall time.
-Processor time per frame (decoding + teacher, over the whole's) is the same without waiting, and
+Rates are sampled frames per second. If decoders and teachers share the cores of a CPU, a frame
+costs the time of both, so the rate is at most 1 / (1/D + 1/T), where D is the rate of decoding
+alone and T that of the teachers alone, each on all cores. A GPU works in parallel to the decoders:
+there the bound is min(D, T). D, T and the whole are measured in turn in one process, in wall time.
+The ratio of processor times per frame (decoding + teacher, over the whole) excludes waiting, and
 hardly depends on the load of the machine.
 
-`--names N` lists every video N times under other names, for devices that finish a folder in
-seconds; `--json FILE` keeps the rates, with the cores that decoding would need to keep up with the
-teacher.
+`--names N` lists every video N times under different names, for devices that finish a folder in
+seconds. `--json FILE` writes the rates, and the number of cores that decoding needs to keep up with
+the teacher.
 
-Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weights, which serve for
-speed.
+Goal: at least 0.90 of the bound. `torchvision.models:resnet50` has random weights, which suffice to
+measure speed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from distinit.stages.extract_targets import extract_targets
 
 
 class Watch(Console):
-    """A quiet screen that takes the time of the decoding part of an extraction."""
+    """A quiet console that measures the time of the decoding part of an extraction."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -62,7 +62,7 @@ class Watch(Console):
     def progress(
         self, description: str, total: float | None = None, unit: str = ""
     ) -> Iterator[Any]:
-        """As Console's."""
+        """Show progress like Console, and measure the time of `extracting`."""
         with super().progress(description, total, unit) as bar:
             if description != "extracting":
                 yield bar
@@ -74,9 +74,9 @@ class Watch(Console):
 
 
 class Parts:
-    """Return the contenders for one teacher, which return frames per second.
+    """The contenders for one teacher. Each returns frames per second.
 
-    They also record the processor time per frame.
+    Each also records the processor time per frame.
     """
 
     def __init__(self, args: argparse.Namespace, name: str, folder: Path) -> None:
@@ -96,7 +96,8 @@ class Parts:
     def decode(self) -> float:
         """Decode without a teacher."""
         with DecodePool(processes=self.decoders, views=[self.teacher.view]) as pool:
-            list(pool.probe(self.paths[: 2 * self.decoders]))  # the children are up
+            # Starts the decoding processes.
+            list(pool.probe(self.paths[: 2 * self.decoders]))
             began, processor, rows = time.perf_counter(), processor_seconds(), 0
             for event in pool.stream(
                 DecodeJob(i, p, self.sampling) for i, p in enumerate(self.paths)
@@ -135,7 +136,7 @@ class Parts:
             )
 
     def whole(self) -> float:
-        """Stage one, from decoding to the committed store; listing and probing apart."""
+        """Run stage one, from decoding to the committed store; listing and probing do not count."""
         folder = Path(tempfile.mkdtemp(prefix="distinit-speed-"))
         try:
             config = {
@@ -168,7 +169,7 @@ class Parts:
         return rows / seconds
 
     def fit(self) -> None:
-        """Take as many videos as the teacher is busy with for about the time wanted."""
+        """Select as many videos as keep the teacher busy for about `--seconds`."""
         rate = self.teach()
         few, self.paths = self.paths, self.paths[:: max(1, len(self.paths) // 16)][:16]
         with DecodePool(processes=1, views=[self.teacher.view]) as pool:
@@ -180,7 +181,7 @@ class Parts:
 
 
 def _other_name(folder: Path, path: str, number: int) -> str:
-    """Return the path of a link to a video, in a folder of its own per number."""
+    """Return the path of a link to a video, in one folder per number."""
     digest = hashlib.sha256(path.encode()).hexdigest()[:16]
     link = folder / str(number) / f"{digest}{Path(path).suffix}"
     link.parent.mkdir(exist_ok=True)
@@ -190,7 +191,7 @@ def _other_name(folder: Path, path: str, number: int) -> str:
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--decoders", type=int, help="default: as extract-targets")
-    parser.add_argument("--seconds", type=float, default=6, help="of the teacher's time a round")
+    parser.add_argument("--seconds", type=float, default=6, help="of the teacher per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", default="auto", help="as extract-targets")
     parser.add_argument("--names", type=int, default=1, metavar="N")
@@ -266,7 +267,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         "the whole, frames/s",
         "ratio",
     ]
-    print(table([*head, "processor ms a frame"], rows))
+    print(table([*head, "processor ms per frame"], rows))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Measure what views of a frame are worth: cached targets against the teacher on a student's crop.
+"""Measure the value of views of a frame: cached targets against the teacher on a student's crop.
 
     python benchmarks/frame_views.py FOLDER [--videos 30] [--frames 4]
 
-The teacher in the loop would see what the student sees: a random crop of the frame (clips of 112
-pixels cut from 128 × 171, as in training), mirrored or not. Its output there is compared with what
-a store gives that clip: the centre, the mirrored frame, or cells averaged under the crop. Features
-by cosine; logits by the KL divergence of their softmax from the live teacher's, and the share of
-equal first classes. Logits of cells are their average through the classifier (`_fc` of
-EfficientNet-Lite), which is linear. The row `same picture` resizes the centre crop as the live
-teacher's crops are (PIL in place of swscale): no cached target can be nearer than such rows show.
-Means with 95 % intervals over videos.
+A teacher in the training loop would see the same picture as the student: a random crop of the frame
+(clips of 112 pixels cut from 128 × 171, as in training), mirrored or not. Its output for the crop
+is compared with the target that a store gives the clip: of the centre, of the mirrored frame, or of
+cells averaged under the crop. Features are compared by cosine; logits by the KL divergence of their
+softmax from the live teacher's, and by the share of equal first classes. Logits of cells are the
+output of the classifier (`_fc` of EfficientNet-Lite, which is linear) for their average. The row
+`same picture` resizes the centre crop as the live teacher's crops are resized (PIL in place of
+swscale): no cached target can be closer than this row. The table has means with 95 % intervals over
+videos.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def frames_of(path: str, count: int, teacher: Teacher) -> list[tuple[np.ndarray,
     with VideoReader(path) as reader:
         renderer = reader.info.renderer()
         last = max(len(reader.timeline()) - 1, 0)
-        at = np.unique(np.linspace(last * 0.1, last * 0.9, count).astype(np.int64))
+        indices = np.unique(np.linspace(last * 0.1, last * 0.9, count).astype(np.int64))
         return [
             (renderer.render(f, None).copy(), renderer.render(f, teacher.view).copy())
-            for _, _, f in reader.frames_at(at)
+            for _, _, f in reader.frames_at(indices)
         ]
 
 
@@ -57,56 +58,61 @@ def cut(frame: np.ndarray, region: Region, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(picture)
 
 
-def compare(live: dict[str, Array], kept: dict[str, Array]) -> list[Array]:
+def compare(live: dict[str, Array], cached: dict[str, Array]) -> list[Array]:
     """Return cosine, KL and equal first classes of each row [n]."""
     return [
-        1 - cosine_error(live["features"], kept["features"]),
-        divergence(live["logits"], kept["logits"]),
-        (live["logits"].argmax(1) == kept["logits"].argmax(1)).astype(np.float32),
+        1 - cosine_error(live["features"], cached["features"]),
+        divergence(live["logits"], cached["logits"]),
+        (live["logits"].argmax(1) == cached["logits"].argmax(1)).astype(np.float32),
     ]
 
 
-def measure(teacher: Teacher, paths: list[str], count: int, wanted: int) -> dict[str, Array]:
-    """Return the three measures [3, n] of each way, and under "video" the video of each row."""
+def measure(teacher: Teacher, paths: list[str], count: int, num_videos: int) -> dict[str, Array]:
+    """Return the three measures [3, n] of each target, and under "video" the video of each row."""
     student, random = ClipView(), np.random.default_rng(0)
     rows: dict[str, list[list[Array]]] = {}
     video: list[int] = []
-    used = 0
+    num_used = 0
     for path in paths:
         try:
             frames = frames_of(path, count, teacher)
         except (VideoError, IndexError, ValueError):
             continue
-        for whole, seen in frames:
-            shown = teacher.view.region(*whole.shape[:2])
+        for whole, prepared in frames:
+            view_region = teacher.view.region(*whole.shape[:2])
             crop = Crop(random.random(), random.random(), False)
             region = student.region(crop)
-            mine = cut(whole, region, teacher.input_shape)
-            live = run(teacher, np.stack([mine, mine[:, ::-1]]))
-            cached = run(teacher, np.stack([seen, cut(whole, shown, teacher.input_shape)]), "all")
-            place = region.inside(shown)
+            own_crop = cut(whole, region, teacher.input_shape)
+            live = run(teacher, np.stack([own_crop, own_crop[:, ::-1]]))
+            cached = run(
+                teacher, np.stack([prepared, cut(whole, view_region, teacher.input_shape)]), "all"
+            )
+            relative_region = region.inside(view_region)
             for mirrored in (False, True):
-                at = {k: v[int(mirrored)][None] for k, v in live.items()}
-                ways = {"centre": one(cached), "mirrored frame": one(cached, ".flip")}
+                live_outputs = {k: v[int(mirrored)][None] for k, v in live.items()}
+                targets = {"centre": one(cached), "mirrored frame": one(cached, ".flip")}
                 for grid in GRIDS:
                     for name, end, box in (
-                        (f"cells {grid} × {grid}", "", place),
-                        (f"cells {grid} × {grid}, mirrored", ".flip", place.mirrored()),
+                        (f"cells {grid} × {grid}", "", relative_region),
+                        (f"cells {grid} × {grid}, mirrored", ".flip", relative_region.mirrored()),
                     ):
                         cells = cached[f"features.grid{grid}{end}"][:1]
                         features = roi_average(cells.reshape(1, grid, grid, -1), box)
-                        ways[name] = {"features": features, "logits": classify(teacher, features)}
-                for name, kept in ways.items():
-                    key = f"{'mirrored' if mirrored else 'as it is'}: {name}"
-                    rows.setdefault(key, []).append(compare(at, kept))
+                        targets[name] = {
+                            "features": features,
+                            "logits": classify(teacher, features),
+                        }
+                for name, target in targets.items():
+                    key = f"{'mirrored' if mirrored else 'not mirrored'}: {name}"
+                    rows.setdefault(key, []).append(compare(live_outputs, target))
             resized = {k: cached[k][1:] for k in ("features", "logits")}
             rows.setdefault("same picture, other resizer", []).append(compare(resized, one(cached)))
-            video.append(used)
-        used += 1
-        if used == wanted:
+            video.append(num_used)
+        num_used += 1
+        if num_used == num_videos:
             break
-    found = {name: np.concatenate(each, axis=1) for name, each in rows.items()}
-    return {**found, "video": np.array(video, np.float32)}
+    measures = {name: np.concatenate(each, axis=1) for name, each in rows.items()}
+    return {**measures, "video": np.array(video, np.float32)}
 
 
 def run(teacher: Teacher, images: np.ndarray, which: str = "center") -> dict[str, Array]:
@@ -139,26 +145,28 @@ def main() -> None:
     )
     teacher = load_teacher(spec)
     listed = list_videos([args.folder])
-    # Spread over the classes, which are folders.
+    # Videos of one class are in one folder; a permutation spreads the sample over the classes.
     order = np.random.default_rng(0).permutation(len(listed))
     paths = [listed.absolute(int(i)) for i in order]
-    found = measure(teacher, paths, args.frames, args.videos)
-    video = found.pop("video")
+    results = measure(teacher, paths, args.frames, args.videos)
+    video = results.pop("video")
     print(machine())
     print(f"{args.teacher}, {len(np.unique(video))} videos, {len(video)} frames, one crop of each")
     lines = []
-    for name, measures in found.items():
+    for name, measures in results.items():
         estimates = [estimate_mean(values.astype(np.float64), video) for values in measures]
         lines.append([name, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates)])
     print(table(["the clip and its target", "cosine", "KL, nats", "same first class"], lines))
     gains = []
-    for name, measures in found.items():
+    for name, measures in results.items():
         kind, _, way = name.partition(": ")
         if way not in ("", "centre"):
-            off = [m - c for m, c in zip(measures, found[f"{kind}: centre"], strict=True)][:2]
-            each = [estimate_mean(d.astype(np.float64), video, min_mean=-1) for d in off]
+            differences = [
+                m - c for m, c in zip(measures, results[f"{kind}: centre"], strict=True)
+            ][:2]
+            each = [estimate_mean(d.astype(np.float64), video, min_mean=-1) for d in differences]
             gains.append([name, *(f"{e.value:+.4f} [{e.low:+.4f}, {e.high:+.4f}]" for e in each)])
-    print(table(["minus the centre", "cosine", "KL, nats"], gains))
+    print(table(["difference from the centre", "cosine", "KL, nats"], gains))
 
 
 if __name__ == "__main__":

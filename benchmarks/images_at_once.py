@@ -1,9 +1,10 @@
-"""Compare numbers of images that ONNX Runtime is given at a time, for a teacher on a CPU.
+"""Compare numbers of images that ONNX Runtime computes at a time, for a teacher on a CPU.
 
     python benchmarks/images_at_once.py --teacher efficientnet_lite0 --at-once 4 8 32
 
-As in stage one, each core runs batches of 32 in a thread of its own. Images per second of a core,
-by the processor time of the threads; medians of rounds in turn. Rows have to be equal bit for bit.
+As in stage one, each core runs batches of 32 in a separate thread. The table has images per second
+of a core, by the processor time of the threads, as medians of rounds in turn. Outputs must be equal
+bit by bit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BATCH = 32
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,7 +36,7 @@ def main() -> None:
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of the teacher"
     )
     parser.add_argument("--at-once", type=int, nargs="+", default=[4, 8, 32])
-    parser.add_argument("--batches", type=int, default=3, help="of a thread in a round")
+    parser.add_argument("--batches", type=int, default=3, help="per thread and round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
@@ -51,8 +52,8 @@ def main() -> None:
     def seconds(at_once: int) -> float:
         began = time.thread_time()
         for _ in range(args.batches):
-            found = run(images, at_once)
-        assert all(torch.equal(found[output], rows) for output, rows in expected.items())
+            outputs = run(images, at_once)
+        assert all(torch.equal(outputs[output], rows) for output, rows in expected.items())
         return time.thread_time() - began
 
     def measure(at_once: int) -> Callable[[], float]:
@@ -67,7 +68,7 @@ def main() -> None:
     print(machine())
     print(
         table(
-            [args.teacher, *rates], [["images/s of a core", *(f"{r:.1f}" for r in rates.values())]]
+            [args.teacher, *rates], [["images/s per core", *(f"{r:.1f}" for r in rates.values())]]
         )
     )
 

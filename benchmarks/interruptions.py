@@ -1,12 +1,12 @@
-"""Interrupt every command that writes, run it again, compare with an undisturbed run, bit by bit.
+"""Interrupt every command that writes, run it again, and compare with an uninterrupted run.
 
-    python benchmarks/interruptions.py     # two trials per command and kind of harm: an hour
+    python benchmarks/interruptions.py     # two trials per command and kind: an hour
     python benchmarks/interruptions.py --trials 5 --commands extract --kinds kill-change file-limit
 
-Kinds of harm:
+Kinds of interruptions:
 
-    kill-change   kill -9 just before the k-th change of a file that the client makes in Python, k
-                  drawn at random
+    kill-change   kill -9 immediately before the k-th change of a file that the client makes in
+                  Python, k drawn at random
     kill-moment   kill -9 at a random moment of the work
     signal        INT, TERM, HUP or PIPE at a random moment of the work
     kill-child    kill -9, or a segmentation fault, of one process that the command started (a
@@ -16,15 +16,15 @@ Kinds of harm:
     file-limit    no file may have more than 2 to 90 % of the largest file of the result
                   (RLIMIT_FSIZE)
 
-Kills and signals go to the client or its whole process group in turn. The undisturbed run tells
-when the client changes files; moments are drawn from the time of its work and timed from the change
-before, so that quick commands are hit.
+Kills and signals go to the client or its whole process group in turn. The uninterrupted run records
+when the client changes files. Moments are drawn from the time of its work and timed from the
+previous change, so that quick commands are hit.
 
-After each harm, all processes of the command must be gone in ten seconds. The same command, run
-again, must end with status 0, and its folder equal that of the undisturbed run: arrays, weights,
-predictions and copies, and no other file left behind. A trial whose command was done before the
-harm came is drawn again. Needs the demo's teacher and OpenCV (`pip install distinit[demo,flow]`).
-Exit status 0 when no trial failed.
+After each interruption, all processes of the command must end within ten seconds. The same command,
+run again, must end with status 0, and its folder must equal that of the uninterrupted run bit by
+bit: arrays, weights, predictions and copies, and no other file left over. If a command ends before
+its interruption, the trial is drawn again. The script requires the demo's teacher and OpenCV (`pip
+install distinit[demo,flow]`). The exit status is 0 if no trial failed.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ axes:
 
 
 def differences_of_stores(a: Path, b: Path) -> list[str]:
-    """Arrays of two stores that differ in shape or in any bit of any row."""
-    found = []
+    """Return the arrays of two stores that differ in shape or in any bit of any row."""
+    differing = []
     arrays = sorted(
         p.parent.relative_to(a).as_posix()
         for p in a.rglob("zarr.json")
@@ -130,23 +130,24 @@ def differences_of_stores(a: Path, b: Path) -> list[str]:
         if '"array"' in p.read_text()
     )
     if arrays != others:
-        return [f"other arrays: {sorted(set(arrays) ^ set(others))}"]
+        return [f"different arrays: {sorted(set(arrays) ^ set(others))}"]
     for name in arrays:
         x, y = (np.asarray(zarr.open_array(root / name, mode="r")[:]) for root in (a, b))
         same = x.shape == y.shape and (
             x.tobytes() == y.tobytes() if x.dtype.kind in "iufb" else bool((x == y).all())
         )
         if not same:
-            found.append(name)
-    return found
+            differing.append(name)
+    return differing
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line without its --out, the name of that, and what is in its folder before it.
+    """A command line without its --out.
 
-    before: copied into the folder under `copied`, or that of --out. concurrent: the --out of a
-    second command that writes there at the same time, and its words.
+    name: Name of its --out. before: A result that is copied into the folder first, under the name
+    `copied` or that of --out. concurrent: The --out of a second command that writes to the folder
+    at the same time, and its words.
     """
 
     words: list[str]
@@ -158,9 +159,7 @@ class Command:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What differs between two files or folders, but for what is named or written after the
-    moment.
-    """
+    """Return the differences of two files or folders, except for files with times."""
     if a.is_dir() and a.suffix == ".zarr":
         left = [
             path.name for path in b.rglob("*") if "partial" in path.name or path.name == "staging"
@@ -168,8 +167,8 @@ def differences(a: Path, b: Path) -> list[str]:
         return differences_of_stores(a, b) + left
     if a.is_dir():
         x, y = ({p.name for p in folder.iterdir() if "tfevents" not in p.name} for folder in (a, b))
-        found = [f"only in one: {name}" for name in sorted(x ^ y)]
-        return found + [part for name in sorted(x & y) for part in differences(a / name, b / name)]
+        lines = [f"only in one: {name}" for name in sorted(x ^ y)]
+        return lines + [part for name in sorted(x & y) for part in differences(a / name, b / name)]
     read = {
         ".safetensors": load_file,
         ".h5": tables_of,
@@ -192,7 +191,7 @@ def _bits(values: np.ndarray) -> tuple[object, ...]:
 
 
 def tables_of(path: Path) -> dict[str, np.ndarray]:
-    """All data sets of an HDF5 file."""
+    """Return all data sets of an HDF5 file."""
     tables: dict[str, np.ndarray] = {}
     with h5py.File(path) as file:
         file.visititems(
@@ -204,17 +203,18 @@ def tables_of(path: Path) -> dict[str, np.ndarray]:
 
 
 class TrialFailed(Exception):
-    """A trial that did not hold."""
+    """The trial failed."""
 
 
 class TooLate(Exception):
-    """The command was done before the harm came."""
+    """The command ended before its interruption."""
 
 
 class Started:
-    """A command at work, in a process group of its own.
+    """A running command in a separate process group.
 
-    at: its client is killed at this change of a file; group: and with it the whole group.
+    at: Number of the change of a file at which the client is killed, 0 for none. group: Kill the
+    whole process group.
     """
 
     def __init__(
@@ -252,8 +252,10 @@ class Started:
             self._pipes.register(pipe, selectors.EVENT_READ)
 
     def follow(self, change: int | None = None, delay: float = 0.0) -> int | None:
-        """Wait for the end, or until `delay` after a change; returns the status, None where it is
-        still at work.
+        """Wait for the end, or for `delay` seconds after a change.
+
+        Returns:
+            The exit status, None while the command is running.
         """
         until = time.monotonic() + (delay if change == 0 else LONGEST_S)
         while self.process.poll() is None and (left := until - time.monotonic()) > 0:
@@ -274,29 +276,33 @@ class Started:
                 self._pipes.unregister(key.fd)
 
     def changes(self) -> list[float]:
-        """Seconds after the start at which the client changed a file."""
+        """Return the seconds after the start at which the client changed files."""
         return [at - self.began for (at,) in struct.iter_unpack("d", self._read[self._moments])]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._read[self._output].decode(errors="replace")
 
     def last_line(self) -> str:
-        return ([line for line in self.said().splitlines() if line.strip()] or ["no word"])[-1]
+        return ([line for line in self.output().splitlines() if line.strip()] or ["no output"])[-1]
 
     def family(self) -> list[psutil.Process]:
-        """All processes that it has started, whatever became of their parents."""
-        found = []
+        """Return all running processes that it has started, also if their parents have ended."""
+        processes = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 ours = (
                     process.environ().get("INTERRUPT_MARK") == self.mark
                     and process.pid != self.process.pid
                 )
-                found += [process] if ours and process.status() != psutil.STATUS_ZOMBIE else []
-        return found
+                processes += [process] if ours and process.status() != psutil.STATUS_ZOMBIE else []
+        return processes
 
     def end(self, seconds: float = GONE_S) -> None:
-        """Wait for the end of all its processes. Raises TrialFailed."""
+        """Wait for the end of all its processes.
+
+        Raises:
+            TrialFailed: A process is still running.
+        """
         self.follow(0, seconds)
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -313,7 +319,7 @@ class Started:
             raise TrialFailed(f"outlived the command by {GONE_S:g} s: {words}")
 
     def close(self) -> None:
-        """End what is left of it, after a trial that failed or came too late."""
+        """End its remaining processes, after a trial that failed or came too late."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -343,7 +349,7 @@ class Workplace:
         ):
             (root / "modules").mkdir(exist_ok=True)
             (root / folder).write_text(text)
-        # This package from where it is imported here, whatever the working folder.
+        # Import this package from the same folder as here, in any working folder.
         path = [str(root / "modules"), str(CORPUS.parents[2]), os.environ.get("PYTHONPATH", "")]
         self.environment = {
             **os.environ,
@@ -352,7 +358,7 @@ class Workplace:
         }
 
     def commands(self) -> dict[str, Command]:
-        """All commands by name; `recipes` are those that make what others start from."""
+        """Return all commands by name; `recipes` holds those whose results others start from."""
         videos, one, run = str(self.videos), self.base / "one.zarr", self.base / "run"
         names = [f"teachers:{name}" for name in ("teacher", "other")]
         tiny, other = (["--teacher", name, "--teacher-option", f"{name}:k=200"] for name in names)
@@ -404,14 +410,14 @@ class Workplace:
         }
 
     def make_ready(self, command: Command) -> None:
-        """Make what a command starts from, where it does not exist yet."""
+        """Make the missing results that a command starts from."""
         for path, words in self.recipes.items():
             if (path != command.before and str(path) not in command.words) or path.exists():
                 continue
             if path.name != "failed.zarr":
                 self.make(words, path)
                 continue
-            # Put aside, not written again: prepared copies record when their source was changed.
+            # The file is moved, not rewritten: prepared copies record when their source changed.
             hurt = sorted(self.videos.iterdir())[1]
             hurt.rename(self.root / "aside")
             hurt.write_bytes(b"no video" * 99)
@@ -430,32 +436,32 @@ class Workplace:
 
 
 def _size(path: Path, biggest: bool = False) -> int:
-    """Bytes of a file or of all files of a folder, in whole pages as a tmpfs needs; or of its
-    biggest file.
+    """Return the bytes of a file or folder in whole pages, as a tmpfs needs them.
+
+    biggest: Return the bytes of the biggest file instead.
     """
     sizes = [each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file()]
     return max(sizes) if biggest else sum(-(-size // 4096) * 4096 for size in sizes)
 
 
 class Trials:
-    """Undisturbed results of the commands, and harm done to others."""
+    """Uninterrupted results of the commands, and trials that interrupt them."""
 
     def __init__(self, place: Workplace, seed: int) -> None:
         self.place, self.random, self.number = place, random.Random(seed), 0
         self.commands = place.commands()
-        self.moments: dict[
-            str, list[float]
-        ] = {}  # of the changes of the undisturbed run, and of its end
+        # Seconds of the changes of the uninterrupted run, and of its end.
+        self.moments: dict[str, list[float]] = {}
 
     def _prepared(self, command: Command, folder: Path) -> Path:
-        """The --out of a command, in a folder that holds what it starts from."""
+        """Copy the result that a command starts from into a folder, and return its --out."""
         out = folder / command.name
         if command.before is not None:
             shutil.copytree(command.before, folder / (command.copied or command.name))
         return out
 
     def whole(self, name: str) -> Path:
-        """The undisturbed result of a command."""
+        """Return the uninterrupted result of a command."""
         command, folder = self.commands[name], self.place.root / "whole" / name
         if name not in self.moments:
             folder.mkdir(parents=True)
@@ -469,7 +475,12 @@ class Trials:
         return folder / command.name
 
     def run(self, name: str, kind: str) -> None:
-        """One trial. Raises TrialFailed, or TooLate."""
+        """Run one trial.
+
+        Raises:
+            TrialFailed: The trial failed.
+            TooLate: The command ended before its interruption.
+        """
         whole, command = self.whole(name), self.commands[name]
         self.number += 1
         folder = self.place.root / f"trial{self.number}"
@@ -496,15 +507,15 @@ class Trials:
                 if kind == "full-disk":
                     subprocess.run(["mount", "-o", "remount,size=90%", str(folder)], check=True)
                 self.place.make(command.words, out)
-                if found := differences(whole.parent, folder):
-                    raise TrialFailed(f"different: {', '.join(found[:4])}")
+                if different := differences(whole.parent, folder):
+                    raise TrialFailed(f"different: {', '.join(different[:4])}")
             except TrialFailed as failed:
                 raise TrialFailed(f"{failed} (after: {started.last_line()})") from None
             finally:
                 for each in filter(None, (started, concurrent)):
                     each.close()
 
-    # Kinds of harm
+    # Kinds of interruptions
 
     def _kill_change(self, name: str, started: Started) -> None:
         started.follow()
@@ -542,13 +553,13 @@ class Trials:
         status = started.follow()
         started.end()
         if status == 0:
-            if found := differences(self.whole(name).parent, started.folder):
+            if different := differences(self.whole(name).parent, started.folder):
                 raise TrialFailed(
-                    f"status 0 where a file could not be written: {', '.join(found[:4])}"
+                    f"status 0 although a file could not be written: {', '.join(different[:4])}"
                 )
             raise TooLate
-        if status != 1 or "Traceback" in started.said():
-            raise TrialFailed(f"status {status} where a file could not be written")
+        if status != 1 or "Traceback" in started.output():
+            raise TrialFailed(f"status {status} after a file could not be written")
 
     def _file_limit(self, name: str, started: Started) -> None:
         limit = int(_size(self.whole(name), biggest=True) * self.random.uniform(0.02, 0.9))
@@ -556,7 +567,7 @@ class Trials:
         self._full_disk(name, started)
 
     def _wait(self, name: str, started: Started) -> None:
-        """Until a random moment of the work, counted from the change of a file before it."""
+        """Wait until a random moment of the work, timed from the previous change of a file."""
         moments = self.moments[name]
         moment = self.random.uniform(0.9 * moments[0], moments[-1])
         change = bisect.bisect(moments, moment)
@@ -568,7 +579,7 @@ class Trials:
 
 
 def main() -> int:
-    """Exit status 0 when no trial failed."""
+    """Run the trials; return 0 if none failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -579,8 +590,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    # A shell that starts this in the background, or nohup, has its children ignore some; the
-    # commands must not.
+    # A shell that starts this script in the background, or nohup, makes its children ignore these
+    # signals; the commands must not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if os.geteuid():

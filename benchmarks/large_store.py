@@ -1,16 +1,16 @@
-"""Measure what a large store costs: its commits, its files, opening it and reading its first pick.
+"""Measure the costs of a large store: commits, files, opening it and reading its first pick.
 
-    python benchmarks/large_store.py --videos 1000000 --keep big.zarr  # makes it (15 minutes)
-    python benchmarks/large_store.py --reuse big.zarr                    # measures again
+    python benchmarks/large_store.py --videos 1000000 --keep big.zarr    # makes it (15 minutes)
+    python benchmarks/large_store.py --reuse big.zarr                    # measures it again
     python benchmarks/large_store.py --videos 10000 100000 1000000 --no-sync   # one after another
 
-The stores, of a hundred million rows with a million videos, are made by the writer of extraction:
-real tables of videos, segments and frames, a commit per shard of the frames and of one teacher. The
-logits are NaN, which takes no space, except for the last shard. `commit` is the client's time per
-shard: what is left to it where workers fill the shards. `--no-sync` makes stores faster, without
-waiting for the disk; commits are then faster, too. Each opening is a separate process; the files
-are in the page cache. Goal for a million videos: under 3 s and 600 MB (peak resident memory of the
-process, imports included).
+The stores, of a hundred million rows for a million videos, are made by the writer of extraction:
+real tables of videos, segments and frames, and a commit per shard for the frames and for one
+teacher. The logits are NaN, which takes no space, except for the last shard. `commit` is the
+client's time per shard if workers fill the shards. `--no-sync` makes stores faster, without waiting
+for the disk; commits are then faster, too. Each opening is a separate process; the files are in the
+page cache. Goal for a million videos: under 3 s and 600 MB (peak resident memory of the process,
+imports included).
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def make(root: Path, videos: int, rows: int) -> float:
         order = np.searchsorted(writer.index.shard, np.arange(writer.index.n_shards + 1))
         began = time.monotonic()
         for shard in range(writer.index.n_shards):
-            mine = np.arange(order[shard], order[shard + 1])
-            n = len(mine)
+            segments = np.arange(order[shard], order[shard + 1])
+            n = len(segments)
             values = {
-                "video": np.repeat(mine, rows).astype(np.int32),
+                "video": np.repeat(segments, rows).astype(np.int32),
                 "index": np.tile(frames, n),
                 "pts": np.tile(frames * 512, n),
             }
@@ -92,21 +92,22 @@ def make(root: Path, videos: int, rows: int) -> float:
                 for file in stage_array(folder, spec, shard, values[spec.name], writer.shard_rows)
             ]
             logits, entropy = fmt.teacher_specs("t", CLASSES)
-            said = stage_array(
+            teacher_files = stage_array(
                 folder, entropy, shard, np.full(n * rows, 2.5, np.float32), writer.shard_rows
             )
-            if shard == writer.index.n_shards - 1:  # the one that is read
-                said += stage_array(
+            # Only the last shard is read.
+            if shard == writer.index.n_shards - 1:
+                teacher_files += stage_array(
                     folder, logits, shard, np.ones((n * rows, CLASSES), "f2"), writer.shard_rows
                 )
             part = FramesPart(
-                segment=mine.tolist(), first_row=(np.arange(n) * rows).tolist(), rows=[rows] * n,
+                segment=segments.tolist(), first_row=(np.arange(n) * rows).tolist(), rows=[rows] * n,
                 frames=[rows * 4] * n, files=files,
             )  # fmt: skip
             started = time.monotonic()
             writer.commit(
                 ShardResult(
-                    shard, part, {"t": TeacherPart(rows=n * rows, files=said)}, str(folder)
+                    shard, part, {"t": TeacherPart(rows=n * rows, files=teacher_files)}, str(folder)
                 ),
                 run,
             )
@@ -122,26 +123,26 @@ def make(root: Path, videos: int, rows: int) -> float:
 
 
 def measure(root: Path, rounds: int) -> dict[str, float]:
-    """Open a store in processes of their own; return medians."""
-    found = []
+    """Open a store in one process per round; return medians."""
+    records = []
     for _ in range(rounds):
         words = [sys.executable, "-c", OPEN, str(root)]
-        done = subprocess.run(words, check=True, capture_output=True, text=True)
-        found.append(json.loads(done.stdout))
-    return {key: statistics.median(each[key] for each in found) for key in found[0]}
+        process = subprocess.run(words, check=True, capture_output=True, text=True)
+        records.append(json.loads(process.stdout))
+    return {key: statistics.median(each[key] for each in records) for key in records[0]}
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--videos", type=int, nargs="+", default=[1_000_000])
-    parser.add_argument("--rows", type=int, default=100, help="a video")
+    parser.add_argument("--rows", type=int, default=100, help="per video")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-sync", action="store_true", help="do not wait for the disk")
-    parser.add_argument("--keep", type=Path, help="make the store here and leave it")
-    parser.add_argument("--reuse", type=Path, help="measure this one")
+    parser.add_argument("--keep", type=Path, help="make the store here and keep it")
+    parser.add_argument("--reuse", type=Path, help="measure this store")
     args = parser.parse_args()
     if args.keep and len(args.videos) > 1:
         parser.error("--keep takes one number of --videos")
@@ -153,10 +154,10 @@ def main() -> None:
             root = args.reuse or args.keep or Path(scratch, "large.zarr")
             commit = "–" if args.reuse else f"{1000 * make(root, videos, args.rows):.1f}"
             files = sum(len(names) for _, _, names in os.walk(root))
-            middle = measure(root, args.rounds)
+            medians = measure(root, args.rounds)
         lines.append(
-            [f"{middle['videos']:.0f}", f"{middle['rows']:.0f}", commit, str(files),
-             *(f"{middle[key]:.2f}" for key in ("import", "open", "first")), f"{middle['mb']:.0f}"]
+            [f"{medians['videos']:.0f}", f"{medians['rows']:.0f}", commit, str(files),
+             *(f"{medians[key]:.2f}" for key in ("import", "open", "first")), f"{medians['mb']:.0f}"]
         )  # fmt: skip
     print(machine())
     head = ["videos", "rows", "commit ms", "files", "import s", "open s", "first pick s", "peak MB"]

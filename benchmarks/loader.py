@@ -1,4 +1,4 @@
-"""The loader of stage two: what cached targets cost it, what they save, and its memory.
+"""Measure the loader of stage two: the cost of cached targets, their gain, and its memory.
 
     python benchmarks/loader.py /data/clips targets  # cached targets against the bare decode
     python benchmarks/loader.py /data/clips flat     # ten thousand clips: does memory grow?
@@ -7,7 +7,7 @@
 `targets` and `flat` take the first --videos of the folder, extract every 4th frame with a small
 linear teacher of 1000 classes, and read 8-frame clips from the videos and from prepared copies.
 `size` makes stores of 10^3 and 10^6 videos whose paths all lead to a few of the folder's videos.
-Processor time unless noted; contenders take turns.
+Times are processor time unless noted; contenders take turns.
 Goals: targets under 3 % of the bare decode; memory that neither grows nor depends on the number of
 videos.
 """
@@ -22,9 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: its threads would spin on a contender's account
-)
+# Set before torch is imported, because its threads would spin in a contender's processor time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import psutil
@@ -64,7 +63,7 @@ def teacher():
 
 
 def sampler_of(store: TargetStore, epoch_clips: int | None = None) -> TargetSampler:
-    """Random picks of all videos with 8-frame clips."""
+    """Return a sampler of random picks from all videos with 8-frame clips."""
     videos = store.usable()
     return TargetSampler(
         store, teachers=tuple(store.teachers), picks=PickRule.parse("random"), clip_frames=8, videos=videos, seed=0,
@@ -137,37 +136,40 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
                 net(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(255))
                 return (time.process_time() - began) / len(few) * 1000
 
-            bare()  # both begin with the packets of all videos known
-            found = medians(in_turn({"bare decode": bare, "cached targets": cached}, rounds))
-            found |= medians(in_turn({"online ResNet-50, fp32": online}, max(2, rounds // 3)))
-            for what, milliseconds in found.items():
-                more = milliseconds / found["bare decode"] - 1
+            # Lists the packets of all videos, so that both contenders begin with them.
+            bare()
+            costs = medians(in_turn({"bare decode": bare, "cached targets": cached}, rounds))
+            costs |= medians(in_turn({"online ResNet-50, fp32": online}, max(2, rounds // 3)))
+            for contender, milliseconds in costs.items():
+                overhead = milliseconds / costs["bare decode"] - 1
                 rows.append(
                     [
                         where,
-                        what,
+                        contender,
                         f"{milliseconds:.2f}",
                         f"{1000 / milliseconds:.1f}",
-                        f"{more:+.1%}",
+                        f"{overhead:+.1%}",
                     ]
                 )
         print(machine())
         print(
-            table(["from", "what", "ms a clip", "clips/s and core", "over the bare decode"], rows)
+            table(
+                ["from", "contender", "ms per clip", "clips/s per core", "over bare decode"], rows
+            )
         )
 
 
 def workers_memory() -> list[tuple[float, float]]:
     """Return (unshared, resident) memory of each child process in MB."""
-    found = []
+    sizes = []
     for child in psutil.Process().children():
         memory = child.memory_full_info()
-        found.append((memory.uss / 1e6, memory.rss / 1e6))
-    return found
+        sizes.append((memory.uss / 1e6, memory.rss / 1e6))
+    return sizes
 
 
 def flat(source: str, videos: int, count: int) -> None:
-    """Memory of 2 workers and of the main process over many clips."""
+    """Measure the memory of 2 workers and of the main process over many clips."""
     with tempfile.TemporaryDirectory() as name:
         store, small = build(source, videos, Path(name))
         rows: list[list[object]] = []
@@ -191,7 +193,7 @@ def flat(source: str, videos: int, count: int) -> None:
                 [
                     "from",
                     "clips",
-                    "worker 1: MB of its own",
+                    "worker 1: private MB",
                     "worker 2",
                     "main process: MB",
                     "seconds",
@@ -214,7 +216,7 @@ class OneOfFew(StudentClips):
 
 
 def size(source: str, numbers: list[int]) -> None:
-    """Memory of a worker by the number of videos."""
+    """Measure the memory of a worker by the number of videos."""
     listed = list_videos([source])
     files = [listed.absolute(i) for i in range(len(listed))]
     files = [file for file in files[:40] if count_frames(file) >= 32][:8]
@@ -254,7 +256,7 @@ def size(source: str, numbers: list[int]) -> None:
                 "videos",
                 "opened in s",
                 "first batch after s",
-                "worker: MB of its own",
+                "worker: private MB",
                 "main process: MB",
             ],
             rows,
@@ -263,7 +265,7 @@ def size(source: str, numbers: list[int]) -> None:
 
 
 def _link_logits(shards: Path) -> None:
-    """`make` writes the logits of the last shard alone: they stand for those of all."""
+    """Link the logits of the last shard, the only ones that `make` writes, to all shards."""
     last = max(shards.iterdir(), key=lambda shard: int(shard.name))
     for number in range(int(last.name)):
         (shards / str(number)).mkdir(exist_ok=True)
@@ -272,7 +274,7 @@ def _link_logits(shards: Path) -> None:
 
 
 def main() -> None:
-    """Run one of the three."""
+    """Run one of the three measurements."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -280,7 +282,7 @@ def main() -> None:
     parser.add_argument("what", choices=("targets", "flat", "size"))
     parser.add_argument("--videos", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clips", type=int, help="a round (60), or in all (10000)")
+    parser.add_argument("--clips", type=int, help="per round (60), or in total (10000)")
     parser.add_argument("--numbers", type=int, nargs="+", default=[1000, 1_000_000])
     args = parser.parse_args()
     if args.what == "targets":

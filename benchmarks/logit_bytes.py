@@ -1,14 +1,14 @@
-"""Measure how few bytes the logits of a frame could take at a given divergence.
+"""Measure the bytes that the logits of a frame would take at a given divergence.
 
     python benchmarks/logit_bytes.py STORE [--teacher NAME]
 
-STORE holds logits as float16. Each row is a way to round them: `int8` as a store keeps it (256
-steps from a row's smallest to its largest logit), `uniform` steps of one size for all rows, and
-`weighted` steps, larger where a class's probability p is small: of size s / √(p + ε), since a class
-adds to the divergence by p · error² / 2. Bytes are the entropy of the symbols, the least that an
-entropy coder with one table, or with a table per class, can reach; tables are fitted on the rows
-themselves. zlib is a real coder, of one row alone. KL: divergence of the softmax of the rounded
-logits from that of the logits, in nats.
+STORE holds logits as float16. Each row rounds them in another way: `int8` as in a store (256 steps
+from a row's smallest to its largest logit), `uniform` steps of one size for all rows, and
+`weighted` steps of size s / √(p + ε), larger for classes with a small probability p, because a
+class adds p · error² / 2 to the divergence. Bytes are the entropy of the symbols, the lower bound
+for an entropy coder with one table or with a table per class; tables are fitted on the rows
+themselves. zlib is a real coder, applied to one row. KL is the divergence of the softmax of the
+rounded logits from that of the logits, in nats.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from distinit.pipeline.store.reader import TargetStore
 Array = NDArray[np.float64]
 STEPS = (0.03, 0.05, 0.06, 0.1)
 WEIGHTED = (0.0015, 0.002, 0.003)
-EPSILON = 0.1  # of 1/K
+EPSILON = 0.1  # in units of 1/K
 
 
 def entropy_bytes(symbols: NDArray[np.int64]) -> float:
-    """Return the bytes of a row of these symbols [N, K] by one table for all of them."""
+    """Return the bytes per row of symbols [N, K], coded with one table."""
     counts = np.unique(symbols, return_counts=True)[1]
     p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum() * symbols.shape[1] / 8)
 
 
 def by_class(symbols: NDArray[np.int64]) -> float:
-    """Return the bytes of a row by a table for each class."""
+    """Return the bytes per row, coded with one table per class."""
     return sum(entropy_bytes(symbols[:, [k]]) for k in range(symbols.shape[1]))
 
 
 def zlib_bytes(symbols: NDArray[np.int64]) -> float:
-    """Return the mean bytes of a row compressed alone, of every 50th row."""
+    """Return the mean bytes of rows that are compressed alone; every 50th row is taken."""
     bytes_ = np.clip(symbols - np.median(symbols), -128, 127).astype(np.int8)
     return float(np.mean([len(zlib.compress(row.tobytes(), 9)) for row in bytes_[::50]]))
 

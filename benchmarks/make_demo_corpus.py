@@ -3,10 +3,9 @@
     python benchmarks/make_demo_corpus.py FOLDER [--train 11] [--test 5]
 
 FOLDER holds `labels.csv` with columns path, label, source, split1, split2, split3 (clips of one
-`source` stand on one side only; every clip is tested in one split). The demo uses split1.
-Of each class and side of split1 the clips whose path has the smallest
-SHA-256 are taken: a fixed choice that nobody made by looking at clips or results. Copies have a
-short side of 128 and keep every frame.
+`source` are on one side only; every clip is tested in one split). The demo uses split1. For each
+class and side of split1, the clips whose path has the smallest SHA-256 are taken: a fixed choice
+that does not depend on clips or results. Copies have a short side of 128 and keep every frame.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=11, help="training clips a class")
-    parser.add_argument("--test", type=int, default=5, help="test clips a class")
+    parser.add_argument("--train", type=int, default=11, help="training clips per class")
+    parser.add_argument("--test", type=int, default=5, help="test clips per class")
     parser.add_argument(
         "--crf", type=int, default=29, help="quality: a lower number is better and larger"
     )
@@ -51,8 +50,8 @@ def main() -> None:
     for row in rows:
         copy = OUT / row["path"]
         copy.parent.mkdir(parents=True, exist_ok=True)
-        # One encoding whatever the machine; the demo reads clips at random, so key frames are
-        # close.
+        # The encoding does not depend on the machine. The demo reads random clips, so there are
+        # many key frames.
         source = str(args.folder / row["path"])
         transcode(
             source, str(copy), short_side=128, gop=12, crf=args.crf, extra={"preset": "veryslow"}
@@ -62,7 +61,7 @@ def main() -> None:
         columns = ["path", "label", "source", "split1", "split2", "split3"]
         writer.writerow(columns)
         writer.writerows([row[column] for column in columns] for row in rows)
-    # Stage one of the demo sees the training side alone, and no labels.
+    # Stage one of the demo sees only the training side, without labels.
     unlabelled = [row["path"] for row in rows if row["split1"] == "train"]
     (OUT / "unlabelled.txt").write_text("".join(f"{path}\n" for path in unlabelled))
     size = sum((OUT / row["path"]).stat().st_size for row in rows)

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: contenders in turn, medians, processor time, machine, tables."""
+"""Helpers of the benchmarks: contenders in turn, medians, processor time, machine, tables."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def medians(values: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def processor_seconds() -> float:
-    """Processor time so far of this process and of its children that live."""
+    """Return the processor time so far of this process and its running children."""
     total = 0.0
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
@@ -68,7 +68,7 @@ def processor_seconds() -> float:
 
 
 def pictures(paths: Sequence[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield frames of `size` (height, width) of one file after the other, without end."""
+    """Yield frames of `size` (height, width) from one file after the other, endlessly."""
     for path in itertools.cycle(paths):
         with contextlib.suppress(VideoError), VideoReader(path) as reader:
             renderer = reader.info.renderer()

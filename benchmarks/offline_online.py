@@ -6,12 +6,12 @@
         [--json FILE]
         [--epochs 45] [--epoch-clips 1000000]
 
-STORE holds targets of SOURCE by that teacher. Three rates are measured here: frames a second of an
-extraction of SOURCE (the stage itself, with its start), clips a second of training from the store,
-and clips a second of the same training with the teacher run on one frame of each clip, enlarged to
-its input. The last two take turns. The hours follow for a corpus and a schedule, by default the
-paper's: 300 000 videos of 10 s, every 4th frame cached, 45 epochs of a million clips. Both sides
-train on as many clips and decode the same ones.
+STORE holds targets of SOURCE by that teacher. Three rates are measured: frames per second of an
+extraction of SOURCE (the whole stage, with its start), clips per second of training from the store,
+and clips per second of the same training with the teacher run on one frame of each clip, enlarged
+to its input size. The last two take turns. The hours are computed for a corpus and a schedule, by
+default the paper's: 300 000 videos of 10 s, every 4th frame cached, 45 epochs of a million clips.
+Both sides train on the same clips.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Online(Trainer):
 
 
 def extraction_rate(args: argparse.Namespace) -> float:
-    """Frames a second of the whole stage."""
+    """Measure frames per second of the whole stage."""
     with tempfile.TemporaryDirectory() as folder:
         config = ExtractConfig(
             sources=[args.source],

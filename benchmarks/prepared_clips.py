@@ -3,10 +3,10 @@
     python benchmarks/prepared_clips.py FOLDER [--videos 8] [--seconds 10] [--clips 120]
 
 From the videos of FOLDER, originals of 340x256 are encoded (H.264, x264's defaults: B-frames, one
-key frame in 250; and one in 12), and of each of those copies as `distinit prepare` makes them, and
-variants. Every clip is read as by a loader that reads a video for the first time: only the set-up
-of a decoder is kept from one clip to the next. CPU time of this process, the median of
-`--rounds` rounds in which the contenders take turns.
+key frame in 250; and one in 12), then copies of each as `distinit prepare` makes them, and variants
+of copies. Every clip is read as if the loader read its video for the first time: only the set-up of
+a decoder is kept from one clip to the next. The figures are CPU time of this process, as the median
+of `--rounds` rounds in which the contenders take turns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLIP = View(resize=(128, 171))
 T = 8
 Read = Callable[[str, np.ndarray, View], object]
 
-# What copies could have been: x264 as it comes, and pictures on their own.
+# Alternatives to the settings of copies: x264's defaults, and independent pictures.
 CABAC = {"codec": "libx264", "gop": 12, "bframes": 0, "crf": 20}
 MJPEG = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}
 
@@ -63,19 +63,19 @@ def variant(source: str, target: str, encoder: dict[str, object], extra: dict[st
     record = frame_map.SourceRecord(
         "", 0, 0, n, info.width, info.height, timeline.time_base, timeline.clock
     )
-    made = frame_map.FrameMap(
+    copy_map = frame_map.FrameMap(
         record, np.arange(n), timeline.pts, offset, key, crc, width, height, codec, extradata
     )
     with open(target, "ab") as file:
-        file.write(made.pack())
+        file.write(copy_map.pack())
 
 
 def build(
     folder: Path, files: list[str], videos: int, seconds: float
 ) -> dict[str, tuple[Read, list[str]]]:
-    """Contender → how to read it, and its files, as many for each."""
+    """Return contender → its reader and its files, the same number for each."""
     source = pictures(files, (256, 340))
-    found: dict[str, tuple[Read, list[str]]] = {}
+    contenders: dict[str, tuple[Read, list[str]]] = {}
     named = {f"copy, GOP {gop}": make_copy.CopyOptions(gop=gop) for gop in (1, 8, 12, 16)}
     named["copy, GOP 12, short side 128"] = make_copy.CopyOptions(short_side=128)
     for number in range(videos):
@@ -83,24 +83,24 @@ def build(
         for gop in (250, 12):
             path = os.fspath(folder / f"{number}-{gop}.mp4")
             write_video(path, frames, fps=30, gop=gop)
-            found.setdefault(f"original, GOP {gop}", (read_frames, []))[1].append(path)
+            contenders.setdefault(f"original, GOP {gop}", (read_frames, []))[1].append(path)
         original = os.fspath(folder / f"{number}-250.mp4")
         for name, options in named.items():
             path = os.fspath(folder / f"{number}-{name.replace(' ', '')}.mp4")
             make_copy.make_copy(original, path + ".part", path, options)
-            found.setdefault(name, (read_copy, []))[1].append(path)
+            contenders.setdefault(name, (read_copy, []))[1].append(path)
         for name, encoder, extra in (
             ("copy, CABAC and deblocking", CABAC, {}),
             ("copy, MJPEG q 3", MJPEG, {"q:v": 3}),
         ):
             path = os.fspath(folder / f"{number}-{name.replace(' ', '')}.mp4")
             variant(original, path, encoder, extra)
-            found.setdefault(name, (read_copy, []))[1].append(path)
-    return found
+            contenders.setdefault(name, (read_copy, []))[1].append(path)
+    return contenders
 
 
 def measure(read: Read, files: list[str], count: int, seed: int) -> float:
-    """CPU milliseconds a clip."""
+    """Measure CPU milliseconds per clip."""
     random = np.random.default_rng(seed)
     frames = {path: clips.count_frames(path) for path in files}
     spent = 0.0
@@ -123,17 +123,17 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    listed = list_videos([given.folder])
+    args = parser.parse_args()
+    listed = list_videos([args.folder])
     files = [listed.absolute(i) for i in range(len(listed))]
     np.random.default_rng(0).shuffle(files)
     with tempfile.TemporaryDirectory() as folder:
-        contenders = build(Path(folder), files, given.videos, given.seconds)
+        contenders = build(Path(folder), files, args.videos, args.seconds)
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(given.rounds):
+        for turn in range(args.rounds):
             for name, (read, paths) in contenders.items():
-                times[name].append(measure(read, paths, given.clips // given.rounds, turn))
-        length = given.videos * given.seconds
+                times[name].append(measure(read, paths, args.clips // args.rounds, turn))
+        length = args.videos * args.seconds
         rows = []
         for name, (_, paths) in contenders.items():
             ms = float(np.median(times[name]))
@@ -145,7 +145,7 @@ def main() -> None:
                     "kB_a_second": round(sum(map(os.path.getsize, paths)) / length / 1e3, 1),
                 }
             )
-    if given.json:
+    if args.json:
         print(json.dumps(rows))
         return
     slow = rows[0]["ms_a_clip"]

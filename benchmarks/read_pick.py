@@ -2,10 +2,10 @@
 
     python benchmarks/read_pick.py
 
-A store of random logits (1000 classes, float16, shards of 16384 rows) is written in a temporary
-folder, and the same rows as HDF5. Picks are what a loader reads: 1 or 8 neighbouring cached frames
-at a random place. Everything is in the page cache. Wall time by row, medians of rounds in which all
-take turns.
+A store of random logits (1000 classes, float16, shards of 16384 rows) is written to a temporary
+folder, and the same rows as HDF5. As in a loader, picks are 1 or 8 neighbouring cached frames at a
+random position. All files are in the page cache. The table has wall time per row, as medians of
+rounds in which all take turns.
 
 Goal: under 0.1 ms per row.
 """
@@ -34,7 +34,7 @@ Read = Callable[[np.ndarray], np.ndarray]
 
 
 def write(folder: Path, rows: int, classes: int, encoding: str) -> list[str]:
-    """Arrays of a teacher's logits as extraction writes them; their names."""
+    """Write the arrays of a teacher's logits as extraction does; return their names."""
     specs = [s for s in fmt.teacher_specs("t", classes, encoding) if not s.path.endswith("entropy")]
     zarr.open_group(folder, mode="a")
     for spec in specs:
@@ -53,8 +53,8 @@ def write(folder: Path, rows: int, classes: int, encoding: str) -> list[str]:
 
 
 def contenders(folder: Path, classes: int, rows: int) -> dict[str, Read]:
-    """Readers of rows [n] that give float32 logits [n, K]."""
-    found: dict[str, Read] = {}
+    """Return readers from rows [n] to float32 logits [n, K]."""
+    readers: dict[str, Read] = {}
     for encoding in ("float16", "int8"):
         place, names = (
             folder / encoding / "teachers/t",
@@ -65,11 +65,11 @@ def contenders(folder: Path, classes: int, rows: int) -> dict[str, Read]:
             for n in names
         }
         codec = Codec("logits", encoding, classes)
-        found[f"distinit, {encoding}"] = lambda at, arrays=arrays, codec=codec: codec.decode(
+        readers[f"distinit, {encoding}"] = lambda at, arrays=arrays, codec=codec: codec.decode(
             {n: a.read(at) for n, a in arrays.items()}
         )
     plain = zarr.open_array(folder / "float16/teachers/t/logits", mode="r")
-    found["zarr-python"] = lambda at: np.asarray(plain[int(at[0]) : int(at[-1]) + 1]).astype(
+    readers["zarr-python"] = lambda at: np.asarray(plain[int(at[0]) : int(at[-1]) + 1]).astype(
         np.float32
     )
     with h5py.File(folder / "rows.h5", "w") as file:
@@ -79,14 +79,14 @@ def contenders(folder: Path, classes: int, rows: int) -> dict[str, Read]:
         for first in range(0, rows, SHARD_ROWS):
             data[first : first + SHARD_ROWS] = plain[first : first + SHARD_ROWS]
     opened = h5py.File(folder / "rows.h5", "r")["logits"]
-    found["h5py, chunks of 16 with a checksum"] = lambda at: opened[
+    readers["h5py, chunks of 16 with a checksum"] = lambda at: opened[
         int(at[0]) : int(at[-1]) + 1
     ].astype(np.float32)
-    return found
+    return readers
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,7 +94,7 @@ def main() -> None:
         "--rows", type=int, default=8 * SHARD_ROWS, help=f"a multiple of {SHARD_ROWS}"
     )
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--picks", type=int, default=300, help="a round")
+    parser.add_argument("--picks", type=int, default=300, help="per round")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     lines: dict[str, list[object]] = {}
@@ -126,7 +126,7 @@ def main() -> None:
             ).items():
                 lines.setdefault(name, [name]).append(f"{value:.3f}")
     print(machine())
-    print(table(["reader", "ms a row, 1 row", "ms a row, 8 rows at once"], lines.values()))
+    print(table(["reader", "ms per row, 1 row", "ms per row, 8 rows at once"], lines.values()))
 
 
 if __name__ == "__main__":

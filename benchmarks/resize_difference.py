@@ -1,12 +1,12 @@
-"""How far a teacher's outputs behind swscale's resize are off those behind its library's own.
+"""Compare a teacher's outputs after swscale's resize with those after its library's resize.
 
     python benchmarks/resize_difference.py [FOLDER] [--frames N] [--teacher NAME …]
 
-Two views of the same decoded frames, `resize_backend=swscale` and `pil` (antialiased, as the
-transforms of torchvision, timm, open_clip and image processors do it): 1 − cosine of the features
-and KL of the logits, medians and 99th percentiles over frames, and next to them the same of a frame
-and the next cached one. Families whose weights are not at hand are initialised at random, which
-says little about a trained model but shows what input size and filter do.
+The same decoded frames are resized by `resize_backend=swscale` and `pil` (antialiased, like the
+transforms of torchvision, timm, open_clip and image processors). The table has 1 − cosine of the
+features and KL of the logits, as medians and 99th percentiles over frames, and the same measures
+for a frame and the next cached one. Models without local weights are initialised at random: they
+show the effect of input size and filter, not that of a trained model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BOTH = ("logits", "features")
 
 
 def random_torchvision(name: str) -> Teacher:
-    """A torchvision classifier at its ImageNet view, initialised at random."""
+    """Return a torchvision classifier at its ImageNet view, initialised at random."""
     module = torchvision.models.get_model(name).eval()
     recipe = LoadedModel(
         name, "random", module, preprocessing(View(resize=256, crop=224)), **_features(module)
@@ -42,7 +42,7 @@ def random_torchvision(name: str) -> Teacher:
 
 
 def random_timm(name: str) -> Teacher:
-    """A timm classifier at its own view, initialised at random."""
+    """Return a timm classifier at its default view, initialised at random."""
     import timm
 
     module = timm.create_model(name).eval()
@@ -55,16 +55,16 @@ def random_timm(name: str) -> Teacher:
 
 
 def teachers(names: list[str]) -> dict[str, Teacher]:
-    """The shipped teacher with its weights, and one of each library at random."""
+    """Return teachers with their weights by name, and a random one of each library."""
     torch.manual_seed(0)
-    found = {name: load_teacher(TeacherSpec(name=name, outputs=BOTH)) for name in names}
-    for made in (random_torchvision("resnet18"), random_timm("vit_tiny_patch16_224")):
-        found[made.name] = made
-    return found
+    loaded = {name: load_teacher(TeacherSpec(name=name, outputs=BOTH)) for name in names}
+    for teacher in (random_torchvision("resnet18"), random_timm("vit_tiny_patch16_224")):
+        loaded[teacher.name] = teacher
+    return loaded
 
 
 def compute(teacher: Teacher, folder: str, view: View, count: int) -> dict[str, np.ndarray]:
-    """Outputs of `count` frames."""
+    """Return the outputs of `count` frames."""
     images = frames_of(folder, view, count)
     parts = [teacher.compute(images[i : i + 8]) for i in range(0, len(images), 8)]
     return {o: np.concatenate([p[o].numpy() for p in parts]) for o in BOTH}
@@ -80,16 +80,20 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for name, teacher in teachers(args.teacher or ["efficientnet_lite0"]).items():
-        ours = teacher.view
-        theirs = ours.model_copy(update={"interpolation": f"pil-{ours.interpolation}"})
-        a, b = (compute(teacher, args.folder, view, args.frames) for view in (ours, theirs))
+        swscale_view = teacher.view
+        pil_view = swscale_view.model_copy(
+            update={"interpolation": f"pil-{swscale_view.interpolation}"}
+        )
+        a, b = (
+            compute(teacher, args.folder, view, args.frames) for view in (swscale_view, pil_view)
+        )
         cosine = cosine_error(b["features"], a["features"])
         kl = divergence(b["logits"], a["logits"])
         best = (a["logits"].argmax(1) == b["logits"].argmax(1)).mean()
         near = cosine_error(b["features"][::2], b["features"][1::2])
         next_kl = divergence(b["logits"][::2], b["logits"][1::2])
         rows.append(
-            [name, f"{ours.interpolation} {ours.resize}→{ours.crop}"]
+            [name, f"{swscale_view.interpolation} {swscale_view.resize}→{swscale_view.crop}"]
             + [f"{np.median(v):.2g} / {np.quantile(v, 0.99):.2g}" for v in (cosine, kl)]
             + [f"{best:.0%}", f"{np.median(near):.2g}", f"{np.median(next_kl):.2g}"]
         )

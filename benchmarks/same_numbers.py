@@ -8,9 +8,10 @@ copies, trains a student, trains one that is killed after its first checkpoint, 
 The second one then takes over what the first one made: it reads its store, extends it, resumes its
 killed run and tests its model again.
 
-Compared are the arrays of stores, copies, drawn clips and their targets, checkpoints (weights,
-optimizer, identity), exported weights, predictions and metrics; floats by their bits. What differs
-is listed and the exit status is 1. Only ids of stores, paths and times are left out.
+The script compares the arrays of stores, copies, drawn clips and their targets, checkpoints
+(weights, optimizer, identity), exported weights, predictions and metrics; floats by their bits. If
+anything differs, it is listed and the exit status is 1. Only ids of stores, paths and times are
+ignored.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ RENAMED = {
     "thresholds_nats": "max_entropy",
     "broken": "unreadable",
 }
-# Keys that two equal runs do not share: where and when they ran, and the random id of a store.
+# Keys that differ between equal runs: rates, times and the random id of a store.
 VOLATILE = frozenset(("id", "store_id", "clips_per_s", "data_share", "eta_s", "memory_gb"))
 EXTRACT = "extract-targets --teacher efficientnet_lite0 --every 4 --batch-size 8 --device cpu"
 STUDENT = "--student r2plus1d_18 --width 0.125 --frames 8 --size 56"
@@ -85,24 +86,24 @@ def digest(values):
     return f"{values.dtype} {values.shape} {hashlib.sha256(values.tobytes()).hexdigest()}"
 
 store = distinit.TargetStore.open(sys.argv[1])
-found = {}
+digests = {}
 for video in range(store.n_videos):
     frames, pts, rows = store.frames(video)
-    found[f"rows of {store.video_path(video)}"] = [digest(frames), digest(pts)] + [
+    digests[f"rows of {store.video_path(video)}"] = [digest(frames), digest(pts)] + [
         digest(values(name, rows)) for name in store.teachers for values in (store.logits, store.entropy)
     ]
 clips = distinit.student_clips(store, frames=8, size=56, picks="random:2", seed=3)
 for sample in range(int(sys.argv[2])):
     clip = clips[1, sample]
     targets = {name: digest(value.numpy()) for name, value in clip["targets"].items()}
-    found[f"clip {sample}"] = [clip["name"], int(clip["start"]), digest(clip["clip"].numpy()), targets]
-print(json.dumps(found))
+    digests[f"clip {sample}"] = [clip["name"], int(clip["start"]), digest(clip["clip"].numpy()), targets]
+print(json.dumps(digests))
 """
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """A checkout, importable as `distinit` from `home`, and the folder that its results go to."""
+    """A checkout, importable as `distinit` from `home`, and the folder of its results."""
 
     path: Path
     home: Path
@@ -122,7 +123,7 @@ class Checkout:
         for spellings in SPELLINGS:
             known = [s for s in spellings if f" {s} " in help_text]
             words = [known[-1] if known and word in spellings else word for word in words]
-        # Another engine computes other last bits.
+        # Another engine would change the last bits.
         return [*words, "--engine", "torch"] if " --engine " in help_text else words
 
     def run(self, line: str, **paths: Path) -> None:
@@ -149,12 +150,12 @@ class Checkout:
         return self._checked([sys.executable, "-m", "distinit", *words])
 
     def _checked(self, command: list[str]) -> str:
-        done = subprocess.run(
+        process = subprocess.run(
             command, env=self.environment, cwd=self.out, capture_output=True, text=True
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"{self.path}: {' '.join(command[3:])}: {done.stderr[-2000:]}")
-        return done.stdout
+        if process.returncode != 0:
+            raise RuntimeError(f"{self.path}: {' '.join(command[3:])}: {process.stderr[-2000:]}")
+        return process.stdout
 
 
 def choose_videos(videos: Path | None, folder: Path) -> dict[str, Path]:
@@ -223,7 +224,7 @@ def arrays_of_store(path: Path) -> dict[str, Any]:
 
 
 def identity_of_teachers(path: Path) -> dict[str, Any]:
-    """Return what a store records of its teachers."""
+    """Return the identity of each teacher of a store."""
     nodes = {p.parent.name: p for p in sorted(path.glob("teachers/*/zarr.json"))}
     return {
         name: json.loads(node.read_text())["attributes"]["distinit"].get("identity")
@@ -278,11 +279,11 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def bits(value: Any) -> Any:
-    """Return a leaf in a form that two equal ones share to the last bit."""
+    """Return a leaf in a form that is equal for leaves with the same bits."""
     if isinstance(value, torch.Tensor):
         value = value.numpy()
     if isinstance(value, np.ndarray):
-        # Texts may have one length in one version and another in the next.
+        # Versions may store texts with different lengths.
         content = value.tolist() if value.dtype.kind in "OSTU" else value.tobytes()
         kind = "text" if value.dtype.kind in "OSTU" else str(value.dtype)
         return kind, value.shape, content
@@ -303,7 +304,7 @@ def differences(first: Any, second: Any) -> tuple[int, list[str]]:
 
 
 def comparisons(first: Checkout, second: Checkout) -> dict[str, Callable[[], tuple[Any, Any]]]:
-    """Return what is compared: a name, and a function that reads both sides."""
+    """Return the comparisons: a name → a function that reads both sides."""
 
     def files(read: Callable[[Path], Any], name: str, taken: bool = False) -> Any:
         other = second.out / "taken" if taken else second.out
@@ -343,7 +344,7 @@ def comparisons(first: Checkout, second: Checkout) -> dict[str, Callable[[], tup
 
 
 def main() -> int:
-    """Run both checkouts and print what differs."""
+    """Run both checkouts and print the differences."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

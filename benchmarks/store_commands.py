@@ -1,13 +1,14 @@
-"""Seconds and memory of the commands that read a whole store, by the number of its videos.
+"""Measure seconds and memory of the commands that read a whole store, by its number of videos.
 
     python benchmarks/store_commands.py --videos 25000 100000
     python benchmarks/store_commands.py --videos 1000000 --rounds 1     # an hour
 
-Two cached frames per video and eight classes, one video of a hundred failed: what is measured is
-the cost per video, not per row. Each command is a process of its own, all sizes in every round;
-medians. "first row" is when the command has read or written its first rows. The last column is the
-time per video compared with that at the first size: above 1 a command does not scale. `--package
-DIR` measures another version of distinit (DIR holds the folder `distinit`).
+The stores have two cached frames per video and eight classes, and one video of a hundred has
+failed: the benchmark measures the cost per video, not per row. Each command is a separate process,
+and each round has all sizes; the table has medians. "first row" is the time until the command has
+read or written its first rows. The last column is the time per video as a multiple of that at the
+first size: above 1 a command does not scale. `--package DIR` measures another version of distinit
+(DIR holds the folder `distinit`).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ print(json.dumps({
 
 
 def make(root: Path, videos: int, number: int) -> None:
-    """Make a store of `videos` videos, whose names and contents depend on `number`."""
+    """Make a store of `videos` videos; their names and contents depend on `number`."""
     columns = video_columns(
         [f"class_{i % 700:03d}/{number}-{i:011x}.mp4" for i in range(videos)], ROWS, seed=number
     )
@@ -110,18 +111,22 @@ def make(root: Path, videos: int, number: int) -> None:
         )
         order = np.searchsorted(writer.index.shard, np.arange(writer.index.n_shards + 1))
         for shard in range(writer.index.n_shards):
-            mine = np.arange(order[shard], order[shard + 1])
-            writer.commit(shard_of(root, writer, shard, mine, number), run)
+            segments = np.arange(order[shard], order[shard + 1])
+            writer.commit(shard_of(root, writer, shard, segments, number), run)
 
 
 def shard_of(
-    root: Path, writer: StoreWriter, shard: int, mine: np.ndarray, number: int
+    root: Path, writer: StoreWriter, shard: int, segments: np.ndarray, number: int
 ) -> ShardResult:
-    """Stage one shard with the rows of videos `mine`."""
-    good = mine % 100 != 3
+    """Stage one shard with the rows of segments [n], one per video."""
+    good = segments % 100 != 3
     counts = np.where(good, ROWS, 0)
     frame = np.tile(np.arange(ROWS) * 4, int(good.sum()))
-    values = {"video": np.repeat(mine, counts).astype(np.int32), "index": frame, "pts": frame * 512}
+    values = {
+        "video": np.repeat(segments, counts).astype(np.int32),
+        "index": frame,
+        "pts": frame * 512,
+    }
     z = (
         np.random.default_rng([number, shard])
         .normal(0, 3, (len(frame), CLASSES))
@@ -129,20 +134,22 @@ def shard_of(
     )
     folder = new_staging(root, shard)
     logits, nats = fmt.teacher_specs("t", CLASSES)
-    said = stage_array(folder, logits, shard, z, writer.shard_rows)
-    said += stage_array(folder, nats, shard, entropy(z.astype(np.float32)), writer.shard_rows)
+    teacher_files = stage_array(folder, logits, shard, z, writer.shard_rows)
+    teacher_files += stage_array(
+        folder, nats, shard, entropy(z.astype(np.float32)), writer.shard_rows
+    )
     part = FramesPart(
-        segment=mine.tolist(),
+        segment=segments.tolist(),
         first_row=np.where(good, np.cumsum(counts) - counts, 0).tolist(),
         rows=counts.tolist(),
         frames=np.where(good, ROWS * 4, -1).tolist(),
-        failed={int(s): "no frame could be decoded" for s in mine[~good]},
+        failed={int(s): "no frame could be decoded" for s in segments[~good]},
     )
     for spec in fmt.frame_specs():
         part.files += stage_array(folder, spec, shard, values[spec.name], writer.shard_rows)
     error = {"kl_mean": 0.0, "kl_p99": 0.0}
     return ShardResult(
-        shard, part, {"t": TeacherPart(rows=len(z), files=said, error=error)}, str(folder)
+        shard, part, {"t": TeacherPart(rows=len(z), files=teacher_files, error=error)}, str(folder)
     )
 
 
@@ -154,12 +161,12 @@ def measured(command: str, stores: list[Path], package: Path | None) -> dict[str
         done = subprocess.run(
             arguments, check=True, capture_output=True, text=True, env=environment
         )
-    found: dict[str, float | None] = json.loads(done.stdout)
-    return found
+    record: dict[str, float | None] = json.loads(done.stdout)
+    return record
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,7 +175,7 @@ def main() -> None:
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     parser.add_argument("--package", type=Path)
     parser.add_argument(
-        "--work", type=Path, help="keep the stores in this folder, and use those that are there"
+        "--work", type=Path, help="keep the stores in this folder, and use existing ones"
     )
     args = parser.parse_args()
     scratch = tempfile.TemporaryDirectory(prefix="distinit-commands-")

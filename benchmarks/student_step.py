@@ -1,11 +1,12 @@
-"""Profile the student's training step on a CPU: where its time goes, and what else was tried.
+"""Profile the student's training step on a CPU, and compare other settings.
 
     python benchmarks/student_step.py [--student r2plus1d_18] [--widths 0.125 0.25 1]
         [--frames 8] [--size 56] [--batch-sizes 4 8 16 32] [--steps 4] [--rounds 3]
 
-The loop's own step (objective, backward, clipping, optimizer) on random clips. For each width: the
-share of each kind of operator by torch.profiler at the largest batch, and clips per second of every
-batch size and of other settings at the largest, in turn, medians of rounds.
+The step is that of the training loop (objective, backward, clipping, optimizer) on random clips.
+For each width, the script prints the share of each kind of operator by torch.profiler at the
+largest batch, and clips per second of every batch size and of other settings at the largest one, in
+turn, as medians of rounds.
 """
 
 from __future__ import annotations
@@ -127,19 +128,22 @@ def main() -> None:
     for width in args.widths:
         largest = max(args.batch_sizes)
         print(f"width {width:g}, share of a step of {largest} clips:")
-        found = shares(Step(args, width, largest))
-        print(table(["operator", "share"], [[k, f"{v:.0%}"] for k, v in found.items()]), "\n")
-        tried: Mapping[str, Step] = {
+        operator_shares = shares(Step(args, width, largest))
+        print(
+            table(["operator", "share"], [[k, f"{v:.0%}"] for k, v in operator_shares.items()]),
+            "\n",
+        )
+        settings: Mapping[str, Step] = {
             **{f"batches of {size}": Step(args, width, size) for size in args.batch_sizes},
             f"of {largest}, PyTorch's batch norm": Step(args, width, largest, own_norm=False),
             f"of {largest}, contiguous memory": Step(args, width, largest, channels_last=False),
             f"of {largest}, one thread": Step(args, width, largest, threads=1),
             f"of {largest}, bf16": Step(args, width, largest, precision="bf16"),
         }
-        runs: dict[str, Callable[[], float]] = {name: step.rate for name, step in tried.items()}
+        runs: dict[str, Callable[[], float]] = {name: step.rate for name, step in settings.items()}
         rates = medians(in_turn(runs, args.rounds))
-        usual = rates[f"batches of {largest}"]
-        rows = [[name, f"{rate:.1f}", f"{rate / usual:.2f}"] for name, rate in rates.items()]
+        base_rate = rates[f"batches of {largest}"]
+        rows = [[name, f"{rate:.1f}", f"{rate / base_rate:.2f}"] for name, rate in rates.items()]
         print(table(["setting", "clips/s", "ratio"], rows), "\n")
 
 

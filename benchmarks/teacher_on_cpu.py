@@ -64,7 +64,7 @@ WAYS = {
 
 
 def main() -> None:
-    """Print a table and where it was measured."""
+    """Print the machine and a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,7 +106,7 @@ def main() -> None:
     rate = medians(in_turn({f"{n}|{busy}": run for (n, busy), run in ways.items()}, args.rounds))
     rows = [[n, *(f"{rate[f'{n}|{busy}']:.1f}" for busy in (0, cores()))] for n in WAYS]
     print(machine())
-    print(table([args.teacher, "frames/s, cores idle", f"beside {cores()} busy processes"], rows))
+    print(table([args.teacher, "frames/s, cores idle", f"next to {cores()} busy processes"], rows))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python benchmarks/tolerances.py FOLDER
 
-Entropy against stored logits: how far an entropy of float32 logits is off that of the stored ones,
-beyond what `entropy_tolerance` grants to rounding at first order (its constant must be above it).
-On logits from nearly certain to nearly uniform, of 2 to 20 000 classes, and on those of the videos.
-`--deep`: how far the logits of the same frames are off in another batch size and in bf16, and those
-of the next frame: root mean square over the classes, in standard deviations of the row; medians and
-extremes over rows.
+The first table is for entropies against stored logits: the difference between the entropies of
+float32 logits and of the stored ones, beyond the allowance of `entropy_tolerance` for first-order
+rounding (its constant must be larger). Logits are random, from nearly certain to nearly uniform, of
+2 to 20 000 classes, and those of the videos.
+
+The second table is for `--deep`: the difference between logits of the same frames with another
+batch size and in bf16, and between those of neighbouring frames and of different videos, as root
+mean square over the classes in standard deviations of the row, with medians and extremes over rows.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from distinit.pipeline.video.decoder import VideoReader
 
 
 def frames_of(folder: str, view, count: int) -> np.ndarray:
-    """RGB [count, h, w, 3], pairs of neighbouring frames of one video after the other."""
+    """Return RGB frames [count, h, w, 3], a pair of neighbouring frames from each video."""
     listed = list_videos([folder])
-    found: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for i in range(len(listed)):
         try:
             with VideoReader(listed.absolute(i)) as reader:
@@ -42,23 +44,23 @@ def frames_of(folder: str, view, count: int) -> np.ndarray:
                 ]
         except (VideoError, IndexError, ValueError):
             continue
-        found += pair if len(pair) == 2 else []
-        if len(found) >= count:
+        images += pair if len(pair) == 2 else []
+        if len(images) >= count:
             break
-    return np.stack(found[:count])
+    return np.stack(images[:count])
 
 
 def beyond(logits: np.ndarray, encoding: str) -> float:
     """Return the largest excess over the first-order bound, in nats."""
     codec = Codec("logits", encoding, logits.shape[1])
     arrays = codec.encode(logits)
-    kept = codec.decode(arrays)
-    granted = entropy_tolerance(kept, codec.rounding(arrays)) - ENTROPY_TOLERANCE
-    return float((np.abs(entropy(kept) - entropy(logits)) - granted).max())
+    decoded = codec.decode(arrays)
+    granted = entropy_tolerance(decoded, codec.rounding(arrays)) - ENTROPY_TOLERANCE
+    return float((np.abs(entropy(decoded) - entropy(logits)) - granted).max())
 
 
 def main() -> None:
-    """Print two tables and where they were measured."""
+    """Print the machine and two tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,15 +93,15 @@ def main() -> None:
         far = np.sqrt(((other - here) ** 2).mean(axis=1)) / scale
         return [f"{v:.2g}" for v in (far.min(), np.median(far), far.max())]
 
-    eight = np.concatenate(
+    batches_of_8 = np.concatenate(
         [teacher.logits(images[i : i + 8]).numpy() for i in range(0, len(images), 8)]
     )
-    half = load_teacher(TeacherSpec(name=args.teacher)).to(torch.device("cpu"), "bf16")
+    bf16_teacher = load_teacher(TeacherSpec(name=args.teacher)).to(torch.device("cpu"), "bf16")
     bf16 = np.concatenate(
-        [half.logits(images[i : i + 32]).numpy() for i in range(0, len(images), 32)]
+        [bf16_teacher.logits(images[i : i + 32]).numpy() for i in range(0, len(images), 32)]
     )
     lines = [
-        ["batches of 8 instead of 32, fp32", *off(eight)],
+        ["batches of 8 instead of 32, fp32", *off(batches_of_8)],
         ["bf16 instead of fp32", *off(bf16)],
         ["the next cached frame (4 further)", *off(real[1::2], real[::2], deviation[::2])],
         ["a frame of another video", *off(np.roll(real, 2, axis=0))],

@@ -5,10 +5,10 @@
         [--batch-sizes 16] [--workers 0 1] [--steps 20] [--rounds 3] [--device cuda]
         [--settings bf16-last ...] [--copies FOLDER] [--json FILE]
 
-Both are the loop's own step: objective, backward, clipping, optimizer. "at once": the first real
-batch again and again, on the device already. The two take turns. On a GPU every batch size is also
-run in bf16, with and without channels-last memory and torch.compile (or with the `--settings`
-named), and the achieved FLOP/s are set against those of a large product of matrices in the same
+Both are the step of the training loop: objective, backward, clipping, optimizer. "at once" repeats
+the first real batch, which is already on the device. The two take turns. On a GPU every batch size
+is also run in bf16, with and without channels-last memory and torch.compile (or with the given
+`--settings`), and the achieved FLOP/s are compared with those of a large matrix product of the same
 type on the same device. `--copies` reads clips from the copies of `distinit prepare`.
 """
 
@@ -44,7 +44,7 @@ WARM_UP = 3
 
 
 def matrix_rate(device: torch.device, precision: str, side: int) -> float:
-    """FLOP/s of a product of two square matrices, the best of five times."""
+    """Measure the FLOP/s of a product of two square matrices, the best of five times."""
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     rates = []
@@ -162,26 +162,30 @@ def main() -> None:
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device), torch.__version__)
     rows, results = [], []
-    usual = list(SETTINGS) if device.type == "cuda" else ["fp32-last"]
+    default_settings = list(SETTINGS) if device.type == "cuda" else ["fp32-last"]
     for batch_size, workers, setting in itertools.product(
-        args.batch_sizes, args.workers, args.settings or usual
+        args.batch_sizes, args.workers, args.settings or default_settings
     ):
-        chosen = SETTINGS[setting]
+        setting_options = SETTINGS[setting]
         options = LoopOptions(
-            batch_size=batch_size, device=args.device, clip_norm=5, epoch_clips=10**6, **chosen
+            batch_size=batch_size,
+            device=args.device,
+            clip_norm=5,
+            epoch_clips=10**6,
+            **setting_options,
         )
         with torch_threads(None, workers, device):
             trainer = Trainer(args, store, options, workers)
-            found = medians(
+            rates = medians(
                 in_turn({"real": trainer.real, "at once": trainer.at_once}, args.rounds)
             )
             peak = matrix_rate(device, options.precision, 8192 if device.type == "cuda" else 1024)
-        flops = trainer.cost.flops * found["at once"] if trainer.cost else float("nan")
+        flops = trainer.cost.flops * rates["at once"] if trainer.cost else float("nan")
         results.append(
             {
                 "frames": args.frames, "size": args.size, "batch_size": batch_size, "workers": workers,
-                "setting": setting, "clips_per_s": {k: v * batch_size for k, v in found.items()},
-                "real_over_at_once": found["real"] / found["at once"], "flops_per_s": flops,
+                "setting": setting, "clips_per_s": {k: v * batch_size for k, v in rates.items()},
+                "real_over_at_once": rates["real"] / rates["at once"], "flops_per_s": flops,
                 "matrix_flops_per_s": peak, "share_of_matrix_rate": flops / peak,
             }
         )  # fmt: skip
@@ -193,14 +197,14 @@ def main() -> None:
                 options.precision,
                 "yes" if options.channels_last else "no",
                 options.compile,
-                f"{found['real'] * batch_size:.1f}",
-                f"{found['at once'] * batch_size:.1f}",
-                f"{found['real'] / found['at once']:.2f}",
+                f"{rates['real'] * batch_size:.1f}",
+                f"{rates['at once'] * batch_size:.1f}",
+                f"{rates['real'] / rates['at once']:.2f}",
                 f"{flops / 1e12:.3f}",
                 f"{flops / peak:.0%}",
             ]
         )
-    head = ["clips a step", "loader processes", "precision", "channels last", "compile", "clips/s, real",
+    head = ["clips per step", "loader processes", "precision", "channels last", "compile", "clips/s, real",
             "clips/s, at once", "real / at once", "TFLOP/s", "of the matrix rate"]  # fmt: skip
     print(table(head, rows))
 

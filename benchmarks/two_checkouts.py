@@ -2,10 +2,10 @@
 
     python benchmarks/two_checkouts.py ../before . --videos /data/clips --rounds 5
 
-Every command runs in a process of its own in both checkouts, in turn, on the same inputs; printed
-are the medians and the median of the ratios round by round (second over first). `{out}` is a fresh
-folder per run, `{store}` is made once by the first checkout. A command that one of them lacks ends
-the run.
+Every command runs in a separate process in both checkouts, in turn, on the same inputs. The table
+has medians and the median of the ratios of the rounds (second over first). `{out}` is a new folder
+per run, `{store}` is made once by the first checkout. A command that one of them lacks ends the
+run.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ COMMANDS = {
 
 
 def run(checkout: Path, words: list[str], scratch: Path) -> tuple[float, float]:
-    """Wall and processor seconds of one command of a checkout, its child processes included."""
+    """Return wall and processor seconds of one command of a checkout, with child processes."""
     home = scratch / checkout.resolve().name
     home.mkdir(exist_ok=True)
     if not (home / "distinit").exists():
         (home / "distinit").symlink_to(checkout.resolve())
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "distinit", *words],
         cwd=scratch, env={**os.environ, "PYTHONPATH": str(home)}, capture_output=True, text=True,
     )  # fmt: skip
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode != 0:
+    if process.returncode != 0:
         raise RuntimeError(
-            f"{checkout}: {shlex.join(words)}: {done.stderr.strip().splitlines()[-1]}"
+            f"{checkout}: {shlex.join(words)}: {process.stderr.strip().splitlines()[-1]}"
         )
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -57,7 +57,7 @@ def select(rows: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict[
 def of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Return, per row of an ablation in RUNS, seconds and explained fraction of each student."""
     seconds = json.loads((runs / "seconds.json").read_text())
-    found: dict[str, dict[str, list[float]]] = {
+    values: dict[str, dict[str, list[float]]] = {
         "seconds of stage two": {},
         "explained_fraction": {},
     }
@@ -65,11 +65,11 @@ def of_students(runs: Path, records: list[dict[str, Any]]) -> dict[str, dict[str
         if record["student"]:
             result = json.loads((runs / record["student"] / "result.json").read_text())
             explained = result["explained_fraction"]
-            found["seconds of stage two"].setdefault(record["row"], []).append(
+            values["seconds of stage two"].setdefault(record["row"], []).append(
                 seconds[Path(record["student"]).name]
             )
-            found["explained_fraction"].setdefault(record["row"], []).append(explained)
-    return found
+            values["explained_fraction"].setdefault(record["row"], []).append(explained)
+    return values
 
 
 def add_second_teacher(store: Path, folders: list[Path]) -> None:
@@ -107,35 +107,41 @@ def main() -> None:
     }
     if args.second_teacher:
         rows["two teachers"] = {"train-student.targets.teachers": [TEACHER, second_teacher.NAME]}
-    wanted = select(rows, args.rows or [])
+    chosen_rows = select(rows, args.rows or [])
     out = args.out.resolve()
     if args.second_teacher:
         add_second_teacher(args.store or out / "targets.zarr", [*args.folders, *args.more])
     proof = Proof(args, out, out / "lists", names)
     results = {}
     for folder in real_videos.folders_of(args):
-        results[folder.name] = measure(proof, folder, wanted)
+        results[folder.name] = measure(proof, folder, chosen_rows)
         print(folder.name, json.dumps(results[folder.name], indent=1), flush=True)
     (out / "diagnostics.json").write_text(json.dumps(results, indent=1))
 
 
 def measure(proof: Proof, folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Measure accuracy, gain over the unchanged row, and seconds of students for each row."""
-    plain = start(DISTINIT, *SCHEDULE)
-    axis = {DISTINIT: plain, **{row: plain | keys for row, keys in rows.items()}}
+    unchanged = start(DISTINIT, *SCHEDULE)
+    axis = {DISTINIT: unchanged, **{row: unchanged | keys for row, keys in rows.items()}}
     name, seeds = f"diagnostics-{folder.name}", proof.args.seeds
     records = proof.ablate(name, axis, folder / "labels.csv", folder, seeds=seeds)
     labels = read_labels(folder)
     runs = runs_of(proof.out / "runs", records)
-    found = {row: pooled(mine, labels) for row, mine in runs.items()}
+    predictions = {row: pooled(row_runs, labels) for row, row_runs in runs.items()}
     for row in (DISTINIT, SCRATCH) if SCRATCH in rows else ():
         for frames in FRAMES:
             tested = {key: proof.tested(run, frames) for key, run in runs[row].items()}
-            found[f"{row}, {frames}"] = pooled(tested, labels)
-    write_predictions(proof.out / "predictions" / f"{folder.name}-diagnostics.csv", found)
+            predictions[f"{row}, {frames}"] = pooled(tested, labels)
+    write_predictions(proof.out / "predictions" / f"{folder.name}-diagnostics.csv", predictions)
     return {
-        "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
-        "gain": {row: gain(p, found[_base(row)]) for row, p in found.items() if row != DISTINIT},
+        "accuracy": {
+            row: interval(p.right.mean(axis=0), p.groups) for row, p in predictions.items()
+        },
+        "gain": {
+            row: gain(p, predictions[_base(row)])
+            for row, p in predictions.items()
+            if row != DISTINIT
+        },
         **of_students(proof.out / "runs", records),
         "folds": len(SPLITS),
         "seeds": seeds,

@@ -35,21 +35,22 @@ def main() -> None:
 
 def pair(files: list[Path]) -> tuple[folds.Pooled, folds.Pooled]:
     """Return the rows of DistInit and scratch with the seeds that both have."""
-    found = [folds.read_predictions(file) for file in files]
+    files_rows = [folds.read_predictions(file) for file in files]
     each = [
-        next((rows[name] for rows in found if name in rows), None) for name in (DISTINIT, SCRATCH)
+        next((rows[name] for rows in files_rows if name in rows), None)
+        for name in (DISTINIT, SCRATCH)
     ]
     if each[0] is None or each[1] is None:
         raise SystemExit(f"{', '.join(map(str, files))}: no rows {DISTINIT} and {SCRATCH}")
     seeds = [seed for seed in each[0].seeds if seed in each[1].seeds]
-    ours, theirs = (of_seeds(row, seeds) for row in each if row is not None)
-    return ours, theirs
+    distinit_row, scratch_row = (of_seeds(row, seeds) for row in each if row is not None)
+    return distinit_row, scratch_row
 
 
-def of_seeds(found: folds.Pooled, seeds: Sequence[int]) -> folds.Pooled:
+def of_seeds(row: folds.Pooled, seeds: Sequence[int]) -> folds.Pooled:
     """Select the runs of some seeds."""
-    predicted = found.predicted[[found.seeds.index(seed) for seed in seeds]]
-    return folds.Pooled(predicted, found.labels, found.videos, found.groups, list(seeds))
+    predicted = row.predicted[[row.seeds.index(seed) for seed in seeds]]
+    return folds.Pooled(predicted, row.labels, row.videos, row.groups, list(seeds))
 
 
 def compare(measures: dict[str, tuple[folds.Pooled, folds.Pooled]]) -> str:
@@ -61,15 +62,16 @@ def compare(measures: dict[str, tuple[folds.Pooled, folds.Pooled]]) -> str:
     right = np.stack([p.right.mean(axis=0) for each in measures.values() for p in each], axis=1)
     # Sources are resampled; each measure has two columns, DistInit and scratch.
     above, below = by_group(right, first.groups), by_group(np.ones_like(right), first.groups)
-    drawn = bootstrap_ratios(above, below)
-    values = np.concatenate([right.mean(axis=0)[None], drawn])  # the first row: as it is
-    ours, theirs = values[:, ::2], values[:, 1::2]
-    gains, times = ours - theirs, ours / theirs
+    resampled = bootstrap_ratios(above, below)
+    # The first row is not resampled.
+    values = np.concatenate([right.mean(axis=0)[None], resampled])
+    distinit_values, scratch_values = values[:, ::2], values[:, 1::2]
+    gains, times = distinit_values - scratch_values, distinit_values / scratch_values
     lines, changes = [], []
     for k, (name, each) in enumerate(measures.items()):
         cells = [
-            _percent(ours[:, k]),
-            _percent(theirs[:, k]),
+            _percent(distinit_values[:, k]),
+            _percent(scratch_values[:, k]),
             _percent(gains[:, k], sign=True),
             _ratio(times[:, k]),
         ]

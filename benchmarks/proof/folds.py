@@ -54,7 +54,7 @@ def inner(rows: Sequence[Row]) -> list[Row]:
 
     About a third of the sources of each class, those with the smallest hashes, are the test side.
     """
-    made = [dict(row) for row in rows]
+    copies = [dict(row) for row in rows]
     for k in SPLITS:
         sources: dict[str, set[str]] = defaultdict(set)
         for row in rows:
@@ -65,10 +65,10 @@ def inner(rows: Sequence[Row]) -> list[Row]:
             for label, names in sources.items()
             for name in sorted(names, key=_hash)[: max(1, round(len(names) / 3))]
         }
-        for row, one in zip(rows, made, strict=True):
+        for row, copied in zip(rows, copies, strict=True):
             side = "test" if (row["label"], row["source"]) in tested else "train"
-            one[f"split{k}"] = side if _on(row, k, "train") else ""
-    return made
+            copied[f"split{k}"] = side if _on(row, k, "train") else ""
+    return copies
 
 
 def few(rows: Sequence[Row], share: float) -> list[Row]:
@@ -76,21 +76,21 @@ def few(rows: Sequence[Row], share: float) -> list[Row]:
 
     Test sides are unchanged.
     """
-    made = [dict(row) for row in rows]
+    copies = [dict(row) for row in rows]
     for k in SPLITS:
         of_class: dict[str, list[str]] = defaultdict(list)
         for row in rows:
             if _on(row, k, "train"):
                 of_class[row["label"]].append(row["path"])
-        kept = {
+        chosen_paths = {
             name
             for names in of_class.values()
             for name in sorted(names, key=_hash)[: max(1, round(share * len(names)))]
         }
-        for row, one in zip(rows, made, strict=True):
-            if _on(row, k, "train") and row["path"] not in kept:
-                one[f"split{k}"] = ""
-    return made
+        for row, copied in zip(rows, copies, strict=True):
+            if _on(row, k, "train") and row["path"] not in chosen_paths:
+                copied[f"split{k}"] = ""
+    return copies
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> Path:
@@ -136,14 +136,14 @@ def pooled(runs: dict[tuple[int, int], Path], rows: Sequence[Row]) -> Pooled:
     seeds = sorted({seed for _, seed in runs})
     names = [row["path"] for row in rows]
     predicted = np.full((len(seeds), len(names)), None, dtype=object)
-    place = {name: i for i, name in enumerate(names)}
+    positions = {name: i for i, name in enumerate(names)}
     for (_, seed), run in runs.items():
-        found = Predictions.read(run / "predictions.h5")
-        for video, value in zip(found.videos, top_classes(found), strict=True):
-            at = place[_relative(video, place)]
-            if predicted[seeds.index(seed), at] is not None:
+        predictions = Predictions.read(run / "predictions.h5")
+        for video, value in zip(predictions.videos, top_classes(predictions), strict=True):
+            position = positions[_relative(video, positions)]
+            if predicted[seeds.index(seed), position] is not None:
                 raise SystemExit(f"{run}: {video} was tested twice with seed {seed}")
-            predicted[seeds.index(seed), at] = value
+            predicted[seeds.index(seed), position] = value
     missing = np.argwhere(predicted == None)  # noqa: E711
     if len(missing):
         raise SystemExit(
@@ -155,22 +155,22 @@ def pooled(runs: dict[tuple[int, int], Path], rows: Sequence[Row]) -> Pooled:
     return Pooled(predicted, labels, names, sources, seeds)
 
 
-def top_classes(found: Predictions) -> list[str]:
+def top_classes(predictions: Predictions) -> list[str]:
     """Return the top class of each video [V], "" if it is unreadable."""
-    best = found.video_scores.argmax(axis=1)  # arbitrary for NaN, and not used
-    fine = np.isfinite(found.video_scores).all(axis=1)
-    return [found.classes[k] if ok else "" for k, ok in zip(best, fine, strict=True)]
+    top = predictions.video_scores.argmax(axis=1)  # arbitrary for NaN, and not used
+    readable = np.isfinite(predictions.video_scores).all(axis=1)
+    return [predictions.classes[k] if ok else "" for k, ok in zip(top, readable, strict=True)]
 
 
-def write_predictions(path: Path, found: dict[str, Pooled]) -> None:
+def write_predictions(path: Path, predictions_of: dict[str, Pooled]) -> None:
     """Write predictions to a csv: video, source, label, and a column `ROW | SEED` per run.
 
     All figures of the rows can be recomputed from it.
     """
-    first = next(iter(found.values()))
+    first = next(iter(predictions_of.values()))
     columns = {
         f"{row} | {seed}": p.predicted[i]
-        for row, p in found.items()
+        for row, p in predictions_of.items()
         for i, seed in enumerate(p.seeds)
     }
     path.parent.mkdir(exist_ok=True)
@@ -196,10 +196,10 @@ def read_predictions(path: Path) -> dict[str, Pooled]:
     )
     return {
         row: Pooled(
-            np.array([[line[f"{row} | {seed}"] for line in lines] for seed in mine], dtype=object),
-            labels, videos, sources, mine,
+            np.array([[line[f"{row} | {seed}"] for line in lines] for seed in row_seeds], dtype=object),
+            labels, videos, sources, row_seeds,
         )
-        for row, mine in seeds.items()
+        for row, row_seeds in seeds.items()
     }  # fmt: skip
 
 
@@ -210,22 +210,24 @@ def interval(values: np.ndarray, groups: np.ndarray) -> tuple[float, float, floa
     return float(values.mean()), float(low), float(high)
 
 
-def gain(ours: Pooled, theirs: Pooled) -> tuple[float, float, float]:
+def gain(pooled_runs: Pooled, reference: Pooled) -> tuple[float, float, float]:
     """Return the paired difference of the means over seeds, with its interval over sources."""
-    return interval(ours.right.mean(axis=0) - theirs.right.mean(axis=0), ours.groups)
+    return interval(
+        pooled_runs.right.mean(axis=0) - reference.right.mean(axis=0), pooled_runs.groups
+    )
 
 
 def runs_of(
     out: Path, records: Iterable[dict[str, object]]
 ) -> dict[str, dict[tuple[int, int], Path]]:
     """Return row → (split, seed) → run folder for the finished cells of cells.json."""
-    found: dict[str, dict[tuple[int, int], Path]] = defaultdict(dict)
+    run_folders: dict[str, dict[tuple[int, int], Path]] = defaultdict(dict)
     for record in records:
         if record["status"] == "done":
-            found[str(record["row"])][int(str(record["split"])), int(str(record["seed"]))] = (
+            run_folders[str(record["row"])][int(str(record["split"])), int(str(record["seed"]))] = (
                 out / str(record["finetune"])
             )
-    return found
+    return run_folders
 
 
 def read_cells(path: Path) -> list[dict[str, object]]:
@@ -233,11 +235,11 @@ def read_cells(path: Path) -> list[dict[str, object]]:
     return list(json.loads(path.read_text())["cells"])
 
 
-def _relative(video: str, place: dict[str, int]) -> str:
+def _relative(video: str, positions: dict[str, int]) -> str:
     """Return the name in the labels for a path in predictions.h5."""
-    if video in place:
+    if video in positions:
         return video
-    return next(name for name in place if video.endswith("/" + name))
+    return next(name for name in positions if video.endswith("/" + name))
 
 
 def _on(row: Row, split: int, side: str) -> bool:

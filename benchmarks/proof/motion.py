@@ -110,14 +110,14 @@ def rates_of(words: list[str], rows: list[str]) -> dict[str, float]:
     Raises:
         SystemExit: An initialisation is missing, a name unknown, or a rate not a positive number.
     """
-    given = dict(word.partition("=")[::2] for word in words)
-    if not STARTS.keys() <= given.keys() <= STARTS.keys() | set(rows):
+    texts = dict(word.partition("=")[::2] for word in words)
+    if not STARTS.keys() <= texts.keys() <= STARTS.keys() | set(rows):
         expected = f"START=RATE for each of {', '.join(STARTS)}" + (
             f" and any of {', '.join(rows)}" if rows else ""
         )
         raise SystemExit(f"--chosen {' '.join(words)}: expected {expected}")
     try:
-        rates = {start: float(rate) for start, rate in given.items()}
+        rates = {start: float(rate) for start, rate in texts.items()}
     except ValueError as error:
         raise SystemExit(f"--chosen {' '.join(words)}: {error}") from None
     if min(rates.values()) <= 0:
@@ -143,23 +143,24 @@ class Proof:
         """
         if len(self.args.rates) == 1:
             return dict.fromkeys(rows, self.args.rates[0])
-        tried = {f"{row} {lr:g}": (row, lr) for row in rows for lr in self.args.rates}
-        axis = {each: rows[row] | schedule(lr) for each, (row, lr) in tried.items()}
+        candidates = {f"{row} {lr:g}": (row, lr) for row in rows for lr in self.args.rates}
+        axis = {each: rows[row] | schedule(lr) for each, (row, lr) in candidates.items()}
         scores: dict[str, dict[float, float]] = defaultdict(dict)
         for record in self.ablate(name, axis, self.args.seeds[:1], 2):
-            row, lr = tried[record["row"]]
+            row, lr = candidates[record["row"]]
             result = json.loads(
                 (self.out / "runs" / record["finetune"] / "result.json").read_text()
             )
             scores[row][lr] = result["metrics"]["top1"]["value"]
         print(
             {
-                row: {f"{lr:g}": round(v, 3) for lr, v in mine.items()}
-                for row, mine in scores.items()
+                row: {f"{lr:g}": round(v, 3) for lr, v in rates.items()}
+                for row, rates in scores.items()
             }
         )
         return {
-            row: max(mine, key=lambda lr: (round(mine[lr], 6), -lr)) for row, mine in scores.items()
+            row: max(rates, key=lambda lr: (round(rates[lr], 6), -lr))
+            for row, rates in scores.items()
         }
 
     def compare(self, chosen: dict[str, float]) -> dict[str, Any]:
@@ -167,14 +168,14 @@ class Proof:
         axis = {start: keys | schedule(chosen[start]) for start, keys in self.starts.items()}
         records = self.ablate("compare", axis, self.args.seeds, 1)
         runs = runs_of(self.out / "runs", records)
-        found = {start: {"ordered": self.right(mine.values())} for start, mine in runs.items()}
+        results = {start: {"ordered": self.right(mine.values())} for start, mine in runs.items()}
         for start, mine in runs.items():
             for frames in ("shuffled", "frozen"):
                 print(f"{start}, frames of the test clips {frames}:", flush=True)
                 tested = [self.tested(run, frames) for run in mine.values()]
-                found[start][frames] = self.right(tested)
+                results[start][frames] = self.right(tested)
         rows = {
-            f"{start}, {frames}": p for start, mine in found.items() for frames, p in mine.items()
+            f"{start}, {frames}": p for start, mine in results.items() for frames, p in mine.items()
         }
         write_predictions(self.out / "predictions" / f"{self.args.actions}.csv", rows)
         students = {
@@ -186,12 +187,12 @@ class Proof:
                 start: {
                     frames: interval(p.right.mean(axis=0), p.groups) for frames, p in mine.items()
                 }
-                for start, mine in found.items()
+                for start, mine in results.items()
             },
-            "what is right": {start: of_parts(mine["ordered"]) for start, mine in found.items()},
-            "by seed": {start: mine["ordered"].by_seed.tolist() for start, mine in found.items()},
+            "what is right": {start: of_parts(mine["ordered"]) for start, mine in results.items()},
+            "by seed": {start: mine["ordered"].by_seed.tolist() for start, mine in results.items()},
             "gain": {
-                f"{a} over {b}": gain(found[a]["ordered"], found[b]["ordered"])
+                f"{a} over {b}": gain(results[a]["ordered"], results[b]["ordered"])
                 for a, b in (
                     ("DistInit", "inflated"),
                     ("DistInit", "scratch"),
@@ -213,18 +214,20 @@ class Proof:
         """
         axis = {row: keys | schedule(rates[row]) for row, keys in ({"DistInit": {}} | rows).items()}
         records = self.ablate("vary", axis, self.args.seeds, 1)
-        found = {
+        results = {
             row: self.right(mine.values())
             for row, mine in runs_of(self.out / "runs", records).items()
         }
-        write_predictions(self.out / "predictions" / f"{self.args.actions}-varied.csv", found)
+        write_predictions(self.out / "predictions" / f"{self.args.actions}-varied.csv", results)
         return {
             "rates": {row: rates[row] for row in axis},
-            "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in found.items()},
-            "by seed": {row: p.by_seed.tolist() for row, p in found.items()},
-            "what is right": {row: of_parts(p) for row, p in found.items()},
+            "accuracy": {
+                row: interval(p.right.mean(axis=0), p.groups) for row, p in results.items()
+            },
+            "by seed": {row: p.by_seed.tolist() for row, p in results.items()},
+            "what is right": {row: of_parts(p) for row, p in results.items()},
             "gain": {
-                row: gain(p, found["DistInit"]) for row, p in found.items() if row != "DistInit"
+                row: gain(p, results["DistInit"]) for row, p in results.items() if row != "DistInit"
             },
             **of_students(self.out / "runs", records),
         }
@@ -294,20 +297,20 @@ class Proof:
 
     def right(self, runs: Iterable[Path]) -> Pooled:
         """Collect the predictions of one fold, a run per seed."""
-        found = [Predictions.read(run / "predictions.h5") for run in runs]
-        first = found[0]
-        order = [[each.videos.index(video) for video in first.videos] for each in found]
+        predictions = [Predictions.read(run / "predictions.h5") for run in runs]
+        first = predictions[0]
+        order = [[each.videos.index(video) for video in first.videos] for each in predictions]
         predicted = np.array(
             [
-                np.array(top_classes(each), object)[mine]
-                for each, mine in zip(found, order, strict=True)
+                np.array(top_classes(each), object)[positions]
+                for each, positions in zip(predictions, order, strict=True)
             ]
         )
         labels, sources = (
             np.array(first.classes, object)[first.labels],
             np.array(first.sources, object),
         )
-        return Pooled(predicted, labels, first.videos, sources, self.args.seeds[: len(found)])
+        return Pooled(predicted, labels, first.videos, sources, self.args.seeds[: len(predictions)])
 
     def student_of(self, run: Path) -> Path:
         """Return the student of a run for its filters, or the finetuned network without one."""
@@ -321,14 +324,14 @@ def schedule(lr: float) -> dict[str, Any]:
     return {f"finetune.loop.{key}": value for key, value in keys.items()}
 
 
-def of_parts(found: Pooled) -> dict[str, float]:
+def of_parts(pooled: Pooled) -> dict[str, float]:
     """Measure how often object and motion are correct, each by itself, if labels name both."""
-    if not all("-" in label for label in found.labels):
+    if not all("-" in label for label in pooled.labels):
         return {}
     parts = {"object": 0, "motion": 2}
-    of_labels = np.array([label.partition("-") for label in found.labels], object)
+    of_labels = np.array([label.partition("-") for label in pooled.labels], object)
     of_predicted = np.array(
-        [[each.partition("-") for each in seed] for seed in found.predicted], object
+        [[each.partition("-") for each in seed] for seed in pooled.predicted], object
     )
     return {
         name: float((of_predicted[..., part] == of_labels[:, part]).mean())

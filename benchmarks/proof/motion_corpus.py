@@ -1,4 +1,4 @@
-"""Make the object × motion corpus: actions that only motion tells, as video files.
+"""Make the object × motion corpus: actions that differ only in motion, as video files.
 
     python benchmarks/proof/motion_corpus.py --out DIR [--actions objects|motions]
         [--backgrounds FOLDER]
@@ -90,7 +90,7 @@ def scans(*, of_teacher: bool) -> Scans:
 
 def backgrounds(folder: Path) -> list[np.ndarray]:
     """Read real videos, uint8 [FRAMES, SIZE, SIZE, 3] each, in the order of their names."""
-    found = []
+    videos = []
     listed = list_videos([f"backgrounds={folder}"])
     for name in sorted(listed.paths):
         try:
@@ -99,12 +99,12 @@ def backgrounds(folder: Path) -> list[np.ndarray]:
             ).images
         except VideoError:  # too short, or damaged
             continue
-        found.append(np.asarray(frames))
-    if len(found) < 12:
+        videos.append(np.asarray(frames))
+    if len(videos) < 12:
         raise SystemExit(
-            f"--backgrounds {folder}: expected at least 12 readable videos, found {len(found)}"
+            f"--backgrounds {folder}: expected at least 12 readable videos, found {len(videos)}"
         )
-    return found
+    return videos
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,13 @@ def random_pose(draw: np.random.Generator) -> Pose:
 
 def pose_at(pose: Pose, motion: str, t: float, speed: float) -> Pose:
     """Return the pose `t` frames after the middle of the video; 1 is the usual speed."""
-    along = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(motion, (0, 0))
+    direction = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(
+        motion, (0, 0)
+    )
     step, turn, growth = 1.6 * speed * t, 9 * speed * t, 1.03 ** (speed * t)
     return Pose(
-        pose.x + along[0] * step,
-        pose.y + along[1] * step,
+        pose.x + direction[0] * step,
+        pose.y + direction[1] * step,
         pose.side * {"nearer": growth, "away": 1 / growth}.get(motion, 1.0),
         pose.turn + {"clockwise": turn, "anticlockwise": -turn}.get(motion, 0.0),
     )

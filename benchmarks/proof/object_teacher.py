@@ -1,8 +1,8 @@
 """The image teacher of the object × motion corpus: a narrow ResNet-18 that knows only digits.
 
 `build` is the factory for `extract-targets --teacher object_teacher:build`. Its twin in three
-dimensions is r3d_18 of the same width, so that `finetune --init inflate:FILE` fits. Without the max
-pool after the first convolution, which r3d_18 does not have either.
+dimensions is r3d_18 of the same width, so that `finetune --init inflate:FILE` fits. It has no max
+pool after the first convolution, because r3d_18 has none.
 """
 
 from __future__ import annotations

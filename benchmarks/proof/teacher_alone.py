@@ -1,11 +1,11 @@
-"""How much of the labels do the teacher's own targets hold?
+"""Measure how well the teacher's targets alone predict the labels.
 
     python benchmarks/proof/teacher_alone.py STORE FOLDER...
 
 Logistic regression on each video's mean logits in the store, trained on the training side of every
 fold of FOLDER/labels.csv and tested on its test side, the three folds pooled; the interval is over
-sources. Beside it the same with folds drawn at random, where clips of one source stand on both
-sides. A student that has only these targets to learn from cannot be expected to do where they fail.
+sources. For comparison, the same with random folds, in which clips of one source are on both sides.
+If the targets fail, a student that learns from them alone cannot be expected to succeed.
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@
 
 FOLDER holds videos of any kind. Each step runs in a process of its own with a time limit (8 minutes
 at most), the most valuable first, and leaves OUT/STEP.json with its result or its error, and
-OUT/STEP.log. `--resume OUT` continues: steps that are done are skipped, failed ones are tried
-again. No step starts when `--minutes` are over. `har7` is the comparison of real_videos.py at the
-paper's size; it takes what time is left and resumes in OUT/proof.
+OUT/STEP.log. `--resume OUT` continues: finished steps are skipped, failed ones are tried again. No
+step starts when `--minutes` are over. `har7` is the comparison of real_videos.py at the paper's
+size; it uses the remaining time and resumes in OUT/proof.
 
 Files to carry to a machine without a network: the videos, and for `har7` a store by
 EfficientNet-Lite0, copies by `distinit prepare --short-side 128`, and ResNet-18's weights for the
-start `inflated`. The other teachers have random weights, which serve for speed. `--small` is for a
-look at the script itself on a CPU: its figures mean nothing.
+start `inflated`. The other teachers have random weights, which suffice to measure speed. `--small`
+tests the script itself on a CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ TEACHERS = {"resnet50": "torchvision.models:resnet50", "vit": "torchvision.model
 
 @dataclass(frozen=True)
 class Step:
-    """A command with its limit; `writes`: where it leaves its result, None for its exit status."""
+    """A command with its time limit.
+
+    writes: File with its result; None if the exit status is the result.
+    """
 
     name: str
     command: list[str]
@@ -149,7 +152,7 @@ def har7(args: argparse.Namespace, precision: str, loaders: str) -> Step:
 
 
 def run_step(step: Step, out: Path, limit_s: float) -> dict[str, Any]:
-    """Run a step in a process group that ends with its limit; return what is recorded."""
+    """Run a step in a process group that ends with its time limit; return its record."""
     record: dict[str, Any] = {"step": step.name, "command": step.command, "status": "done"}
     began = time.monotonic()
     if missing := [str(path) for path in step.needs if not path.exists()]:
@@ -171,14 +174,14 @@ def run_step(step: Step, out: Path, limit_s: float) -> dict[str, Any]:
         finally:
             _end(process)
     record["seconds"] = round(time.monotonic() - began, 1)
-    # Also of a step that was ended: what it measured before.
+    # A step that was ended may have written a part of its result.
     if step.writes is not None and step.writes.exists():
         record["result"] = json.loads(step.writes.read_text())
     return record
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a step's processes: a chance to save, then by force."""
+    """End the remaining processes of a step: by SIGTERM, so that they can save, then by SIGKILL."""
     for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, number)
@@ -193,12 +196,17 @@ def _last_line(log: str) -> str:
 
 
 def device_record(device: str) -> dict[str, Any]:
-    """Describe the machine: the device, the cores, versions, and which GPU decoders there are."""
+    """Describe the machine: the device, the cores, versions, and installed GPU decoders."""
     import torch
 
-    found = {name: importlib.util.find_spec(name) is not None for name in ("torchcodec", "av")}
+    decoders = {name: importlib.util.find_spec(name) is not None for name in ("torchcodec", "av")}
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-    return {"device": name, "torch": torch.__version__, "cores": os.cpu_count(), "decoders": found}
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "decoders": decoders,
+    }
 
 
 def main() -> int:
@@ -224,23 +232,23 @@ def main() -> int:
     args.out = (args.out or args.resume).resolve()
     args.out.mkdir(parents=True, exist_ok=args.resume is not None)
     args.videos = args.videos.resolve()
-    known = {step.name: step for step in steps(args)}
+    steps_by_name = {step.name: step for step in steps(args)}
     for name in args.steps or ():
-        if name not in known:
-            parser.error(f"--steps {name}: expected {', '.join(known)}")
+        if name not in steps_by_name:
+            parser.error(f"--steps {name}: expected {', '.join(steps_by_name)}")
     (args.out / "device.json").write_text(json.dumps(device_record(args.device), indent=1))
     ends = time.monotonic() + 60 * args.minutes
     failed = 0
-    for step in [known[name] for name in args.steps or known]:
+    for step in [steps_by_name[name] for name in args.steps or steps_by_name]:
         file = args.out / f"{step.name}.json"
         if file.exists() and json.loads(file.read_text())["status"] == "done":
             print(f"{step.name}: done before", flush=True)
             continue
-        left = ends - time.monotonic()
-        if left < 20:
+        seconds_left = ends - time.monotonic()
+        if seconds_left < 20:
             print(f"{step.name}: no time left", flush=True)
             continue
-        record = run_step(step, args.out, min(step.limit_s, left))
+        record = run_step(step, args.out, min(step.limit_s, seconds_left))
         file.write_text(json.dumps(record, indent=1))
         failed += record["status"] != "done"
         print(f"{step.name}: {record['status']} {record.get('error', '')}", flush=True)

@@ -1,11 +1,11 @@
-"""Compare decoding on a GPU's decoder with decoding on a core, from which size on it is worth it.
+"""Compare decoding by a GPU's decoder with decoding on a core, at several sizes of videos.
 
     python benchmarks/speed/nvdec.py FOLDER [--videos 16] [--heights 256 720 1080] [--json FILE]
 
 Some videos of FOLDER are encoded again at each height (H.264), and all their frames are decoded in
 order by one process: by PyAV on one core (as stage one does), by PyAV with its hardware decoder and
-by torchcodec's CUDA decoder. A decoder that is not there is recorded with its reason. Frames are
-left where the decoder puts them; `torchcodec` gives RGB on the device, PyAV frames in memory.
+by torchcodec's CUDA decoder. A missing decoder is recorded with the reason. Frames stay where the
+decoder puts them; `torchcodec` gives RGB on the device, PyAV frames in memory.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from distinit.pipeline.corpus.sources import list_videos
 from distinit.pipeline.video.encode import write_video
 
 
-def scaled(source: str, target: Path, height: int, most: int = 120) -> None:
+def scaled(source: str, target: Path, height: int, max_frames: int = 120) -> None:
     """Encode the first frames of a video again at a height."""
     with av.open(source) as container:
         frames = []
         for frame in container.decode(video=0):
             width = 2 * round(frame.width * height / frame.height / 2)
             frames.append(frame.reformat(width, height, "rgb24").to_ndarray())
-            if len(frames) == most:
+            if len(frames) == max_frames:
                 break
     write_video(target, frames, gop=12)
 
@@ -88,24 +88,24 @@ def main() -> None:
             files = [Path(folder) / f"{n}.mp4" for n in range(min(args.videos, len(listed)))]
             for number, file in enumerate(files):
                 scaled(listed.absolute(number), file, height)
-            absent: dict[str, str] = {}
-            present = {}
+            reasons: dict[str, str] = {}
+            decoders = {}
             for name, decode in CONTENDERS.items():
                 try:
                     decode(files[0])  # opens the device, too
-                    present[name] = decode
-                # Whatever a missing library, driver or decoder raises is the finding.
+                    decoders[name] = decode
+                # A missing library, driver or decoder can raise anything; the error is a result.
                 except Exception as error:
-                    absent[name] = in_one_line(error)
+                    reasons[name] = in_one_line(error)
 
             def rate(decode: Callable[[Path], int], files: list[Path] = files) -> float:
                 began = time.perf_counter()
                 return sum(map(decode, files)) / (time.perf_counter() - began)
 
-            found = medians(in_turn({n: lambda d=d: rate(d) for n, d in present.items()}, args.rounds))  # fmt: skip
-        results.append({"height": height, "frames_per_s": found, "absent": absent})
+            rates = medians(in_turn({n: lambda d=d: rate(d) for n, d in decoders.items()}, args.rounds))  # fmt: skip
+        results.append({"height": height, "frames_per_s": rates, "absent": reasons})
         write_json(args.json, device, results)
-        rows.append([height, *(f"{found[n]:.0f}" if n in found else "absent" for n in CONTENDERS)])
+        rows.append([height, *(f"{rates[n]:.0f}" if n in rates else "absent" for n in CONTENDERS)])
     print(machine())
     print(table(["height", *CONTENDERS], rows))
 

@@ -1,19 +1,19 @@
-"""The same job by distinit and by programs that a user would write instead.
+"""Compare distinit with programs that a user would write instead, on the same job.
 
     python benchmarks/speed/same_job.py FOLDER [--videos 300] [--teacher efficientnet_lite0]
         [--rounds 3] [--only distinit torchcodec opencv daft] [--json FILE]
 
-The job: the logits of every 8th frame of the videos of FOLDER, as a whole process, from its start
-to its end. The programs are in peers/: torchcodec in a DataLoader (channels-last, batches of 8; of
-1 and 2 workers the faster), OpenCV, one video after another, and Daft. They take turns; medians of
-wall and processor time, and the highest sum of the memory of all processes (proportional set size,
-read once a second).
+The job is to compute the logits of every 8th frame of the videos of FOLDER in a whole process, from
+its start to its end. The programs are in peers/: torchcodec in a DataLoader with 1 and 2 workers
+(channels-last, batches of 8), OpenCV, one video after another, and Daft. They take turns. The table
+has medians of wall and processor time, and the highest sum of the memory of all processes
+(proportional set size, read once per second).
 
 Rows are compared with those of a linear decode by the ffmpeg command, prepared as each contender
-does, in all files that the command decodes without an error: `wrong` are rows that are missing, too
-many, or off by more than 0.2 deviations of their row (a frame of another place in the video is off
-by about 0.5). Then each is killed (SIGKILL, the whole group) after half of its time; `left` are
-videos whose outputs are on the disk.
+does, in all files that the command decodes without an error: `wrong` are rows that are missing,
+superfluous, or off by more than 0.2 deviations of their row (a frame from another position in the
+video is off by about 0.5). Then each is killed (SIGKILL, the whole group) after half of its time;
+`left` are videos whose outputs are on the disk.
 
 distinit's engine comes from the cache after the first run; `first run` includes the export.
 ResNet-50 has random weights, which serve for speed.
@@ -61,7 +61,7 @@ Rows = dict[int, np.ndarray]
 
 @dataclass
 class Run:
-    """One whole process, and what it took."""
+    """The time and memory of one whole process."""
 
     seconds: float
     processor: float
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass
 class Contender:
-    """How to start one, and how to read the rows [n, K] of its videos."""
+    """A program: its command line, and a reader of the rows [n, K] of its videos."""
 
     command: Callable[[Path], list[str]]
     read: Callable[[Path], Rows]
@@ -78,7 +78,7 @@ class Contender:
 
 
 def run(command: list[str], *, kill_after: float | None = None, limit: float = 3600) -> Run:
-    """Run a command in a process group of its own."""
+    """Run a command in a separate process group."""
     began, peak = time.monotonic(), 0.0
     before = os.times()
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -100,7 +100,7 @@ def run(command: list[str], *, kill_after: float | None = None, limit: float = 3
 
 
 def memory_mb(pid: int) -> float:
-    """Return the proportional memory of a process and of those that it started; 0 once it ended."""
+    """Return the proportional memory of a process and its descendants; 0 after its end."""
     total = 0.0
     # Processes end at any time.
     with contextlib.suppress(psutil.Error):
@@ -116,19 +116,26 @@ def peers(args: argparse.Namespace, paths: list[str], folder: Path) -> dict[str,
 
     def peer(script: str, *words: str) -> Contender:
         def command(out: Path) -> list[str]:
-            given = ["--teacher", args.teacher, "--every", str(args.every), *words]
+            options = ["--teacher", args.teacher, "--every", str(args.every), *words]
             if args.weights:
-                given += ["--weights", str(args.weights)]
-            return [sys.executable, str(PEERS / script), str(folder / "list.txt"), str(out), *given]
+                options += ["--weights", str(args.weights)]
+            return [
+                sys.executable,
+                str(PEERS / script),
+                str(folder / "list.txt"),
+                str(out),
+                *options,
+            ]
 
         def read(out: Path) -> Rows:
-            found = {}
+            rows = {}
             for file in out.glob("*.npy"):
                 try:
-                    found[int(file.stem)] = np.load(file)
+                    rows[int(file.stem)] = np.load(file)
                 except (ValueError, EOFError):
-                    continue  # half written
-            return found
+                    # The file is incomplete.
+                    continue
+            return rows
 
         return Contender(command, read)
 
@@ -137,13 +144,13 @@ def peers(args: argparse.Namespace, paths: list[str], folder: Path) -> dict[str,
         "opencv": ("opencv_loop.py",),
         "daft": ("daft_udf.py",),
     }
-    found = {}
+    contenders = {}
     for name in [name for name in args.only if name in scripts]:
         counts = (1, 2) if name == "torchcodec" else (0,)
         for workers in counts:
             label = f"{name}, {workers} workers" if workers else name
-            found[label] = peer(*scripts[name], "--workers", str(workers))
-    return found
+            contenders[label] = peer(*scripts[name], "--workers", str(workers))
+    return contenders
 
 
 def ours(args: argparse.Namespace, paths: list[str], folder: Path) -> Contender:
@@ -167,13 +174,13 @@ def ours(args: argparse.Namespace, paths: list[str], folder: Path) -> Contender:
         store = TargetStore.open(out)
         if not store.teachers:
             return {}
-        found = {}
+        logits = {}
         (name,) = store.teachers
         # A killed run leaves whole shards, and videos that are whole in them.
         for i in store.usable():
             _, _, rows = store.frames(int(i))
-            found[int(Path(store.video_path(int(i))).stem)] = store.logits(name, rows)
-        return found
+            logits[int(Path(store.video_path(int(i))).stem)] = store.logits(name, rows)
+        return logits
 
     return Contender(command, read)
 
@@ -181,43 +188,45 @@ def ours(args: argparse.Namespace, paths: list[str], folder: Path) -> Contender:
 def decoded(path: str, every: int) -> tuple[list[av.VideoFrame], Fraction | None]:
     """Return every Nth frame of a linear decode by the ffmpeg command, and the shape of a pixel.
 
-    No frames if it reports an error: damaged frames leave open which one is the Nth. Raw frames
-    carry no colours, which come from the first frame that PyAV decodes.
+    There are no frames if it reports an error, because damaged frames make the count ambiguous. Raw
+    frames have no colour space, which is taken from the first frame that PyAV decodes.
     """
     words = ["ffmpeg", "-v", "error", "-i", path, "-fps_mode", "passthrough", "-an", "-sn", "-dn"]
     words += ["-vf", f"select=not(mod(n\\,{every}))", "-c:v", "rawvideo", "-f", "nut", "-"]
-    done = subprocess.run(words, capture_output=True, check=False)
-    if done.stderr or not done.stdout:
+    process = subprocess.run(words, capture_output=True, check=False)
+    if process.stderr or not process.stdout:
         return [], None
     with av.open(path) as container:
         stream = container.streams.best("video")
         first = next(container.decode(stream))
         aspect = rational(stream.sample_aspect_ratio)
-    with av.open(io.BytesIO(done.stdout)) as container:
+    with av.open(io.BytesIO(process.stdout)) as container:
         frames = list(container.decode(video=0))
     for frame in frames:
         frame.colorspace, frame.color_range = first.colorspace, first.color_range
     return frames, aspect
 
 
-def wrong(found: Rows, expected: Rows) -> int:
-    """Return how many rows are missing, too many, or off by more than OFF deviations."""
+def wrong(rows_by_video: Rows, expected: Rows) -> int:
+    """Return the number of rows that are missing, superfluous, or off by more than OFF."""
     count = 0
     for index, rows in expected.items():
-        got = found.get(index, rows[:0])
-        both = min(len(rows), len(got))
-        off = np.sqrt(((got[:both] - rows[:both]) ** 2).mean(1)) / rows[:both].std(1)
-        count += abs(len(rows) - len(got)) + int((off > OFF).sum())
+        actual = rows_by_video.get(index, rows[:0])
+        num_common = min(len(rows), len(actual))
+        errors = np.sqrt(((actual[:num_common] - rows[:num_common]) ** 2).mean(1)) / rows[
+            :num_common
+        ].std(1)
+        count += abs(len(rows) - len(actual)) + int((errors > OFF).sum())
     return count
 
 
 def expected(args: argparse.Namespace, paths: list[str]) -> tuple[Rows, Rows]:
-    """Return the rows of a linear decode: as distinit and as the others prepare frames."""
+    """Return the rows of a linear decode, prepared as by distinit and as by the others."""
     from teacher import Teacher
 
     name = args.teacher if args.weights is None else f"torchvision:{args.teacher}"
     weights = str(args.weights) if args.weights else None
-    own, other = (
+    our_teacher, other_teacher = (
         load_teacher(TeacherSpec(name=name, weights=weights)),
         Teacher(args.teacher, weights),
     )
@@ -226,11 +235,11 @@ def expected(args: argparse.Namespace, paths: list[str]) -> tuple[Rows, Rows]:
         frames, aspect = decoded(path, args.every)
         if not frames:
             continue
-        pictures = [render(f, own.view, pixel_aspect(aspect)) for f in frames]
-        by_us[index] = own.logits(np.stack(pictures)).numpy()
+        pictures = [render(f, our_teacher.view, pixel_aspect(aspect)) for f in frames]
+        by_us[index] = our_teacher.logits(np.stack(pictures)).numpy()
         stacked = torch.from_numpy(np.stack([f.to_ndarray(format="rgb24") for f in frames]))
         stacked = stacked.permute(0, 3, 1, 2)
-        by_others[index] = other.in_batches(stacked)
+        by_others[index] = other_teacher.in_batches(stacked)
     return by_us, by_others
 
 
@@ -273,14 +282,14 @@ def main() -> None:
             contenders = {"distinit": ours(args, paths, folder), **contenders}
             cold = run(contenders["distinit"].command(folder / "cold.zarr"), limit=args.limit)
             print(f"distinit, first run: {cold.seconds:.1f} s")
-        found: dict[str, Rows] = {}
+        rows: dict[str, Rows] = {}
         for number in range(args.rounds):
             for label, contender in contenders.items():
                 out = folder / f"{number}-{label}"
                 contender.runs.append(run(contender.command(out), limit=args.limit))
-                found[label] = contender.read(out)
+                rows[label] = contender.read(out)
                 print(f"round {number}, {label}: {contender.runs[-1].seconds:.1f} s", flush=True)
-        report(args, paths, folder, contenders, found)
+        report(args, paths, folder, contenders, rows)
 
 
 def report(
@@ -288,32 +297,32 @@ def report(
     paths: list[str],
     folder: Path,
     contenders: dict[str, Contender],
-    found: dict[str, Rows],
+    rows_of: dict[str, Rows],
 ) -> None:
     """Kill each contender once, and print the table."""
     by_us, by_others = expected(args, paths)
     total = sum(map(len, by_us.values()))
     lines, records = [], {}
     for label, contender in contenders.items():
-        middle = {
+        medians = {
             key: float(np.median([getattr(run, key) for run in contender.runs]))
             for key in ("seconds", "processor", "peak_mb")
         }
         out = folder / f"killed-{label}"
-        run(contender.command(out), kill_after=middle["seconds"] / 2)
-        left = len(contender.read(out))
-        # Daft gives the teacher another picture: only the numbers of rows can be compared.
+        run(contender.command(out), kill_after=medians["seconds"] / 2)
+        num_left = len(contender.read(out))
+        # Daft resizes frames differently, so its rows cannot be compared.
         rows = by_us if label == "distinit" else by_others
-        off = wrong(found[label], rows) if label != "daft" else "–"
+        num_wrong = wrong(rows_of[label], rows) if label != "daft" else "–"
         records[label] = {
-            **middle,
-            "wrong": off,
-            "left": left,
+            **medians,
+            "wrong": num_wrong,
+            "left": num_left,
             "runs": [vars(r) for r in contender.runs],
         }
         lines.append(
-            [label, f"{middle['seconds']:.1f}", f"{total / middle['seconds']:.1f}",
-             f"{middle['processor']:.1f}", f"{middle['peak_mb']:.0f}", off, f"{left} of {len(paths)}"]
+            [label, f"{medians['seconds']:.1f}", f"{total / medians['seconds']:.1f}",
+             f"{medians['processor']:.1f}", f"{medians['peak_mb']:.0f}", num_wrong, f"{num_left} of {len(paths)}"]
         )  # fmt: skip
     print(
         f"\n{len(paths)} videos, {len(by_us)} of them without an error of ffmpeg, {total} frames\n"

@@ -27,9 +27,9 @@ def main() -> None:
 
     frames = daft.read_video_frames(args.paths, image_height=224, image_width=224)
     frames = frames.where(daft.col("frame_index") % args.every == 0)
-    found = frames.select("path", "frame_index", Model().logits(daft.col("data")).alias("logits"))
+    outputs = frames.select("path", "frame_index", Model().logits(daft.col("data")).alias("logits"))
     rows = defaultdict(dict)
-    for row in found.iter_rows():
+    for row in outputs.iter_rows():
         rows[row["path"].removeprefix("file://")][row["frame_index"]] = row["logits"]
     for index, path in enumerate(args.paths):
         if path in rows:

@@ -1,7 +1,7 @@
 """The image teacher of the other programs, as a user would write it with torchvision.
 
-Each program reads LIST, a path a line, runs the teacher on every Nth frame, and writes the logits
-[n, K] of the video of line i as OUT/i.npy.
+Each program reads LIST, one path per line, runs the teacher on every Nth frame, and writes the
+logits [n, K] of the video in line i to OUT/i.npy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BATCH = 8
 
 
 class Teacher:
-    """From frames uint8 [n, 3, H, W] to logits [n, K]; weights of ResNet-50 come from a file."""
+    """A module from frames uint8 [n, 3, H, W] to logits [n, K]; ResNet-50 reads its weights."""
 
     def __init__(self, name: str, weights: str | None) -> None:
         if name == "efficientnet_lite0":
