@@ -41,7 +41,7 @@ from distinit.pipeline.video.sampling import Sampling
 ROWS, CLASSES = 2, 8
 COMMANDS = ("open", "video", "info", "browse", "verify", "export .h5", "export .zarr", "merge")
 MEASURE = """
-import contextlib, json, resource, sys, time
+import contextlib, json, re, sys, time
 from pathlib import Path
 from distinit.pipeline.common.console import Console
 from distinit.pipeline.store.store_options import (
@@ -90,9 +90,10 @@ began = time.perf_counter()
 with screen:
     run()
 seconds = time.perf_counter() - began
+# Not getrusage: its peak begins with that of the process that started this one.
+peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 print(json.dumps({
-    "seconds": seconds, "first": first[0] - began if first else None,
-    "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "seconds": seconds, "first": first[0] - began if first else None, "mb": peak / 1024,
 }))
 """
 
