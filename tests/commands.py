@@ -1,4 +1,4 @@
-"""A command line for tests of what happens around any command."""
+"""A command line for tests of errors that any command can raise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 def command_that_raises(
     error: BaseException, before: Callable[[BaseException], None] | None = None
 ) -> click.Group:
-    """Return a command line whose command `go` raises an error, after it was given to `before`."""
+    """Return a command line whose command `go` calls `before` with an error, then raises it."""
 
     @click.group()
     def group() -> None:

@@ -1,5 +1,4 @@
-"""One flipped bit at a time, in every kind of file of a folder: what a reader or a check must not
-overlook.
+"""Flip one bit at a time in every kind of file of a folder, which a reader or a check must detect.
 
 Example:
     from distinit.tests.flips import flips
@@ -23,9 +22,8 @@ from pathlib import Path
 class Flip:
     """A copy with one bit flipped.
 
-    path: the copy, a file or a folder as the original. file: the flipped file, relative to the copy
-    ("" where the copy is a file). kind: the pattern it belongs to. byte, bit: the position in the
-    file.
+    path: The copy, a file or a folder like the original. file: The flipped file, relative to the
+    copy ("" if the copy is a file). kind: The pattern of the file. byte, bit: The position in it.
     """
 
     path: Path
@@ -36,18 +34,22 @@ class Flip:
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a file: its path with `*` in place of each number, so that all shards are
-    of one kind."""
+    """Return the kind of a file: its path with `*` in place of each number.
+
+    All shards of an array have the same kind.
+    """
     return re.sub(r"\d+", "*", name)
 
 
 def files_by_kind(root: Path, kinds: Sequence[str] | None = None) -> dict[str, list[Path]]:
     """Return the files below a folder (or a file itself) that hold any bytes, by kind.
 
-    kinds: patterns of `fnmatch` for relative paths, the first that fits counts and a file that fits
-    none is left out; None: every file, by `kind_of`.
+    Args:
+        root: The folder or file.
+        kinds: Patterns of `fnmatch` for relative paths. The first match is the kind; a file without
+            a match is skipped. None: every file, by `kind_of`.
     """
-    found: dict[str, list[Path]] = {}
+    paths_by_kind: dict[str, list[Path]] = {}
     for path in [root] if root.is_file() else sorted(root.rglob("*")):
         if path.is_symlink() or not path.is_file() or not path.stat().st_size:
             continue
@@ -58,25 +60,24 @@ def files_by_kind(root: Path, kinds: Sequence[str] | None = None) -> dict[str, l
             else next((each for each in kinds if fnmatchcase(name, each)), None)
         )
         if kind is not None:
-            found.setdefault(kind, []).append(path)
-    return found
+            paths_by_kind.setdefault(kind, []).append(path)
+    return paths_by_kind
 
 
 def positions(
     sizes: Mapping[Path, int], count: int, rng: random.Random
 ) -> Iterator[tuple[Path, int, int]]:
-    """Yield `count` different bits (all, where there are fewer) of files: the first and last bytes,
-    then by chance."""
+    """Yield up to `count` different bits of files: in the first and last byte, then random ones."""
     bits = 8 * sum(sizes.values())
     first, last = rng.randrange(8), bits - 1 - rng.randrange(8)
     chosen = dict.fromkeys([first, last])
     chosen |= dict.fromkeys(rng.sample(range(bits), min(count + 2, bits)))
-    for at in list(chosen)[:count]:
+    for position in list(chosen)[:count]:
         for path, size in sizes.items():
-            if at < 8 * size:
-                yield path, *divmod(at, 8)
+            if position < 8 * size:
+                yield path, *divmod(position, 8)
                 break
-            at -= 8 * size
+            position -= 8 * size
 
 
 def flips(
@@ -86,7 +87,7 @@ def flips(
     kind of file.
 
     The flipped file is restored after each, and files that appeared meanwhile are removed; the copy
-    stays. The same seed gives the same bits. kinds: see `files_by_kind`.
+    stays. The same seed gives the same bits. `kinds` is that of `files_by_kind`.
     """
     copy_of = shutil.copyfile if original.is_file() else shutil.copytree
     copy_of(original, copy)

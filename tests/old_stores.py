@@ -1,4 +1,4 @@
-"""Stores as version 0.1 wrote them: without digests of nodes and tables, and without a crc in the
+"""Stores in the form of version 0.1: without digests of nodes and tables, and without a crc in
 tables."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import zarr
 
 
 def without_digests(root: Path) -> Path:
-    """Change a store in place into one that version 0.1 would have written; returns it."""
+    """Change a store in place into one that version 0.1 would have written, and return it."""
     for file in root.rglob("zarr.json"):
         document = json.loads(file.read_text())
         record = document["attributes"].get("distinit", {})

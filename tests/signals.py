@@ -1,4 +1,4 @@
-"""Signals that a test sends to the process that it is in."""
+"""Signals that a test sends to its own process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 
 
 def die_by(number: int) -> None:
-    """Send a signal to this process, a forked one.
+    """Send a signal to this process, which must be a forked one.
 
-    Without the traceback that pytest's fault handler prints on SIGSEGV, which a reader of a log
-    takes for a crash of the tests.
+    The traceback of pytest's fault handler on SIGSEGV is switched off, because it looks like a
+    crash of the tests.
     """
     faulthandler.disable()
     os.kill(os.getpid(), number)

@@ -1,5 +1,5 @@
-"""Stores made without a video or a teacher: rows from known logits, through the writer that
-extraction uses."""
+"""Stores without videos or teachers: rows from given logits, written by the writer of
+extraction."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RUN = {"batch_size": 4, "precision": "fp32", "torch": "x", "device": "cpu"}
 
 
 def in_pca(width: int) -> Codec:
-    """pca:4 with a basis of its own for each width."""
+    """Return the codec of pca:4 with a different basis for each width."""
     random = np.random.default_rng(width)
     basis = np.linalg.qr(random.normal(0, 1, (width, 4)))[0].T.astype(np.float32, order="C")
     return Codec("features", "pca:4", width, basis, random.normal(0, 1, width).astype(np.float32))
@@ -44,11 +44,11 @@ def in_pca(width: int) -> Codec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to put into a store: `videos` are numbers, each of which stands for a file and its
-    outputs.
+    """The content of a store.
 
-    teachers: their classes. features: the width of teachers whose output is features, in
-    `features_encoding`. pca: the width of others, in pca:4.
+    videos: Numbers, each of which determines a file and its outputs. teachers: Number of classes by
+    teacher. features: Width of teachers whose output is features, in `features_encoding`. pca:
+    Width of teachers whose features are in pca:4.
     """
 
     videos: Sequence[int] = range(40)
@@ -69,7 +69,7 @@ class Recipe:
 
     @staticmethod
     def rows(video: int) -> int:
-        """0 for the videos that cannot be read."""
+        """Return the number of rows, 0 for videos that cannot be read."""
         return 0 if video % 7 == 3 else 20 + video
 
     @staticmethod
@@ -87,7 +87,7 @@ class Recipe:
 
     @property
     def codecs(self) -> dict[str, Codec]:
-        """How the rows of each teacher are stored."""
+        """Return the codec of each teacher."""
         logits = {name: Codec("logits", self.encoding, n) for name, n in self.teachers.items()}
         features = {
             name: Codec("features", self.features_encoding, n) for name, n in self.features.items()
@@ -95,7 +95,7 @@ class Recipe:
         return logits | features | {name: in_pca(n) for name, n in self.pca.items()}
 
     def make(self, root: Path) -> Path:
-        """Write the store, all shards but the `uncommitted` ones."""
+        """Write the store, except for the `uncommitted` shards."""
         with StoreWriter(root, sampling=self.sampling, shard_rows=self.shard_rows) as writer:
             self._list(writer)
             writer.add_segments(
@@ -126,7 +126,7 @@ class Recipe:
         )
 
     def stage(self, writer: StoreWriter, shard: int) -> ShardResult:
-        """What a worker hands over for one shard."""
+        """Stage one shard as a worker does, and return its result."""
         ids = [int(s) for s in np.flatnonzero(writer.index.shard == shard)]
         videos = [self.videos[int(writer.index.video[s])] for s in ids]
         folder = new_staging(writer.root, shard)
@@ -168,7 +168,7 @@ class Recipe:
 
 @pytest.fixture(scope="session")
 def recipe_stores(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
-    """`recipe_stores(recipe)` → its store, made once; nobody writes to it."""
+    """Return a function from a recipe to its store, which is made once and must not be changed."""
     made: dict[str, Path] = {}
 
     def store_of(recipe: Recipe) -> Path:
@@ -184,11 +184,11 @@ def recipe_stores(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe]
 def make_store(
     tmp_path: Path, recipe_stores: Callable[[Recipe], Path]
 ) -> Callable[..., tuple[Recipe, Path]]:
-    """`make_store("name", videos=…, …)` → the recipe and the folder of a store, the test's own."""
+    """Return `make_store("name", videos=…)` → the recipe and a new store that a test may change."""
 
     def make(name: str = "s.zarr", **changes: object) -> tuple[Recipe, Path]:
         recipe = Recipe(**changes)  # type: ignore[arg-type]
-        # A copy costs a tenth of what writing a store and syncing each of its files does.
+        # A copy takes a tenth of the time of writing a store and syncing each of its files.
         return recipe, shutil.copytree(recipe_stores(recipe), tmp_path / name)
 
     return make

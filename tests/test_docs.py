@@ -1,4 +1,4 @@
-"""The pages for readers say what is true: the CLI reference, examples in Python, the layout."""
+"""The documentation agrees with the code: the CLI reference, examples in Python, the layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distinit.tests.conftest import TinyStore
 ROOT = Path(distinit.__file__).resolve().parent
 DOCS = ROOT / "docs"
 
-# Names that CONTRIBUTING.md sends a reader to.
+# Names in the code that CONTRIBUTING.md refers to.
 NAMES = {
     "pipeline/teachers/teacher.py": ["_BY_NAME"],
     "pipeline/teachers/loaded_model.py": ["LoadedModel"],
@@ -78,9 +78,9 @@ def test_examples_in_python_run(
     for block in blocks:
         exec(compile(block, f"{page}.md", "exec"), {})
         printed = capsys.readouterr().out.splitlines()
-        # A comment behind a print says what it prints.
-        told = re.findall(r"^print\(.*\)  # (?:.*: )?(\[.*\])$", block, re.MULTILINE)
-        for line, expected in zip(printed, told, strict=False):
+        # A comment after a print gives its output.
+        commented = re.findall(r"^print\(.*\)  # (?:.*: )?(\[.*\])$", block, re.MULTILINE)
+        for line, expected in zip(printed, commented, strict=False):
             np.testing.assert_allclose(
                 np.fromstring(line.strip("[]"), sep=" "),
                 np.fromstring(expected.strip("[]"), sep=" "),

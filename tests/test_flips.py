@@ -1,4 +1,4 @@
-"""The helper for flipped bits: one bit, of every kind, and nothing of it left."""
+"""The helper for flipped bits: one bit at a time, in every kind of file, restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The package as installed: what the wheel holds, what importing it costs, and the names it
-offers."""
+"""The installed package: the content of the wheel, the cost of an import, and the public names."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def python(code: str, cwd: Path) -> str:
-    """What a fresh interpreter prints, started in another folder."""
-    done = subprocess.run(
+    """Return the output of a new interpreter in another folder."""
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
         capture_output=True,
@@ -37,12 +36,12 @@ def python(code: str, cwd: Path) -> str:
         check=True,
         timeout=120,
     )
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
-    """Built from a copy of the tracked tree, so that nothing left over from other builds can hide a
-    gap."""
+    """The wheel is built from a copy of the tracked tree, so that files of other builds cannot hide
+    a gap."""
     tree = tmp_path / "a-b"
     tracked = [
         *ROOT.glob("*.py"),
@@ -65,14 +64,14 @@ def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
     with zipfile.ZipFile(tree / "dist" / name) as wheel:
         members = {member for member in wheel.namelist() if member.startswith("distinit/")}
 
-    ours = {
+    expected = {
         f"distinit/{path.relative_to(ROOT).as_posix()}"
         for path in tracked
         if path.suffix == ".py"
         or path.name == "py.typed"
         or {"conf", "templates"} & set(path.relative_to(ROOT).parts)
     }
-    assert members == ours
+    assert members == expected
     with zipfile.ZipFile(tree / "dist" / name) as wheel:
         metadata = wheel.read(f"distinit-{distinit.__version__}.dist-info/METADATA").decode()
         licenses = [member for member in wheel.namelist() if "/licenses/" in member]
@@ -82,6 +81,7 @@ def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
 
 def test_lower_bounds_are_the_versions_that_are_tested() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # Tools of lint, documentation and builds have no tested lower bound.
     tools = {
         "ruff",
         "mypy",
@@ -93,24 +93,24 @@ def test_lower_bounds_are_the_versions_that_are_tested() -> None:
         "setuptools",
         "wheel",
         "distinit",
-    }  # of lint, documentation and builds
-    asked = [
+    }
+    requirements = [
         Requirement(text)
         for text in sum(project["optional-dependencies"].values(), project["dependencies"])
     ]
     bounds = {
         item.name: Version(next(iter(item.specifier)).version)
-        for item in asked
+        for item in requirements
         if item.name not in tools
     }
     lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
-    held = [Requirement(line) for line in lines if not line.startswith("#")]
+    oldest = [Requirement(line) for line in lines if not line.startswith("#")]
     for minor in (11, 12, 13):
-        here = {"python_version": f"3.{minor}"}
+        environment = {"python_version": f"3.{minor}"}
         tested = {
             item.name: Version(next(iter(item.specifier)).version)
-            for item in held
-            if item.marker is None or item.marker.evaluate(here)
+            for item in oldest
+            if item.marker is None or item.marker.evaluate(environment)
         }
         assert tested.keys() == bounds.keys()
         assert all(tested[name] >= bound for name, bound in bounds.items())

@@ -1,5 +1,4 @@
-"""How thorough a run of the tests is: every case with `--hypothesis-profile=many`, else a share of
-what is alike."""
+"""Shares of similar test cases; with `--hypothesis-profile=many` all of them run."""
 
 from __future__ import annotations
 
@@ -17,5 +16,5 @@ def is_thorough() -> bool:
 
 
 def some(cases: Iterable[T], every: int, first: int = 0) -> list[T]:
-    """Return every n-th of the cases from the first on, all of them in a thorough run."""
+    """Return every n-th case from `first` on, or all cases in a thorough run."""
     return list(cases) if is_thorough() else list(cases)[first::every]

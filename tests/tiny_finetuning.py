@@ -1,4 +1,4 @@
-"""The options of a finetuning that takes a second, which tests change."""
+"""Options of a finetuning of one second, which tests can change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def tiny_finetuning(dataset: str, out: Path, **changes: Any) -> dict[str, Any]:
-    """Values of a FinetuneConfig: two epochs of two steps of a narrow network."""
+    """Return values of a FinetuneConfig: two epochs of two steps of a narrow network."""
     return {
         "dataset": dataset,
         "out": str(out),

@@ -1,7 +1,7 @@
-"""Commands in processes of their own, without the seconds that importing torch takes each time.
+"""Run commands in separate processes, without the seconds of importing torch each time.
 
-A server imports the libraries once and forks a process for every command. What is tested is as of
-a process that a shell starts: exit code, signals, streams, environment, folder and limits.
+A server imports the libraries once and forks a process for every command. Exit code, signals,
+streams, environment, folder and limits are those of a process that a shell starts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ requests = socket.socket(fileno=int(sys.argv[1]))
 for name in sys.argv[2:]:
     importlib.import_module(name)
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
-# The collector leaves what exists alone, so that its memory stays shared.
+# The collector ignores existing objects, so that their memory stays shared.
 gc.collect()
 gc.freeze()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -54,7 +54,7 @@ while True:
             os.close(fd)
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # This process waits for the command, so that its status can be told.
+    # This process waits for the command and reports its status.
     pid = os.fork()
     if pid:
         os.write(fds[3], f"{pid}\\n".encode())
@@ -93,7 +93,7 @@ except SystemExit as error:
     code = error.code or 0
 except BaseException:
     traceback.print_exc()
-# Without the clean-up of all modules, which takes longer than most commands.
+# The clean-up of all modules is skipped, because it takes longer than most commands.
 threading._shutdown()
 atexit._run_exitfuncs()
 sys.stdout.flush()
@@ -115,15 +115,16 @@ def _server() -> socket.socket:
 
 
 class Process:
-    """A command that runs, with the part of `subprocess.Popen` that tests need.
+    """A running command, with the part of `subprocess.Popen` that tests need.
 
     Args:
-        words: of the command line, after the name of the program.
-        code: what is run in place of the command, as by `python -c`; distinit is imported anew.
-        cwd: its folder, by default that of this process.
-        env: what is added to the environment.
-        limits: name in `resource`, as RLIMIT_FSIZE → soft and hard limit.
-        terminal: descriptor of all three streams, in place of nothing to read and files.
+        words: Words of the command line, after the name of the program.
+        code: Code to run in place of the command, as by `python -c`; distinit is imported again.
+        cwd: Working folder, by default that of this process.
+        env: Variables to add to the environment.
+        limits: Name in `resource`, such as RLIMIT_FSIZE → soft and hard limit.
+        terminal: Descriptor of all three streams. By default standard input is empty, and the
+            others are files.
     """
 
     def __init__(
@@ -179,17 +180,17 @@ class Process:
 
     @property
     def stdout(self) -> bytes:
-        """What it has written so far to standard output."""
+        """Return its output so far."""
         return os.pread(self._out.fileno(), 1 << 28, 0)
 
     @property
     def stderr(self) -> bytes:
-        """What it has written so far to standard error."""
+        """Return its output so far to standard error."""
         return os.pread(self._err.fileno(), 1 << 28, 0)
 
 
 def run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, see `Process`; the streams are those of a pipe, in UTF-8."""
+    """Run a command to its end, see `Process`, and return its streams as text in UTF-8."""
     process = Process(*words, **options)
     code = process.wait()
     out, err = process.stdout.decode(), process.stderr.decode()

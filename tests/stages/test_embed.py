@@ -32,7 +32,7 @@ FEW = {"clips": CLIPS, "device": "cpu", "quiet": True, "set": {"workers": 0}}
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three videos, an unreadable one between them, and a list of all."""
+    """Make a folder with three videos, an unreadable one between them, and a list of all."""
     root = tmp_path_factory.mktemp("videos")
     random = np.random.default_rng(5)
     for name, length in LENGTHS.items():
@@ -45,7 +45,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student of two teachers and one of labels, in run folders."""
+    """Make a student of two teachers and one of labels, in run folders."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     options = StudentOptions(architecture="r3d_18", width=0.0625)
@@ -60,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clips_of(path: Path) -> torch.Tensor:
-    """The clips [N, C, T, H, W] of a video, by the words of the documentation."""
+    """Return the clips [N, C, T, H, W] of a video, as the documentation describes them."""
     total = LENGTHS[path.name]
     clips = []
     for i in range(CLIPS):
@@ -80,7 +80,7 @@ def clips_of(path: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def expected(model: Path, video: Path) -> np.ndarray:
-    """The features [N, D], by torch alone."""
+    """Return the features [N, D], by torch alone."""
     return load_student(model).backbone(clips_of(video)).numpy()
 
 
@@ -108,9 +108,9 @@ def test_features_are_those_of_the_backbone(
         assert json.loads(file.attrs["about"])["clips"] == CLIPS
     assert list(features.shape) == result.features
     assert np.isnan(features[[0, 4]]).all()
-    for name, found in zip(names[1:4], features[1:4], strict=True):
+    for name, actual in zip(names[1:4], features[1:4], strict=True):
         want = expected(models / kind, videos / name)
-        np.testing.assert_allclose(found, want if per_clip else want.mean(0), atol=1e-5)
+        np.testing.assert_allclose(actual, want if per_clip else want.mean(0), atol=1e-5)
     again = tmp_path / "features.npz"
     distinit.embed(models / kind, sources=sources, out=again, per_clip=per_clip, **FEW)
     with np.load(again) as arrays:
@@ -139,38 +139,38 @@ def test_predictions_are_written_in_each_form(
         scores = head(features).softmax(1).mean(0)
         best = scores.argsort(descending=True)[:2]
         assert [row["class1"], row["class2"]] == [["up", "down", 'a,"b'][k] for k in best]
-        found = [float(row["probability1"]), float(row["probability2"])]
-        assert found == pytest.approx(scores[best].tolist(), abs=1e-5)
+        probabilities = [float(row["probability1"]), float(row["probability2"])]
+        assert probabilities == pytest.approx(scores[best].tolist(), abs=1e-5)
         assert row["frames"] == str(LENGTHS[Path(row["video"]).name])
 
 
 def test_parquet_holds_the_table_of_the_csv(videos: Path, models: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    given = {"sources": [str(videos)], "top": 2, "test_clips": 1, "device": "cpu", "quiet": True}
+    values = {"sources": [str(videos)], "top": 2, "test_clips": 1, "device": "cpu", "quiet": True}
     for ending in ("csv", "parquet"):
         out = tmp_path / f"p.{ending}"
-        distinit.predict(models / "finetuned", out=out, set={"test.workers": 0}, **given)
+        distinit.predict(models / "finetuned", out=out, set={"test.workers": 0}, **values)
     table = parquet.read_table(tmp_path / "p.parquet")
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     assert table.column_names == list(rows[0])
     assert [str(kind) for kind in table.schema.types[3:6]] == ["int64", "string", "double"]
-    found = [{name: str(v or "") for name, v in row.items()} for row in table.to_pylist()]
-    assert found == rows
+    parquet_rows = [{name: str(v or "") for name, v in row.items()} for row in table.to_pylist()]
+    assert parquet_rows == rows
 
 
 def test_wrong_files_and_sources_are_named_before_the_work(
     videos: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = tmp_path / "mine.h5"
-    mine.write_bytes(b"of another program")
-    given = {"sources": [videos / "a.mp4"], **FEW}
-    for out in (mine, tmp_path / "features.parquet"):
+    output = tmp_path / "mine.h5"
+    output.write_bytes(b"of another program")
+    values = {"sources": [videos / "a.mp4"], **FEW}
+    for out in (output, tmp_path / "features.parquet"):
         with pytest.raises(UsageError, match=r"--out.*" + out.name):
-            distinit.embed(models / "student", out=out, **given)
-    assert mine.read_bytes() == b"of another program"
+            distinit.embed(models / "student", out=out, **values)
+    assert output.read_bytes() == b"of another program"
     with pytest.raises(SourceError, match=r"none\*"):
         distinit.embed(
-            models / "student", out=tmp_path / "f.h5", **given | {"sources": [tmp_path / "none*"]}
+            models / "student", out=tmp_path / "f.h5", **values | {"sources": [tmp_path / "none*"]}
         )
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"pyarrow.*distinit\[parquet\]"):
@@ -185,4 +185,4 @@ def test_wrong_files_and_sources_are_named_before_the_work(
     ]
     out = tmp_path / "features.h5"
     for _ in range(2):  # one's own file is written again
-        assert distinit.embed(models / "student", out=out, **given).ok
+        assert distinit.embed(models / "student", out=out, **values).ok

@@ -41,7 +41,7 @@ def student(channels: int = 3) -> Student:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finetuned run, with predictions of 40 videos."""
+    """Make the folder of a finetuned run, with predictions of 40 videos."""
     root = tmp_path_factory.mktemp("runs") / "ours"
     meta = {"clip_length": T, "clip_size": SIZE, "classes": {"label": CLASSES}}
     extra = {"dataset": "csv:/home/someone/labels.csv", "init": "/home/someone/student", "split": 1}
@@ -76,7 +76,7 @@ def expected(clips: np.ndarray) -> list[np.ndarray]:
 
 
 def outputs(file: Path, clips: np.ndarray) -> list[np.ndarray]:
-    """What the file computes, by the library of its form alone."""
+    """Return the outputs of the file, by the library of its format alone."""
     if file.suffix == ".onnx":
         session = pytest.importorskip("onnxruntime").InferenceSession(str(file))
         assert [each.name for each in session.get_outputs()] == [
@@ -106,8 +106,8 @@ def test_graphs_compute_what_the_student_does(to: str, run: Path, tmp_path: Path
     random = np.random.default_rng(1)
     for batch in (1, 5):
         clips = random.integers(0, 256, (batch, 3, T, SIZE, SIZE)).astype(np.uint8)
-        for found, want in zip(outputs(out, clips), expected(clips), strict=True):
-            np.testing.assert_allclose(found, want, atol=1e-4 * np.abs(want).max())
+        for actual, want in zip(outputs(out, clips), expected(clips), strict=True):
+            np.testing.assert_allclose(actual, want, atol=1e-4 * np.abs(want).max())
 
 
 def test_an_export_that_differs_is_refused_and_not_kept(
@@ -130,12 +130,12 @@ def test_an_export_that_differs_is_refused_and_not_kept(
 def test_wrong_files_and_missing_packages_are_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = tmp_path / "mine.pt2"
-    mine.write_bytes(b"of another program")
-    for to, out in (("torch-export", mine), ("torch-export", tmp_path / "s.onnx"), ("hub", run)):
+    output = tmp_path / "mine.pt2"
+    output.write_bytes(b"of another program")
+    for to, out in (("torch-export", output), ("torch-export", tmp_path / "s.onnx"), ("hub", run)):
         with pytest.raises(UsageError, match=r"--out.*" + out.name):
             distinit.export(run, to=to, out=out, quiet=True)
-    assert mine.read_bytes() == b"of another program"
+    assert output.read_bytes() == b"of another program"
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UsageError, match=r"onnx.*distinit\[onnx\]"):
         distinit.export(run, to="onnx", out=tmp_path / "s.onnx", quiet=True)

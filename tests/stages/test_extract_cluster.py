@@ -99,7 +99,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, forked_workers: None) -> Iter
 
 @pytest.fixture(scope="module")
 def scheduler(home: Path) -> Iterator[str]:
-    """The address of a cluster with one worker, whose four threads fill four shards at a time."""
+    """Start a cluster with one worker, whose four threads fill four shards at a time."""
     with LocalCluster(n_workers=1, threads_per_worker=4, dashboard_address=":0") as cluster:
         yield cluster.scheduler_address
 
@@ -137,7 +137,7 @@ def same(a: Path, b: Path) -> None:
 
 
 def test_an_error_in_a_worker_costs_its_shard_one_try(home: Path, tmp_path: Path) -> None:
-    """With a worker of its own, which other tests here do without."""
+    """The test starts its own worker; the other tests here share one."""
     trouble(home, 1)
     result = extract_targets(config(home, tmp_path / "s.zarr", workers=1), QUIET)
     assert list((home / "trouble").iterdir()) == []
@@ -159,8 +159,8 @@ def test_an_error_that_stays_is_the_one_that_is_told(
 def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
     home: Path, tmp_path: Path
 ) -> None:
-    made = config(home, tmp_path / "s.zarr", device="cpu")
-    teachers = {"tiny": load_teacher(made.teachers[0]).to(torch.device("cpu"), "fp32")}
+    settings = config(home, tmp_path / "s.zarr", device="cpu")
+    teachers = {"tiny": load_teacher(settings.teachers[0]).to(torch.device("cpu"), "fp32")}
     whole = TargetStore.open(home / "whole.zarr")
     segments = tuple(
         SegmentTask(v, v, whole.video_path(v), whole.video(v).digest, 0, None, 104)
@@ -168,12 +168,14 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
     )
     task = ShardTask(0, segments, {"tiny": "float16"}, frames_stored=False)
     threads = torch.get_num_threads()
-    with StoreWriter(made.out, sampling=Sampling(every=1).model_dump(), shard_rows=256) as writer:
+    with StoreWriter(
+        settings.out, sampling=Sampling(every=1).model_dump(), shard_rows=256
+    ) as writer:
         run = run_record(8, "fp32", torch.device("cpu"))
         classes = [f"class {k}" for k in range(6)]
         writer.add_teacher("tiny", classes, {"name": NAME, "identity": {}, "run": run})
         engines = dict.fromkeys(teachers, "torch")
-        setup = WorkerSetup.of(made, writer, teachers, Sampling(every=1), run, engines)
+        setup = WorkerSetup.of(settings, writer, teachers, Sampling(every=1), run, engines)
         before = set(psutil.Process().children(recursive=True))
         kept = []
         for _ in range(6):  # more than the runner has batches
@@ -190,7 +192,7 @@ def test_a_worker_is_as_new_after_any_number_of_errors_that_are_kept(
         decoders = set(psutil.Process().children(recursive=True)) - before
         assert decoders
         other = WorkerSetup.of(
-            made, writer, teachers, Sampling(every=1), run | {"torch": "1.0"}, engines
+            settings, writer, teachers, Sampling(every=1), run | {"torch": "1.0"}, engines
         )
         with pytest.raises(StoreMismatchError, match=r'"torch": "1\.0"'):
             fill_shard(other, task)
@@ -206,17 +208,17 @@ def test_a_worker_elsewhere_with_many_threads_fills_the_same_store(
     trouble(home, 0)
     monkeypatch.chdir(tmp_path)
     Path("names.txt").write_text("\n".join("abcdef"))
-    made = config(home, tmp_path / "s.zarr")
-    made.teachers[0].options["classes"] = "names.txt"
-    there = torch.__version__.split("+")[0]
+    settings = config(home, tmp_path / "s.zarr")
+    settings.teachers[0].options["classes"] = "names.txt"
+    installed = torch.__version__.split("+")[0]
     with Client(scheduler) as client, monkeypatch.context() as patch:
         client.run(os.chdir, "/")
         patch.setattr(torch, "__version__", "0.0.1")  # the client's
-        extract_targets(made.model_copy(update={"scheduler": scheduler}), QUIET)
+        extract_targets(settings.model_copy(update={"scheduler": scheduler}), QUIET)
     same(home / "whole.zarr", tmp_path / "s.zarr")
     store = TargetStore.open(tmp_path / "s.zarr")
     assert list(store.teacher("tiny").classes) == list("abcdef")
-    assert store.teacher("tiny").run["torch"] == there
+    assert store.teacher("tiny").run["torch"] == installed
 
 
 def test_workers_that_join_get_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,11 +242,11 @@ def test_workers_that_join_get_their_share(monkeypatch: pytest.MonkeyPatch) -> N
         Client(cluster) as client,
     ):
         results = run_shards(client, None, tasks(), retries=0)  # type: ignore[arg-type]
-        found = [next(results)]
+        shards = [next(results)]
         assert taken == extract_cluster.QUEUED  # enough waits for a cluster that adapts to grow
         cluster.scale(20)
         client.wait_for_workers(20)
-        found += [next(results), next(results)]
+        shards += [next(results), next(results)]
         assert taken >= extract_cluster.IN_FLIGHT * 20
-        found += results
-    assert sorted(found) == list(range(120))
+        shards += results
+    assert sorted(shards) == list(range(120))

@@ -109,7 +109,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def videos(home: Path, tmp_path: Path) -> Path:
-    """The videos, for a test that harms them."""
+    """Copy the videos, for a test that damages them."""
     return Path(shutil.copytree(home / "videos", tmp_path / "videos"))
 
 
@@ -122,8 +122,8 @@ def config(videos: Path, out: Path, **changes: Any) -> ExtractConfig:
 
 
 def words(videos: Path, out: Path, *more: str) -> list[str]:
-    """The same as a command."""
-    own = [w for k, v in OPTIONS.items() for w in ("--teacher-option", f"{k}={v}")]
+    """Return the words of the same command."""
+    teacher_options = [w for k, v in OPTIONS.items() for w in ("--teacher-option", f"{k}={v}")]
     sizes = ["--batch-size", "8", "--shard-rows", "256", "--decoders", "1", "--every", "1"]
     return [
         "extract-targets",
@@ -134,43 +134,43 @@ def words(videos: Path, out: Path, *more: str) -> list[str]:
         NAME,
         "--teacher-output",
         ",".join(BOTH),
-        *own,
+        *teacher_options,
         *sizes,
         *more,
     ]
 
 
 def same(a: Path, b: Path) -> None:
-    """Two stores hold the same arrays, bit for bit, and nothing is left over."""
+    """Check that two stores have the same arrays, bit by bit, and that no file is left over."""
     names = {
         n
         for n, x in zarr.open_group(a, mode="r").members(max_depth=None)
         if isinstance(x, zarr.Array)
     }
-    others = {
+    names_b = {
         n
         for n, x in zarr.open_group(b, mode="r").members(max_depth=None)
         if isinstance(x, zarr.Array)
     }
-    assert names == others
+    assert names == names_b
     for name in names:
         x, y = (np.asarray(zarr.open_array(root / name, mode="r")[:]) for root in (a, b))
         np.testing.assert_array_equal(x, y, err_msg=name)
     sums = "teachers/*/statistics/*/zarr.json"
-    found, others = ([f.read_bytes() for f in sorted(root.glob(sums))] for root in (a, b))
-    assert found == others != []
+    sums_a, sums_b = ([f.read_bytes() for f in sorted(root.glob(sums))] for root in (a, b))
+    assert sums_a == sums_b != []
     assert not (b / "staging").exists()
 
 
 def same_videos(a: Path, b: Path, but: str) -> None:
-    """The same frames and targets of every video, whatever its place; `but` is left out."""
+    """Check that all videos except `but` have the same frames and targets, at any position."""
     x, y = TargetStore.open(a), TargetStore.open(b)
-    of = {y.video(v).path: v for v in range(y.n_videos)}
+    video_of = {y.video(v).path: v for v in range(y.n_videos)}
     for v in range(x.n_videos):
         path = x.video(v).path
         if path == but:
             continue
-        (i, p, rows), (j, q, others) = x.frames(v), y.frames(of[path])
+        (i, p, rows), (j, q, others) = x.frames(v), y.frames(video_of[path])
         np.testing.assert_array_equal(i, j)
         np.testing.assert_array_equal(p, q)
         assert len(i)
@@ -187,7 +187,7 @@ def status(store: Path, path: str) -> tuple[str, str | None]:
 
 
 class Meddling(Console):
-    """A quiet screen that acts when the decoding begins: after the listing and the probing."""
+    """A quiet console that acts when decoding begins, after listing and probing."""
 
     def __init__(self, act: Callable[[], Any]) -> None:
         super().__init__(quiet=True)
@@ -197,7 +197,7 @@ class Meddling(Console):
     def progress(
         self, description: str, total: float | None = None, unit: str = ""
     ) -> Iterator[Any]:
-        """As Console's."""
+        """Act when a progress bar of decoding begins."""
         if description == "extracting":
             self.act()
         with super().progress(description, total, unit) as bar:
@@ -331,11 +331,11 @@ def test_a_shard_of_nothing_but_failures_takes_another_teacher(
 
 
 def driven(home: Path, steps: list[Any], before: tuple[str, ...]) -> list[Any]:
-    """What `DRIVER` saw: exit code and lines of each command."""
+    """Return what `DRIVER` prints: exit code and lines of each command."""
     command = [*before, sys.executable, str(home / "driver.py"), json.dumps(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=home, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [(code, said.strip().splitlines()) for code, said in json.loads(done.stdout)]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=home, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return [(code, said.strip().splitlines()) for code, said in json.loads(process.stdout)]
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(home: Path, tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_ctrl_c_and_dead_workers(home: Path, tmp_path: Path, workers: int) -> No
 
     def at_work() -> list[psutil.Process]:
         """Dask workers that have started to decode."""
-        found = []
+        parents = []
         for child in family.children(recursive=True):
             try:
                 server, parent = child.parents()[:2]
@@ -461,10 +461,10 @@ def test_ctrl_c_and_dead_workers(home: Path, tmp_path: Path, workers: int) -> No
                     "distinit.pipeline.video.pool.fork_server" in each.cmdline()
                     for each in (child, server)
                 ):
-                    found.append(parent)
+                    parents.append(parent)
             except psutil.Error:
                 continue  # ended while we looked
-        return found
+        return parents
 
     if workers:
         until(at_work, process)[0].kill()
@@ -472,9 +472,9 @@ def test_ctrl_c_and_dead_workers(home: Path, tmp_path: Path, workers: int) -> No
     children = family.children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     assert process.wait() == 130
-    said = process.stderr.decode().strip().splitlines()
-    assert said[-1] == "interrupted; the same command resumes where it stopped"
-    assert not [line for line in said if "Traceback" in line or "Error" in line]
+    lines = process.stderr.decode().strip().splitlines()
+    assert lines[-1] == "interrupted; the same command resumes where it stopped"
+    assert not [line for line in lines if "Traceback" in line or "Error" in line]
     assert psutil.wait_procs(children, timeout=60)[1] == []
     assert not (out / "staging").exists()
     extract_targets(config(home / "videos", out), QUIET)

@@ -61,13 +61,13 @@ def either():
 
 
 def frames_of(path: Path) -> dict[int, np.ndarray]:
-    """Every frame of a video by its pts, in RGB at its own size."""
+    """Return every frame of a video by its pts, in RGB at its original size."""
     with av.open(str(path)) as container:
         return {f.pts: f.to_ndarray(format="rgb24") for f in container.decode(video=0)}
 
 
 def rendered(frame: np.ndarray, resize: int, crop: int, kind: Image.Resampling) -> torch.Tensor:
-    """The library's own preprocessing up to the normalisation, of one frame."""
+    """Preprocess one frame by the library, up to the normalisation."""
     transforms = torchvision.transforms
     mode = transforms.InterpolationMode(kind.name.lower())
     picture = transforms.Resize(resize, interpolation=mode)(Image.fromarray(frame))
@@ -130,9 +130,9 @@ def families(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def extract(videos: Path, out: Path, specs: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    given = {"sources": [str(videos)], "out": out, "teachers": specs, "batch_size": 4,
+    values = {"sources": [str(videos)], "out": out, "teachers": specs, "batch_size": 4,
              "decoders": 1, "sampling": Sampling(every=3)}  # fmt: skip
-    return extract_targets(ExtractConfig.model_validate({**given, **more}), QUIET)
+    return extract_targets(ExtractConfig.model_validate({**values, **more}), QUIET)
 
 
 def verified(store: Path, deep: int, **more: Any) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def verified(store: Path, deep: int, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def stored(videos: Path) -> tuple[Path, list[dict[str, Any]], dict[str, Any]]:
-    """A store with logits and features of three families, in float16."""
+    """Extract a store with logits and features of three families, in float16."""
     home = videos.parent
     specs, independent = families(home)
     specs = [{**spec, "outputs": BOTH} for spec in specs]
@@ -177,12 +177,13 @@ def test_features_are_those_of_an_independent_forward_pass(
         for name, compute in independent.items():
             with torch.inference_mode():
                 every = {t: compute(frame).numpy() for t, frame in frames.items()}
-            kept = store.outputs(f"{name}.features", rows)
-            wanted = np.stack([every[t] for t in pts])
+            stored_rows = store.outputs(f"{name}.features", rows)
+            expected = np.stack([every[t] for t in pts])
             # The frame itself is far nearer than any other.
-            assert off(kept, wanted).max() < (1e-4 if encoding == "float16" else 5e-4)
+            assert off(stored_rows, expected).max() < (1e-4 if encoding == "float16" else 5e-4)
             assert all(
-                off(kept, np.stack([every[t]] * len(rows)))[i] > 10 * off(kept, wanted)[i]
+                off(stored_rows, np.stack([every[t]] * len(rows)))[i]
+                > 10 * off(stored_rows, expected)[i]
                 for t in every
                 for i in range(len(rows))
                 if t != pts[i]
@@ -274,10 +275,10 @@ def test_deep_verification_runs_a_model_once_for_all_of_its_outputs(
 
 
 def test_outputs_that_a_model_gives_one_at_a_time_are_verified(home: Path, videos: Path) -> None:
-    (asked,) = spec(BOTH)
-    asked["name"] = "two_outputs:either"
+    (teacher_spec,) = spec(BOTH)
+    teacher_spec["name"] = "two_outputs:either"
     for output in BOTH:
-        extract(videos, home / "s.zarr", [{**asked, "outputs": [output]}])
+        extract(videos, home / "s.zarr", [{**teacher_spec, "outputs": [output]}])
     result = verified(home / "s.zarr", 2, allow_teachers=["two_outputs:either"])
     assert result["findings"] == []
     assert {name: t["rows"] for name, t in result["deep"]["teachers"].items()} == {

@@ -79,28 +79,28 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def extract(videos: Path, out: Path, **changes: Any) -> dict[str, Any]:
     teacher = {"name": TEACHER, "options": OPTIONS, "outputs": ["logits", "features"]}
-    given = {"sources": [str(videos)], "out": out, "teachers": [teacher], "batch_size": 8,
+    values = {"sources": [str(videos)], "out": out, "teachers": [teacher], "batch_size": 8,
              "decoders": 1, "sampling": Sampling(every=1), **changes}  # fmt: skip
-    return extract_targets(ExtractConfig.model_validate(given), QUIET)
+    return extract_targets(ExtractConfig.model_validate(values), QUIET)
 
 
 def words(videos: Path, out: Path) -> list[str]:
-    """The same as a command."""
-    own = [w for k, v in OPTIONS.items() for w in ("--teacher-option", f"{k}={v}")]
+    """Return the words of the same command."""
+    teacher_options = [w for k, v in OPTIONS.items() for w in ("--teacher-option", f"{k}={v}")]
     outputs = ["--teacher", TEACHER, "--teacher-output", "logits,features"]
     sizes = ["--batch-size", "8", "--decoders", "1", "--every", "1"]
-    return ["extract-targets", str(videos), "--out", str(out), *outputs, *own, *sizes]
+    return ["extract-targets", str(videos), "--out", str(out), *outputs, *teacher_options, *sizes]
 
 
 def export(store: Path, out: Path, **more: Any) -> None:
-    given = {"store": str(store), "out": str(out), "encoding": f"pca:{COMPONENTS}", **more}
-    targets_export(ExportConfig.model_validate(given), QUIET)
+    values = {"store": str(store), "out": str(out), "encoding": f"pca:{COMPONENTS}", **more}
+    targets_export(ExportConfig.model_validate(values), QUIET)
 
 
 def files(store: Path, *patterns: str) -> dict[str, bytes]:
-    """The content of a store's files that fit one of the patterns, by path."""
-    found = {path for pattern in patterns for path in store.glob(pattern) if path.is_file()}
-    return {path.relative_to(store).as_posix(): path.read_bytes() for path in found}
+    """Return the content of a store's files that match one of the patterns, by path."""
+    paths = {path for pattern in patterns for path in store.glob(pattern) if path.is_file()}
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in paths}
 
 
 def rows_and_statistics(store: Path) -> dict[str, bytes]:
@@ -142,18 +142,18 @@ def test_new_videos_are_encoded_by_the_basis_of_the_store(home: Path, tmp_path: 
             plain = {p: render(f, View(resize=32, crop=32)) for _, p, f in reader.decode_plain()}
         images = torch.from_numpy(np.stack([plain[p] for p in pts])).permute(0, 3, 1, 2) / 255
         with torch.inference_mode():
-            given = module((images - norm[0]) / norm[1])
-        x = given["features"].double().numpy()
-        wanted = (x - mean) @ basis.T
+            outputs = module((images - norm[0]) / norm[1])
+        x = outputs["features"].double().numpy()
+        expected = (x - mean) @ basis.T
         stored = {
             a: store.read_stored("t.features", a, rows) for a in ("features", "scale", "offset")
         }
-        found = stored["offset"][:, None] + stored["scale"][:, None] * stored["features"]
+        coefficients = stored["offset"][:, None] + stored["scale"][:, None] * stored["features"]
         # Half a step of int8, and what float32 leaves.
-        assert (np.abs(found - wanted) <= 0.501 * stored["scale"][:, None] + 1e-5).all()
+        assert (np.abs(coefficients - expected) <= 0.501 * stored["scale"][:, None] + 1e-5).all()
         kept.append(store.outputs("t.features", rows))
-        np.testing.assert_allclose(kept[-1], mean + found @ basis, atol=1e-5)
-        np.testing.assert_allclose(store.outputs("t", rows), given["logits"], atol=0.01)
+        np.testing.assert_allclose(kept[-1], mean + coefficients @ basis, atol=1e-5)
+        np.testing.assert_allclose(store.outputs("t", rows), outputs["logits"], atol=0.01)
     assert sum(len(rows) for rows in kept) == sum(range(66, 76))
     every = store.outputs("t.features", store.committed_rows("t.features")).astype(np.float64)
     average, scale = store.statistics("t.features")
@@ -171,9 +171,9 @@ def test_killed_while_it_grows_the_store_becomes_that_of_an_undisturbed_run(
     commits = "commits/teachers/t.features/*/zarr.json"
     first, last = (len(list(store.glob(commits))) for store in (broken, whole))
     assert last >= first + 3
-    for wanted in (first + 1, first + 2):
+    for num_shards in (first + 1, first + 2):
         process = warm.Process(*words(home / "new", broken))
-        while process.poll() is None and len(list(broken.glob(commits))) < wanted:
+        while process.poll() is None and len(list(broken.glob(commits))) < num_shards:
             time.sleep(0.002)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -189,7 +189,7 @@ def test_killed_while_it_grows_the_store_becomes_that_of_an_undisturbed_run(
 def test_neither_workers_nor_the_order_of_listing_change_the_basis(
     home: Path, tmp_path: Path
 ) -> None:
-    """Nor any number that is read: one process and large shards against two and small ones."""
+    """Values that are read are also equal: one process with large shards against two with small."""
     listed = [f"{path}\n" for path in sorted((home / "old").iterdir())]
     (tmp_path / "old.txt").write_text("".join(listed[::-1]))
     extract(tmp_path / "old.txt", tmp_path / "two.zarr", workers=2, shard_rows=256)
@@ -199,11 +199,11 @@ def test_neither_workers_nor_the_order_of_listing_change_the_basis(
     codecs = [store.teacher("t.features").codec for store in (one, two)]
     np.testing.assert_array_equal(codecs[0].basis, codecs[1].basis)
     np.testing.assert_array_equal(codecs[0].mean, codecs[1].mean)
-    of = {Path(two.video_path(v)).name: v for v in range(two.n_videos)}
+    video_of = {Path(two.video_path(v)).name: v for v in range(two.n_videos)}
     names = [Path(one.video_path(v)).name for v in range(one.n_videos)]
-    assert [of[name] for name in names] != sorted(of.values())
+    assert [video_of[name] for name in names] != sorted(video_of.values())
     for video, name in enumerate(names):
-        rows = one.frames(video)[2], two.frames(of[name])[2]
+        rows = one.frames(video)[2], two.frames(video_of[name])[2]
         for teacher in ("t", "t.features"):
             a, b = (s.outputs(teacher, r) for s, r in zip((one, two), rows, strict=True))
             np.testing.assert_array_equal(a, b)

@@ -71,23 +71,23 @@ def said(of: ExtractConfig) -> tuple[dict[str, Any], str]:
 
 
 def content(path: Path, teacher: str) -> dict[str, tuple[Any, ...]]:
-    """Of each video its identity, frames and what the teacher said of them, to the bit."""
+    """Return the identity, frames and exact teacher outputs of each video."""
     store = TargetStore.open(path)
-    found = {}
+    records = {}
     for v in store.usable([teacher]).tolist():
         index, pts, rows = store.frames(v)
-        said = (
+        logits = (
             store.read_stored(teacher, "logits", rows).tobytes(),
             store.entropy(teacher, rows).tobytes(),
         )
-        found[store.video(v).path] = (
+        records[store.video(v).path] = (
             store.video(v).size,
             store.digest(v),
             index.tolist(),
             pts.tolist(),
-            *said,
+            *logits,
         )
-    return found
+    return records
 
 
 def sound(path: Path) -> bool:

@@ -146,9 +146,9 @@ def test_a_second_run_does_nothing_and_growth_touches_nothing(folder: Path, tmp_
     together = tmp_path / "both.zarr"
     extract_targets(config(folder, together, teachers=[SPEC, other]), QUIET)
     a, b = TargetStore.open(out), TargetStore.open(together)
-    of = {a.video(v).path: v for v in range(16)}
+    video_of = {a.video(v).path: v for v in range(16)}
     for v in b.usable():
-        rows_a, rows_b = a.frames(of[b.video(int(v)).path])[2], b.frames(int(v))[2]
+        rows_a, rows_b = a.frames(video_of[b.video(int(v)).path])[2], b.frames(int(v))[2]
         np.testing.assert_allclose(
             a.logits("second", rows_a), b.logits("second", rows_b), atol=0.02
         )
@@ -196,8 +196,10 @@ def test_failures_are_tried_again_on_request_alone(folder: Path, tmp_path: Path)
     again = extract_targets(config(folder, out, retry_failed=True), QUIET)
     assert (again["ok"], again["failed"]) == (14, 2)
     store = TargetStore.open(out)
-    of = {store.video(v).path: v for v in range(16)}
-    np.testing.assert_array_equal(store.frames(of["cut.mp4"])[0], store.frames(of["v8.mp4"])[0])
+    video_of = {store.video(v).path: v for v in range(16)}
+    np.testing.assert_array_equal(
+        store.frames(video_of["cut.mp4"])[0], store.frames(video_of["v8.mp4"])[0]
+    )
     assert list(verify(out, load_index(out))) == []
 
 
@@ -288,11 +290,11 @@ def test_hours_above_the_limit_are_refused_before_a_row_is_computed(
     assert load_index(tmp_path / "out/t.zarr").frame_commits == {}
     lines: list[str] = []
     monkeypatch.setattr(QUIET, "info", lines.append)
-    done = extract_targets(limited.model_copy(update={"max_hours": 1.0}), QUIET)
-    assert done["complete"]
+    result = extract_targets(limited.model_copy(update={"max_hours": 1.0}), QUIET)
+    assert result["complete"]
     # Each unreadable video is named where the run ends, next to the reason.
     assert all(any(name in line for line in lines) for name in ("cut.mp4", "playlist.mp4"))
-    assert done["new_rows"] > 0
+    assert result["new_rows"] > 0
     # Nothing is left to do, which takes no time.
     assert extract_targets(limited, QUIET)["new_rows"] == 0
 
@@ -357,5 +359,5 @@ def test_a_list_may_move_away_from_what_it_names(folder: Path, tmp_path: Path) -
     assert (grown["videos"], grown["ok"]) == (4, 3)
     assert extract_targets(config(listed, out, sources=[]), QUIET)["new_rows"] == 0
     store = TargetStore.open(out)
-    found = sorted(store.video_path(v) for v in store.usable().tolist())
-    assert found == [str(folder / f"v{i}.mp4") for i in (1, 2, 3)]
+    paths = sorted(store.video_path(v) for v in store.usable().tolist())
+    assert paths == [str(folder / f"v{i}.mp4") for i in (1, 2, 3)]

@@ -83,7 +83,7 @@ REAL = ["three times", "reversed", "two classes exchanged", "one class", "normal
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the teacher's module and videos/ of three videos."""
+    """Make a folder with the teacher's module and three videos in videos/."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "grown_teachers.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
@@ -101,14 +101,14 @@ def add_video(home: Path, number: int) -> None:
 
 def extract(home: Path, out: str = "s.zarr", **more: Any) -> dict[str, Any]:
     spec = TeacherSpec(name="grown_teachers:teacher", options={"name": "t", "input_size": "32"})
-    given = {
+    values = {
         "sources": [str(home / "videos")],
         "out": home / out,
         "teachers": [spec],
         "batch_size": 4,
         "decoders": 1,
     }
-    return extract_targets(ExtractConfig.model_validate({**given, **more}), QUIET)
+    return extract_targets(ExtractConfig.model_validate({**values, **more}), QUIET)
 
 
 def node(store: Path) -> Path:

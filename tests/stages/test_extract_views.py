@@ -87,7 +87,7 @@ STUDENT = ClipView(size=28)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with two videos of 96 × 64 pixels and the module of the teacher."""
+    """Make a folder with two videos of 96 × 64 pixels and the module of the teacher."""
     folder = tmp_path_factory.mktemp("views")
     (folder / "viewed.py").write_text(MODULE)
     (folder / "videos").mkdir()
@@ -108,14 +108,14 @@ def spec(views: list[str], name: str = "viewed:net", **more: Any) -> dict[str, A
 
 
 def extract(home: Path, out: str, *specs: dict[str, Any], **more: Any) -> dict[str, Any]:
-    given = {"sources": [str(home / "videos")], "out": home / out, "teachers": list(specs),
+    values = {"sources": [str(home / "videos")], "out": home / out, "teachers": list(specs),
              "batch_size": 4, "decoders": 1, "sampling": Sampling(every=2)}  # fmt: skip
-    return extract_targets(ExtractConfig.model_validate({**given, **more}), QUIET)
+    return extract_targets(ExtractConfig.model_validate({**values, **more}), QUIET)
 
 
 @pytest.fixture(scope="module")
 def stored(home: Path) -> TargetStore:
-    """All views of logits and features of both videos."""
+    """Return all views of logits and features of both videos."""
     extract(home, "all.zarr", spec(VIEWS))
     return TargetStore.open(home / "all.zarr")
 
@@ -124,7 +124,7 @@ def outputs_by_hand(video: Path) -> dict[str, dict[int, np.ndarray]]:
     """Outputs of each frame of a video by its pts, of a plain decode, as the store's are named."""
     from viewed import net  # type: ignore[import-not-found]
 
-    found: dict[str, dict[int, np.ndarray]] = {}
+    frames_of: dict[str, dict[int, np.ndarray]] = {}
     with av.open(str(video)) as container, torch.inference_mode():
         for frame in container.decode(video=0):
             picture = render(frame, View(resize=36, crop=32))
@@ -139,9 +139,9 @@ def outputs_by_hand(video: Path) -> dict[str, dict[int, np.ndarray]]:
                     name.replace("t", "t.features.grid4", 1): cells.permute(1, 2, 0),
                 }
                 for key, values in outputs.items():
-                    kept = values.numpy().astype(np.float16).astype(np.float32)
-                    found.setdefault(key, {})[frame.pts] = kept
-    return found
+                    rounded = values.numpy().astype(np.float16).astype(np.float32)
+                    frames_of.setdefault(key, {})[frame.pts] = rounded
+    return frames_of
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,8 @@ def test_each_view_is_stored_of_each_frame(stored: TargetStore, by_hand: Any) ->
         _, pts, rows = stored.frames(video)
         for name in names:
             read = stored.cells if "grid" in name else stored.outputs
-            wanted = np.stack([by_hand[video][name][t] for t in pts.tolist()])
-            np.testing.assert_array_equal(read(name, rows), wanted)
+            expected = np.stack([by_hand[video][name][t] for t in pts.tolist()])
+            np.testing.assert_array_equal(read(name, rows), expected)
         # Mirrored frames are others.
         assert (stored.outputs("t", rows) != stored.outputs("t.flip", rows)).any()
     for name in names[4:]:
@@ -219,7 +219,7 @@ def _rows(store: TargetStore, sample: Any) -> np.ndarray:
 
 
 def roi(cells: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """The average of cells [4, 4, D] of a unit square under a box, by the area of each."""
+    """Average cells [4, 4, D] of a unit square under a box, weighted by area."""
     top, left, bottom, right = box
     total, area = np.zeros(cells.shape[2]), 0.0
     for i in range(4):
@@ -259,8 +259,8 @@ def test_cells_are_averaged_under_the_crop(
             columns = [1 - columns[1], 1 - columns[0]]
         key = f"t.features.grid4{'.flip' if mirrored else ''}"
         (pts,) = s.picked_pts.tolist()
-        wanted = roi(by_hand[s.video][key][pts], (rows[0], columns[0], rows[1], columns[1]))
-        np.testing.assert_allclose(s.targets[name], wanted, rtol=1e-4, atol=1e-3)
+        expected = roi(by_hand[s.video][key][pts], (rows[0], columns[0], rows[1], columns[1]))
+        np.testing.assert_allclose(s.targets[name], expected, rtol=1e-4, atol=1e-3)
         assert np.abs(s.targets[name] - store.outputs(name, _rows(store, s))[0]).max() > 0.1
     assert flips == {False, True}
     # Held-out clips are cut from the middle.
@@ -268,8 +268,8 @@ def test_cells_are_averaged_under_the_crop(
     rows, columns = ([(36 * y / 32 - 2) / 32 for y in (2, 30)],
                      [(54 * x / 43 - 11) / 32 for x in (8, 36)])  # fmt: skip
     cells = by_hand[s.video]["t.features.grid4"][s.picked_pts.tolist()[0]]
-    wanted = roi(cells, (rows[0], columns[0], rows[1], columns[1]))
-    np.testing.assert_allclose(s.targets[name], wanted, rtol=1e-4, atol=1e-3)
+    expected = roi(cells, (rows[0], columns[0], rows[1], columns[1]))
+    np.testing.assert_allclose(s.targets[name], expected, rtol=1e-4, atol=1e-3)
 
 
 def test_clips_come_with_targets_of_their_crop(stored: TargetStore, home: Path) -> None:
@@ -353,8 +353,8 @@ def test_verification_sees_every_view(home: Path, stored: TargetStore) -> None:
             sums = "statistics/000000/zarr.json"
             shutil.copy(copy / f"teachers/t{kind}" / sums, copy / f"teachers/{wrong}" / sums)
         assert verify(copy)["findings"] == []
-        found = verify(copy, **deep)["findings"]
-        assert {f["teacher"] for f in found} == {wrong}
+        findings = verify(copy, **deep)["findings"]
+        assert {f["teacher"] for f in findings} == {wrong}
 
 
 def test_repair_fills_a_view_again(home: Path, stored: TargetStore) -> None:
@@ -390,12 +390,12 @@ def test_views_are_exported_and_merged(home: Path, stored: TargetStore) -> None:
     assert set(merged.attributes["requires"]) == {"flip", "features", "grid"}
     small = export("int8.zarr", encoding="int8")
     for name in stored.teachers:
-        mine = merged.values(name, merged.rows_of(np.arange(2)))
-        np.testing.assert_array_equal(mine, stored.values(name, rows))
+        merged_values = merged.values(name, merged.rows_of(np.arange(2)))
+        np.testing.assert_array_equal(merged_values, stored.values(name, rows))
         assert small.teachers[name].view == stored.teachers[name].view
-        wanted = stored.values(name, rows)
-        step = (wanted.max(1) - wanted.min(1)) / 255
-        assert (np.abs(small.values(name, rows) - wanted).max(1) <= step).all()
+        expected = stored.values(name, rows)
+        step = (expected.max(1) - expected.min(1)) / 255
+        assert (np.abs(small.values(name, rows) - expected).max(1) <= step).all()
     targets_export(ExportConfig(store=str(home / "all.zarr"), out=str(home / "all.h5")), QUIET)
     with h5py.File(home / "all.h5") as file:
         for name in stored.teachers:
@@ -406,8 +406,8 @@ def test_views_are_exported_and_merged(home: Path, stored: TargetStore) -> None:
         export("lonely.zarr", teachers=["t.flip"])
     with pytest.raises(UsageError, match=r"pca:2.*t\.features\.grid4"):
         export("pca.zarr", teachers=["t.features.grid4"], encoding="pca:2")
-    kept = export("pca.zarr", teachers=["t.features.flip", "t.features"], encoding="pca:2")
-    assert {t.encoding for t in kept.teachers.values()} == {"pca:2"}
+    exported = export("pca.zarr", teachers=["t.features.flip", "t.features"], encoding="pca:2")
+    assert {t.encoding for t in exported.teachers.values()} == {"pca:2"}
 
 
 def test_mirrored_teachers_are_not_learned_from(stored: TargetStore) -> None:

@@ -45,7 +45,7 @@ LENGTHS = {
 
 
 class StopsAt(Console):
-    """A screen whose user presses Ctrl-C in a certain step."""
+    """A console whose user presses Ctrl-C in a certain step."""
 
     def __init__(self, step: int) -> None:
         super().__init__(quiet=True)
@@ -156,7 +156,7 @@ def test_training_clips_are_pure_and_lie_inside_their_video(dataset: str) -> Non
     )
     keys = [(e, s) for e in range(3) for s in range(8)]
     forward = {key: first[key] for key in keys}
-    seen = set()
+    starts = set()
     for key in reversed(keys):
         row = second[key]
         assert torch.equal(row["clip"], forward[key]["clip"])
@@ -167,8 +167,8 @@ def test_training_clips_are_pure_and_lie_inside_their_video(dataset: str) -> Non
         name, number = row["name"].removesuffix(".mp4").split()
         assert 0 <= row["start"] <= max(LENGTHS[name][int(number)] - 4, 0)
         assert labels.classes[row["label"]] == name
-        seen.add(row["name"])
-    assert len(seen) == 6, "every readable training video is drawn in 24 clips of 7 videos"
+        starts.add(row["name"])
+    assert len(starts) == 6, "every readable training video is drawn in 24 clips of 7 videos"
     assert {name for row in forward.values() for name, _ in row["unreadable"]} == {"broken too.mp4"}
 
 
@@ -177,7 +177,7 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_workers(
 ) -> None:
     student, labels = load_student(finished[0]), load_labels(dataset)
     clips = EvaluationClips(labels, labels.test, ClipView(size=32), clip_frames=4, clips=10)
-    found = []
+    predictions = []
     for batch_size, workers in ((1, 0), (16, 0), (64, 2)):
         tables = Predictions.empty(
             labels.classes,
@@ -195,11 +195,11 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_workers(
             workers=workers,
             device=torch.device("cpu"),
         )
-        found.append(tables)
+        predictions.append(tables)
     with h5py.File(finished[0] / "predictions.h5") as file:
         stored = file["clip_scores"][:]
-    for tables in found:
-        assert tables.status == found[0].status
+    for tables in predictions:
+        assert tables.status == predictions[0].status
         np.testing.assert_allclose(tables.clip_scores, stored, atol=1e-4)
     readable = np.isfinite(stored).all(axis=(1, 2))
     np.testing.assert_allclose(stored[readable].sum(axis=2), 1, atol=1e-5)
@@ -219,7 +219,7 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_workers(
 
 
 class Crashing(EvaluationClips):
-    """As a decoder that crashes in C does: the whole process is gone."""
+    """End the whole process, like a decoder that crashes in C."""
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         if key[1] == 2:
@@ -323,10 +323,10 @@ def test_finetuning_begins_where_another_run_ended(
         0.0625,
     )
     assert sorted(result["tensors_left"]) == ["fc.bias", "fc.weight"]
-    shown = capfd.readouterr()
-    assert f"{result['tensors_loaded']} tensors" in shown.err
-    assert "broken.mp4" in shown.err
-    assert "top 1" in shown.out
+    captured = capfd.readouterr()
+    assert f"{result['tensors_loaded']} tensors" in captured.err
+    assert "broken.mp4" in captured.err
+    assert "top 1" in captured.out
     before, after = load_student(finished[0]), load_student(out)
     weights = "backbone.layer4.0.conv1.0.weight"
     torch.testing.assert_close(
@@ -334,11 +334,11 @@ def test_finetuning_begins_where_another_run_ended(
     )
     assert not torch.equal(after.head("label").weight, before.head("label").weight)
 
-    found = report(
+    reported = report(
         ReportConfig(folders=[str(finished[0]), str(out)], out=str(tmp_path / "report")),
         Console(quiet=True),
     )
-    assert [(d["run"], d["base"], d["videos"]) for d in found["differences"]] == [
+    assert [(d["run"], d["base"], d["videos"]) for d in reported["differences"]] == [
         ("second", "scratch", 5)
     ]
     wrong = {
@@ -395,8 +395,8 @@ def test_an_interrupted_evaluate_goes_on(
     them again."""
 
     def tested(out: Path, console: StopsAt) -> int:
-        """How many videos were."""
-        given = {
+        """Return the number of tested videos."""
+        values = {
             "runs": [str(finished[0])],
             "out": str(out),
             "device": "cpu",
@@ -404,7 +404,7 @@ def test_an_interrupted_evaluate_goes_on(
         }
         steps = console.steps_left
         with console:
-            evaluate(EvaluateConfig.model_validate(given), console)
+            evaluate(EvaluateConfig.model_validate(values), console)
         return steps - console.steps_left
 
     assert tested(tmp_path / "whole", StopsAt(99)) == 5

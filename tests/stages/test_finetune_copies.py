@@ -1,4 +1,4 @@
-"""Stage three on prepared copies, found by the paths of the originals that the labels name."""
+"""Stage three on prepared copies, looked up by the paths of the originals in the labels."""
 
 from __future__ import annotations
 
@@ -108,12 +108,12 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
     assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["copies"] == os.fspath(
         small
     )
-    found = Predictions.read(out / "predictions.h5")
-    assert found.protocol["copies"]["size"] == [37, 49]
+    predictions = Predictions.read(out / "predictions.h5")
+    assert predictions.protocol["copies"]["size"] == [37, 49]
     again = evaluate(EvaluateConfig(runs=[os.fspath(out)], device="cpu"), QUIET)
     assert again["metrics"] == result["metrics"]
     np.testing.assert_array_equal(
-        Predictions.read(out / "predictions.h5").clip_scores, found.clip_scores
+        Predictions.read(out / "predictions.h5").clip_scores, predictions.clip_scores
     )
     # null: the videos themselves, whatever the run was trained on.
     evaluate(
@@ -124,7 +124,7 @@ def test_finetune_and_evaluate_read_copies(folder: tuple[Path, Path], tmp_path: 
     )
     originals = Predictions.read(tmp_path / "o" / "predictions.h5")
     assert "copies" not in originals.protocol
-    assert 0 < np.abs(originals.clip_scores - found.clip_scores).max() < 0.2
+    assert 0 < np.abs(originals.clip_scores - predictions.clip_scores).max() < 0.2
 
 
 def test_labels_elsewhere_lists_and_links_find_the_copies(

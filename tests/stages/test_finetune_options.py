@@ -119,14 +119,14 @@ def test_a_test_on_videos_of_the_training_is_told_of(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Split 2 tests the five videos that split 1 trains on."""
-    given = {
+    values = {
         "runs": [str(runs[0] / "all/split1")],
         "out": str(tmp_path / "seen"),
         "split": 2,
         "device": "cpu",
     }
     with Console() as console:
-        evaluate(EvaluateConfig.model_validate(given), console)
+        evaluate(EvaluateConfig.model_validate(values), console)
     assert (
         "warning: 5 of 5 test videos are among those that the run was trained on"
         in capfd.readouterr().err
@@ -135,14 +135,14 @@ def test_a_test_on_videos_of_the_training_is_told_of(
     other.write_text(
         "path,label,split1\n0.mp4,blue,train\n1.mp4,red,train\n6.mp4,blue,test\n5.mp4,red,test\n"
     )
-    given |= {
+    values |= {
         "dataset": f"csv:{other}",
         "root": str(folder),
         "out": str(tmp_path / "unseen"),
         "split": None,
     }
     with Console() as console:
-        evaluate(EvaluateConfig.model_validate(given), console)
+        evaluate(EvaluateConfig.model_validate(values), console)
     assert "trained on" not in capfd.readouterr().err
 
 
@@ -210,12 +210,12 @@ def test_a_linear_probe_leaves_the_backbone(
     before, after = (load_student(path).state_dict() for path in (start, tmp_path / "probe"))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == name.startswith("backbone."), name
-    said = capfd.readouterr().err
-    assert "backbone frozen" in said
-    assert "2 (blue) to 3 (red)" in said
-    assert "always guessing 'red'" in said
-    assert "stem.0.weight [4, 3, 3, 7, 7] from stem.0.weight" in said
-    assert "left: fc.weight [2, 32]" in said
+    stderr = capfd.readouterr().err
+    assert "backbone frozen" in stderr
+    assert "2 (blue) to 3 (red)" in stderr
+    assert "always guessing 'red'" in stderr
+    assert "stem.0.weight [4, 3, 3, 7, 7] from stem.0.weight" in stderr
+    assert "left: fc.weight [2, 32]" in stderr
     assert result["train_videos_of_class"] == {"blue": 2, "red": 3}
     with pytest.raises(CheckpointError, match=r'freeze.*"backbone".*"none"'):
         finetune(
@@ -227,10 +227,10 @@ def test_an_inflated_run_keeps_the_filters_it_began_with(folder: Path, tmp_path:
     """For Figure 3: a ResNet-18 of 4 planes, with its squares, and what finetuning made of their
     copies."""
     options = StudentOptions(architecture="r3d_18", width=0.0625)
-    theirs = build_student(options, {"label": 2}).backbone.state_dict()
+    reference = build_student(options, {"label": 2}).backbone.state_dict()
     names = {video_name(name): name for name in resnet18(weights=None).state_dict()}
     squares = {
-        names[new]: t.mean(2) if t.ndim == 5 else t for new, t in theirs.items() if new in names
+        names[new]: t.mean(2) if t.ndim == 5 else t for new, t in reference.items() if new in names
     }
     torch.save(squares, tmp_path / "resnet18.pth")
     out = tmp_path / "inflated"
@@ -249,7 +249,7 @@ def test_shuffled_and_frozen_clips_have_the_frames_of_ordered_ones(
     folder: Path, runs: Any, tmp_path: Path
 ) -> None:
     """Held against the ordered clip, and the saved scores against the student called here."""
-    own = str(runs[0] / "all/split1")
+    run = str(runs[0] / "all/split1")
     labels = load_labels(f"csv:{folder / 'labels.csv'}")
     clips = {
         order: EvaluationClips(
@@ -276,17 +276,17 @@ def test_shuffled_and_frozen_clips_have_the_frames_of_ordered_ones(
     )
     with pytest.raises(UsageError, match=r"test\.frames=frozen.*--out"):
         evaluate(
-            EvaluateConfig.model_validate({"runs": [own], "test": {"frames": "frozen"}}), QUIET
+            EvaluateConfig.model_validate({"runs": [run], "test": {"frames": "frozen"}}), QUIET
         )
     # Into one folder: the results of one order are not taken for those of another.
     for order, given in (("frozen", frozen), ("shuffled", shuffled)):
         test = {"clips": 3, "frames": order, "workers": 0}
-        options = {"runs": [own], "out": str(tmp_path), "test": test, "device": "cpu"}
+        options = {"runs": [run], "out": str(tmp_path), "test": test, "device": "cpu"}
         evaluate(EvaluateConfig.model_validate(options), QUIET)
         with torch.no_grad():
-            expected = load_student(own)(normalize_clip(given[1::3]))["label"].softmax(dim=1)
-        found = Predictions.read(tmp_path / "predictions.h5").clip_scores[1]
-        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+            expected = load_student(run)(normalize_clip(given[1::3]))["label"].softmax(dim=1)
+        scores = Predictions.read(tmp_path / "predictions.h5").clip_scores[1]
+        np.testing.assert_allclose(scores, expected.numpy(), atol=1e-4)
     with pytest.raises(UsageError, match=r"test\.frames=shuffled"):
         EvaluationClips(
             labels,
@@ -302,22 +302,22 @@ def test_shuffled_and_frozen_clips_have_the_frames_of_ordered_ones(
 def test_three_crops_and_logits(
     folder: Path, runs: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Each view against a crop made here, the scores against the student called here."""
-    own = str(runs[0] / "all/split1")
+    """Views equal crops that the test makes, and scores those of the student that it calls."""
+    run = str(runs[0] / "all/split1")
     test = {"clips": 3, "crops": 3, "scores": "logits", "workers": 0}
     for key in ("clips", "crops", "scores"):
         with pytest.raises(UsageError, match=rf"test\.{key}={test[key]}.*--out"):
             evaluate(
-                EvaluateConfig.model_validate({"runs": [own], "test": {key: test[key]}}), QUIET
+                EvaluateConfig.model_validate({"runs": [run], "test": {key: test[key]}}), QUIET
             )
     evaluate(
         EvaluateConfig.model_validate(
-            {"runs": [own], "out": str(tmp_path), "test": test, "device": "cpu"}
+            {"runs": [run], "out": str(tmp_path), "test": test, "device": "cpu"}
         ),
         QUIET,
     )
-    found = Predictions.read(tmp_path / "predictions.h5")
-    assert found.clip_scores.shape == (4, 9, 2)
+    predictions = Predictions.read(tmp_path / "predictions.h5")
+    assert predictions.clip_scores.shape == (4, 9, 2)
     labels, view = load_labels(f"csv:{folder / 'labels.csv'}"), ClipView(size=32)
     one, three = (
         EvaluationClips(labels, labels.test, view, clip_frames=4, clips=3, crops=crops)[0, 1][
@@ -333,12 +333,12 @@ def test_three_crops_and_logits(
         for crop, left in enumerate((0, 8, 17)):
             expected = frames[start : start + 4, 2:34, left : left + 32].transpose(3, 0, 1, 2)
             np.testing.assert_array_equal(three[3 * clip + crop].numpy(), expected)
-    student = load_student(own)
+    student = load_student(run)
     with torch.no_grad():
         features = student.features(normalize_clip(three))
         logits = student.head("label")(features)
-    np.testing.assert_allclose(found.clip_scores[1], logits.numpy(), atol=1e-4)
-    np.testing.assert_allclose(found.features[1], features.numpy(), atol=1e-4)
+    np.testing.assert_allclose(predictions.clip_scores[1], logits.numpy(), atol=1e-4)
+    np.testing.assert_allclose(predictions.features[1], features.numpy(), atol=1e-4)
     with h5py.File(tmp_path / "predictions.h5") as file:
         np.testing.assert_allclose(file["video_scores"][1], logits.numpy().mean(axis=0), atol=1e-4)
         assert json.loads(file.attrs["protocol"])["scores"] == "logits"
@@ -377,10 +377,10 @@ def test_runs_are_fused_and_compared_without_decoding(
     assert set(compared["measures"]) == {"top1", "top5", "class_mean"}
     assert compared["classes"]["red"]["videos"] == 3
     assert json.loads((tmp_path / "c/result.json").read_text()) == compared
-    shown = capfd.readouterr().out
-    assert "late fusion of 1 × split1, 2 × b" in shown
-    assert "bootstrap over the 4 " in shown
-    assert "top 1 of each class" in shown
+    stdout = capfd.readouterr().out
+    assert "late fusion of 1 × split1, 2 × b" in stdout
+    assert "bootstrap over the 4 " in stdout
+    assert "top 1 of each class" in stdout
     for wrong, words in (
         ({"runs": [a, b]}, "--fuse.*--compare"),
         ({"runs": [a], "fuse": True}, "--fuse"),
@@ -461,19 +461,19 @@ def test_own_videos_get_classes_and_failures_reasons(
     with pytest.raises(SystemExit) as end:
         main([*command, "--json", "--device", "cpu", "--test-clips", "2"])
     assert end.value.code == 1, "one of the three could not be read"
-    shown = capsys.readouterr()
-    result = json.loads(shown.out)
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
     assert [Path(f["video"]).name for f in result["failed"]] == ["broken.mp4"]
-    assert "warning:" in shown.err
+    assert "warning:" in captured.err
     assert [Path(row["video"]).name for row in result["videos"]] == ["5.mp4", "6.mp4"]
     tested = Predictions.read(model / "predictions.h5")
     for row, name in zip(result["videos"], ("5.mp4", "6.mp4"), strict=True):
         scores = dict(
             zip(tested.classes, tested.video_scores[tested.videos.index(name)], strict=True)
         )
-        found = {best["class"]: best["probability"] for best in row["top"]}
-        assert found == pytest.approx(scores, abs=1e-4)
-        assert list(found.values()) == sorted(found.values(), reverse=True)
+        probabilities = {best["class"]: best["probability"] for best in row["top"]}
+        assert probabilities == pytest.approx(scores, abs=1e-4)
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
         assert row["frames"] == 8 + int(name[0])
     alone = predict(
         PredictConfig(model=str(model / "model.safetensors"), sources=[str(folder)], top=1), QUIET
@@ -494,14 +494,14 @@ def test_a_model_without_its_run_is_tested_on_what_it_is_given(
     alone.write_bytes((run_folder / "model.safetensors").read_bytes())
     with pytest.raises(UsageError, match=r"--dataset.*--out"):
         evaluate(EvaluateConfig(runs=[str(alone)]), QUIET)
-    given = {
+    values = {
         "runs": [str(alone)],
         "dataset": f"csv:{folder / 'labels.csv'}",
         "out": str(tmp_path),
         "device": "cpu",
     }
-    found = evaluate(EvaluateConfig.model_validate(given | {"test": {"clips": 2}}), QUIET)
-    assert found["metrics"] == runs[1]["splits"]["1"]["metrics"]
+    result = evaluate(EvaluateConfig.model_validate(values | {"test": {"clips": 2}}), QUIET)
+    assert result["metrics"] == runs[1]["splits"]["1"]["metrics"]
 
 
 STARTS = """
@@ -527,21 +527,21 @@ def test_the_console_script_starts_from_a_function_in_the_working_folder(
     words = "finetune --init own_narrow_start:narrow --device cpu --frames 4 --size 32 --epochs 1"
     words += " --epoch-clips 4 --batch-size 4 --workers 0 --test-clips 1 --out run --json"
     dataset = f"csv:{folder / 'labels.csv'}"
-    done = warm.run(*words.split(), "--dataset", dataset, code=code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    process = warm.run(*words.split(), "--dataset", dataset, code=code, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
     assert (result["init"], result["tensors_loaded"]) == ("own_narrow_start:narrow", 120)
 
 
 def test_presets_are_the_papers() -> None:
     for name in ("hmdb51", "ucf101"):
         options = {"root": "videos", "out": "run"}
-        found = load_config(FinetuneConfig, "finetune", preset=name, options=options)
-        loop = found.loop
-        assert (found.dataset, found.split) == (name, 1)
+        preset_config = load_config(FinetuneConfig, "finetune", preset=name, options=options)
+        loop = preset_config.loop
+        assert (preset_config.dataset, preset_config.split) == (name, 1)
         assert (loop.lr, loop.gamma, loop.step_epochs, loop.epochs) == (0.002, 0.1, 2, 8)
         assert (loop.epoch_clips, loop.weight_decay) == (40_000, 0.005)
-        assert found.test.protocol() == {
+        assert preset_config.test.protocol() == {
             "clips": 10,
             "crops": 1,
             "scores": "softmax",

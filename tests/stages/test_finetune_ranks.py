@@ -107,8 +107,8 @@ def test_two_processes_train_and_test_as_one(dataset: str, tmp_path: Path) -> No
 def test_every_process_tests_the_model_that_is_saved(dataset: str, tmp_path: Path) -> None:
     """Batch statistics differ between processes until those of the first are everybody's."""
     finetune(config(dataset, tmp_path / "run", freeze="none", gpus=2), QUIET)
-    given = {"runs": [str(tmp_path / "run")], "out": str(tmp_path / "again"), "device": "cpu"}
-    evaluate(EvaluateConfig.model_validate(given), QUIET)
+    values = {"runs": [str(tmp_path / "run")], "out": str(tmp_path / "again"), "device": "cpu"}
+    evaluate(EvaluateConfig.model_validate(values), QUIET)
     two, one = (Predictions.read(tmp_path / name / "predictions.h5") for name in ("run", "again"))
     assert two.identity["weights"] == one.identity["weights"]
     np.testing.assert_allclose(two.clip_scores, one.clip_scores, atol=1e-6)

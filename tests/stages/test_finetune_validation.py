@@ -165,25 +165,25 @@ def test_a_search_trains_the_chosen_options_on_both_sides(
     """Its weights are those of a plain run with these options, on split 2, whose train side has the
     videos of both."""
     run, result = searched
-    found = result["search"]
-    assert [each["options"] for each in found["candidates"]] == [
+    search = result["search"]
+    assert [each["options"] for each in search["candidates"]] == [
         {"loop.lr": lr} for lr in (1e-05, 0.02, 1e30)
     ]
-    assert found["candidates"][2]["failed"], "a diverging rate loses"
-    chosen = min(found["candidates"], key=lambda each: each["loss"] or np.inf)
-    assert found["chosen"] == chosen["options"]
-    assert found["epochs"] == chosen["best_epoch"]
-    assert [each["epochs"] for each in found["candidates"]] == [2, 2, 1]
+    assert search["candidates"][2]["failed"], "a diverging rate loses"
+    chosen = min(search["candidates"], key=lambda each: each["loss"] or np.inf)
+    assert search["chosen"] == chosen["options"]
+    assert search["epochs"] == chosen["best_epoch"]
+    assert [each["epochs"] for each in search["candidates"]] == [2, 2, 1]
     assert result["train_videos"] == 10
-    assert result["epochs"] == found["epochs"]
+    assert result["epochs"] == search["epochs"]
     assert not (run / "search").exists()
     assert result["test_looks"] == 1
-    lr = found["chosen"]["loop.lr"]
+    lr = search["chosen"]["loop.lr"]
     # The order of the videos decides the draws: train, then validation.
     lines = (data / "labels.csv").read_text().splitlines()
     ordered = [line for side in (",train,t", ",val,", ",test,") for line in lines if side in line]
     (data / "both.csv").write_text("\n".join([lines[0], *ordered]).replace(",val,", ",train,"))
-    loop_options = {"lr": lr, "epochs": found["epochs"]}
+    loop_options = {"lr": lr, "epochs": search["epochs"]}
     finetune(config(data, tmp_path / "plain", "both.csv", loop=loop_options), QUIET)
     assert equal(weights(run), weights(tmp_path / "plain"))
 
@@ -249,7 +249,7 @@ def test_what_cannot_be_chosen_by_is_an_error(
 
 
 def test_a_dry_run_shows_the_first_batch_and_trains_nothing(data: Path, tmp_path: Path) -> None:
-    """Its picture has the frames of the first clips of the run, a row each."""
+    """The picture has the frames of the first clips of the run, one row per clip."""
     result = finetune(config(data, tmp_path / "run", dry_run=True), QUIET)
     assert (result["steps"], result["clips"]) == (4, 16)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["first-batch.png"]
@@ -260,8 +260,8 @@ def test_a_dry_run_shows_the_first_batch_and_trains_nothing(data: Path, tmp_path
     for number in range(4):
         clip = clips[(0, number)]["clip"]
         top = GAP + number * (SIDE + GAP)
-        shown = picture[top : top + SIDE, GAP : GAP + SIDE].mean(axis=(0, 1))
-        assert shown == pytest.approx(clip[:, 0].float().mean(dim=(1, 2)).numpy(), abs=3)
+        colour = picture[top : top + SIDE, GAP : GAP + SIDE].mean(axis=(0, 1))
+        assert colour == pytest.approx(clip[:, 0].float().mean(dim=(1, 2)).numpy(), abs=3)
 
 
 def test_a_class_on_the_validation_side_alone_is_refused(data: Path, tmp_path: Path) -> None:

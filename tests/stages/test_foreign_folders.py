@@ -55,7 +55,7 @@ TEACHER = {
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the commands are given besides the folder."""
+    """The inputs of the commands, in addition to the folder."""
 
     store: Path
     videos: Path
@@ -130,7 +130,7 @@ COMMANDS: dict[str, Callable[[Inputs, Path], object]] = {
 
 
 def _finished_run(given: Inputs) -> Path:
-    """A folder that a report takes: the record of a student, without results."""
+    """Make a folder that a report accepts: the record of a student, without results."""
     run = given.labels.parent / "run"
     write_config(
         run / "config.yaml", "train-student", TrainConfig(store=str(given.store), out=str(run))
@@ -245,13 +245,13 @@ def test_folders_next_to_a_store_are_left_alone(inputs: Inputs, tmp_path: Path) 
 
 
 def test_the_demo_leaves_a_store_of_other_videos_alone(inputs: Inputs, tmp_path: Path) -> None:
-    own = tmp_path / "mine" / "targets.zarr"
-    targets_export(ExportConfig(store=str(inputs.store), out=str(own)), QUIET)
-    before = held(own.parent)
+    target = tmp_path / "mine" / "targets.zarr"
+    targets_export(ExportConfig(store=str(inputs.store), out=str(target)), QUIET)
+    before = held(target.parent)
     with pytest.raises(UsageError, match=r"targets\.zarr"):
-        demo(DemoConfig(out=own.parent), QUIET)
-    assert held(own.parent) == before
-    assert TargetStore.open(own).n_videos == TargetStore.open(inputs.store).n_videos
+        demo(DemoConfig(out=target.parent), QUIET)
+    assert held(target.parent) == before
+    assert TargetStore.open(target).n_videos == TargetStore.open(inputs.store).n_videos
 
 
 def test_predictions_are_kept_unless_a_test_of_ours_wrote_them(tmp_path: Path) -> None:
@@ -279,10 +279,10 @@ def test_a_folder_of_copies_is_known_by_its_marker_and_one_that_was_only_claimed
     (out / ".partial").mkdir(parents=True)
     (out / ".partial" / "lock").touch()
     (out / ".partial" / MARKER).write_text("{")  # killed before it was moved into place
-    given = Inputs(tmp_path, tmp_path / "videos", tmp_path, tmp_path)
-    COMMANDS["prepare"](given, out)
+    folder_inputs = Inputs(tmp_path, tmp_path / "videos", tmp_path, tmp_path)
+    COMMANDS["prepare"](folder_inputs, out)
     (out / ".partial" / "123-0").write_bytes(b"half a copy")
-    COMMANDS["prepare"](given, out)
+    COMMANDS["prepare"](folder_inputs, out)
     assert {path.name for path in (out / ".partial").iterdir()} == {"lock"}
     assert (out / "videos" / "v.mp4.mp4").is_file()
 

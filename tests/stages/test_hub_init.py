@@ -38,7 +38,7 @@ ADDRESS = "hf://org/name"
 
 @pytest.fixture
 def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a repository's newest commit in an offline cache, with a student's file."""
+    """Make the folder of a repository's newest commit in an offline cache, with a student."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -130,14 +130,14 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.asked.append(f"{self.command} {self.path}")
-        known = re.fullmatch(rf"/org/name/resolve/(main|{COMMIT})/model.safetensors", self.path)
-        self.send_response(200 if known else 404)
-        if known:
+        match = re.fullmatch(rf"/org/name/resolve/(main|{COMMIT})/model.safetensors", self.path)
+        self.send_response(200 if match else 404)
+        if match:
             self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
             self.send_header("X-Repo-Commit", COMMIT)
         else:
             self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", str(len(self.content) if known else 0))
+        self.send_header("Content-Length", str(len(self.content) if match else 0))
         self.end_headers()
 
     def do_GET(self) -> None:
@@ -178,16 +178,16 @@ for address in sys.argv[1:]:
         environment = {k: v for k, v in environment.items() if k != "HF_HUB_OFFLINE"}
 
         addresses = [ADDRESS, f"{ADDRESS}@{COMMIT}", "hf://org/other"]
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", script, *addresses],
             env=environment, capture_output=True, text=True,
         )  # fmt: skip
     finally:
         server.shutdown()
-    assert done.returncode == 0, done.stderr
-    first, again, missing = done.stdout.splitlines()
-    wanted = sum(float(p.detach().double().sum()) for p in load_student(file).parameters())
-    assert (float(first), float(again)) == (wanted, wanted)
+    assert process.returncode == 0, process.stderr
+    first, again, missing = process.stdout.splitlines()
+    expected = sum(float(p.detach().double().sum()) for p in load_student(file).parameters())
+    assert (float(first), float(again)) == (expected, expected)
     fetched = [line for line in Hub.asked if line.startswith("GET") and "resolve" in line]
     assert fetched == ["GET /org/name/resolve/main/model.safetensors"]
     assert missing.startswith("hf://org/other")

@@ -63,17 +63,17 @@ def test_each_stage_names_its_result_and_a_next_command_that_parses(
         "held_out": 0.4,
     }
     console = Recorder()
-    made = train_student(TrainConfig.model_validate({**values, "loop": LOOP}), console)
-    assert any(made["student"] in line for line in console.lines)
-    assert made["held_out_videos"] > 1
-    share = made["most_frequent_class"]["sure"]
-    assert share * made["held_out_videos"] == pytest.approx(
-        round(share * made["held_out_videos"])
+    result = train_student(TrainConfig.model_validate({**values, "loop": LOOP}), console)
+    assert any(result["student"] in line for line in console.lines)
+    assert result["held_out_videos"] > 1
+    share = result["most_frequent_class"]["sure"]
+    assert share * result["held_out_videos"] == pytest.approx(
+        round(share * result["held_out_videos"])
     ), "of one clip per video"
     (shown,) = [line for line in console.lines if "most frequent class" in line]
     assert f"{100 * share:.1f} %" in shown
-    assert f"{100 * made['held_out']['agreement/sure']:.1f} %" in shown
-    (line,) = made["next"]
+    assert f"{100 * result['held_out']['agreement/sure']:.1f} %" in shown
+    (line,) = result["next"]
     assert options_of(line)["init"] == str(run)
 
     caplog.set_level("INFO", logger="distinit")

@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(folder: Path, tmp_path: Path) -> Path:
-    """The finished run, for a test to harm."""
+    """Copy the finished run, for a test that changes it."""
     return Path(shutil.copytree(folder / "one", tmp_path / "given" / "run"))
 
 

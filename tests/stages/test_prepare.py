@@ -137,11 +137,11 @@ def test_odd_names_failures_changes_and_replacements(tmp_path: Path) -> None:
     result = run(source, tmp_path / "list.txt", out=out)
     assert (result["videos"], result["ok"], result["failed"]) == (7, 5, 2)
     assert result["failures"] == {"not a video container FFmpeg knows": 1, "no such file": 1}
-    found = table(out)
-    assert {path for path, row in found.items() if row["status"] == "ok"} == {
+    rows = table(out)
+    assert {path for path, row in rows.items() if row["status"] == "ok"} == {
         "-dash/ a,b.avi", "line%0Abreak.mkv", "%FF%FE.mp4", "x.mp4", "clips/x.mp4",
     }  # fmt: skip
-    assert found["gone.mp4"]["reason"] == "no such file"
+    assert rows["gone.mp4"]["reason"] == "no such file"
     for name in good:
         path = os.fsdecode(os.path.join(os.fsencode(out / "clips"), name + b".mp4"))
         assert len(read_copy(path, np.arange(20), None).images) == 20
@@ -227,15 +227,15 @@ def test_killed_at_any_moment_and_run_again(
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    there = stamps(out)
-    for name in there:  # what is there is whole
+    stamps_before = stamps(out)
+    for name in stamps_before:  # what is there is whole
         frames = len(read_map(str(out / name)))
         assert len(read_copy(str(out / name), np.arange(frames), None).images) == frames
-    done = warm.run(*words)
-    result = json.loads(done.stdout)
+    command = warm.run(*words)
+    result = json.loads(command.stdout)
     assert (result["ok"], result["failed"]) == (12, 0)
-    assert result["new"] <= 12 - len(there)
-    assert there.items() <= stamps(out).items()
+    assert result["new"] <= 12 - len(stamps_before)
+    assert stamps_before.items() <= stamps(out).items()
     assert not [path for path in (out / ".partial").iterdir() if path.name != "lock"]
     for name in stamps(
         copies
@@ -255,9 +255,9 @@ def test_held_out_clips_come_from_copies_too(tiny_store, copies: Path) -> None:
     )  # fmt: skip
     view = ClipView(size=32, resize=(40, 60))
     ours = StudentClips(sampler, view, {"videos": os.fspath(copies / "videos")})
-    theirs = StudentClips(sampler, view)
+    original_clips = StudentClips(sampler, view)
     for sample in range(12):
-        a, b = ours[0, sample], theirs[0, sample]
+        a, b = ours[0, sample], original_clips[0, sample]
         assert (a["video"], a["start"]) == (b["video"], b["start"])
         assert (a["clip"].int() - b["clip"].int()).abs().float().mean() < 5
 
@@ -275,16 +275,16 @@ def test_damaged_copies_are_made_again(flow: bool, tmp_path: Path) -> None:
         shutil.copyfile(videos / "v00.mp4", videos / f"v{number:02d}.mp4")
     changes: dict[str, Any] = {"flow": True, "copies": {"size": (32, 48)}} if flow else {}
     assert run(videos, out=out, **changes)["ok"] == 34
-    made = sorted(path for path in out.rglob("v*") if path.suffix in (".mp4", ".h5"))
-    whole = {path: path.read_bytes() for path in made}
-    for number, path in enumerate(made[2:]):
+    outputs = sorted(path for path in out.rglob("v*") if path.suffix in (".mp4", ".h5"))
+    whole = {path: path.read_bytes() for path in outputs}
+    for number, path in enumerate(outputs[2:]):
         data = bytearray(whole[path])
-        at = (0, -1, *rng.integers(0, len(data), 40).tolist())[number]
-        data[at] ^= 1 << int(rng.integers(8))
+        position = (0, -1, *rng.integers(0, len(data), 40).tolist())[number]
+        data[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(data)
     again = run(videos, out=out, **changes)
     assert (again["new"], again["ok"], again["failed"]) == (32, 34, 0)
-    assert [path for path in made if path.read_bytes() != whole[path]] == []
+    assert [path for path in outputs if path.read_bytes() != whole[path]] == []
     assert run(videos, out=out, **changes)["new"] == 0
 
 
@@ -300,8 +300,8 @@ def test_a_damaged_copy_without_its_source_is_kept(tmp_path: Path) -> None:
     data[10] ^= 1
     copy.write_bytes(data)
     (videos / "b.mp4").unlink()
-    found = run(tmp_path / "list.txt", out=out)
-    assert (found["ok"], found["failed"], found["new"]) == (1, 1, 0)
+    result = run(tmp_path / "list.txt", out=out)
+    assert (result["ok"], result["failed"], result["new"]) == (1, 1, 0)
     assert copy.read_bytes() == data
 
 

@@ -119,13 +119,13 @@ def test_trained_videos_are_known_after_they_moved(
     for i in range(6 if prefix else 0):
         (data / f"{i}.mp4").rename(data / f"x{i}.mp4")
     other = write_labels(data, ("test",) * 4 + ("train",) * 2, prefix, "split2")
-    found = evaluated(run, dataset=other, split=2, out=str(tmp_path / "out"))
-    assert found["overlap"]["test_videos_trained_on"] == 4
-    assert json.loads((tmp_path / "out/result.json").read_text())["overlap"] == found["overlap"]
+    result = evaluated(run, dataset=other, split=2, out=str(tmp_path / "out"))
+    assert result["overlap"]["test_videos_trained_on"] == 4
+    assert json.loads((tmp_path / "out/result.json").read_text())["overlap"] == result["overlap"]
     assert "4 of 4 test videos" in capfd.readouterr().err
     unseen = write_labels(data, ("train",) * 4 + ("test",) * 2, prefix, "split2")
-    found = evaluated(run, dataset=unseen, split=2, out=str(tmp_path / "unseen"))
-    assert found["overlap"]["test_videos_trained_on"] == 0
+    result = evaluated(run, dataset=unseen, split=2, out=str(tmp_path / "unseen"))
+    assert result["overlap"]["test_videos_trained_on"] == 0
 
 
 def test_a_rewritten_label_file_does_not_overwrite_the_result(
@@ -140,11 +140,11 @@ def test_a_rewritten_label_file_does_not_overwrite_the_result(
         tuned(dataset, run, resume=True)
     assert files(run) == before
     capfd.readouterr()
-    found = evaluated(run, out=str(tmp_path / "out"))
-    assert found["overlap"]["test_videos_trained_on"] == 2
-    told = capfd.readouterr().err
-    assert "labels.csv" in told
-    assert "2 of 2 test videos are among" in told
+    result = evaluated(run, out=str(tmp_path / "out"))
+    assert result["overlap"]["test_videos_trained_on"] == 2
+    stderr = capfd.readouterr().err
+    assert "labels.csv" in stderr
+    assert "2 of 2 test videos are among" in stderr
     assert files(run) == before
     write_labels(data)
     assert evaluated(run)["metrics"]["videos"] == 2
@@ -153,7 +153,7 @@ def test_a_rewritten_label_file_does_not_overwrite_the_result(
 def test_a_run_that_recorded_nothing_refuses_other_labels_by_its_checkpoint(
     mine: tuple[Path, Path],
 ) -> None:
-    """As runs of 0.1 are."""
+    """Remove what runs of version 0.1 do not have."""
     data, run = mine
     for name in ("labels.json", "seen_videos.npz"):
         (run / name).unlink()
@@ -185,16 +185,18 @@ def test_equal_ends_are_no_leak_of_another_data_set(
     paths = [str(tmp_path / f"{name}.y4m") for name in "ab"]
     for name, path in zip("ab", paths, strict=True):
         Path(path).write_bytes(ends + name.encode() * 1000 + ends)
-    seen = SeenVideos.from_digests(["ab" * 16], paths[:1])
-    seen.write(tmp_path)
+    seen_videos = SeenVideos.from_digests(["ab" * 16], paths[:1])
+    seen_videos.write(tmp_path)
     again = SeenVideos.read(tmp_path)
     assert again is not None
     digests = [digest(path) for path in paths]
     assert digests[0] == digests[1]
-    own = SeenVideos.from_digests(digests[:1], paths[:1])
-    assert own.stages(digests, paths) == [{1}, set()]
+    own_videos = SeenVideos.from_digests(digests[:1], paths[:1])
+    assert own_videos.stages(digests, paths) == [{1}, set()]
     os.unlink(paths[0])
-    assert own.stages(digests[1:], paths[1:]) == [{1}], "the digest is all that is left of it"
+    assert own_videos.stages(digests[1:], paths[1:]) == [{1}], (
+        "the digest is all that is left of it"
+    )
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\3\4"])
@@ -246,9 +248,9 @@ def test_what_cannot_be_written_is_found_before_the_test(
     ):
         process = warm.Process(*words, limits={"RLIMIT_FSIZE": (0, 0)}, terminal=theirs)
         assert process.wait() == 2
-        said = os.read(ours, 1 << 16)
-        assert b"testing" not in said
-        assert str(place).encode() in said.splitlines()[-1]
+        message = os.read(ours, 1 << 16)
+        assert b"testing" not in message
+        assert str(place).encode() in message.splitlines()[-1]
     os.close(ours)
     os.close(theirs)
 
@@ -279,9 +281,9 @@ def test_predict_takes_two_folders_of_one_name(data: Path, run: Path, tmp_path: 
         str(tmp_path / "b/clips"),
         str(tmp_path / "a/clips"),
     ]
-    given = {"model": str(run), "sources": sources, "device": "cpu", "test": TINY["test"]}
-    found = predict(PredictConfig.model_validate(given), QUIET)
-    assert [row["video"] for row in found["videos"]] == [
+    values = {"model": str(run), "sources": sources, "device": "cpu", "test": TINY["test"]}
+    result = predict(PredictConfig.model_validate(values), QUIET)
+    assert [row["video"] for row in result["videos"]] == [
         str(tmp_path / name / "clips/1.mp4") for name in "ab"
     ]
 
@@ -300,12 +302,12 @@ def test_a_report_removes_what_an_earlier_one_wrote(data: Path, run: Path, tmp_p
 
 
 def trained(store: Any, out: Path, **changes: Any) -> dict[str, Any]:
-    given = {
+    values = {
         "store": str(store.path), "out": str(out), "student": TINY["student"],
         "clips": {"clip_frames": 8, "size": 32, "resize": [40, 60]}, "loop": TINY["loop"],
     }  # fmt: skip
     with Console() as console:
-        return train_student(TrainConfig.model_validate(given | changes), console)
+        return train_student(TrainConfig.model_validate(values | changes), console)
 
 
 def test_test_videos_of_a_students_corpus_are_counted(
@@ -345,9 +347,9 @@ def test_test_videos_of_a_students_corpus_are_counted(
     assert summary["excluded_videos"] == 2
     assert "2 of 12 videos" in capfd.readouterr().err
     assert json.loads((tmp_path / "careful/result.json").read_text())["excluded_videos"] == 2
-    seen = SeenVideos.read(tmp_path / "careful")
-    assert seen is not None
-    assert {os.path.basename(path) for path in seen.paths} == {
+    seen_videos = SeenVideos.read(tmp_path / "careful")
+    assert seen_videos is not None
+    assert {os.path.basename(path) for path in seen_videos.paths} == {
         v.name for v in videos[:4] + videos[6:]
     }
     result = tuned(dataset, tmp_path / "clean", init=str(tmp_path / "careful"), **strict)
@@ -364,8 +366,8 @@ def test_leave_out_takes_lists_and_labels_and_refuses_what_names_nothing(
         with pytest.raises(UsageError, match=r"l\.txt"):
             exclude(store, str(tmp_path / "l.txt"), None, {})
     (tmp_path / "l.txt").write_bytes(("# comment\r\n" + "\r\n".join(names) + "\r\n\r\n").encode())
-    found = exclude(store, str(tmp_path / "l.txt"), None, {})
-    assert found.videos.tolist() == [0, 1, 2]
+    excluded = exclude(store, str(tmp_path / "l.txt"), None, {})
+    assert excluded.videos.tolist() == [0, 1, 2]
     with pytest.raises(UsageError, match="--split 1"):
         exclude(store, str(tmp_path / "l.txt"), 1, {})
     (tmp_path / "l.txt").write_bytes("\r\n".join(names).encode("utf-16"))

@@ -1,4 +1,4 @@
-"""One command at a time writes into a folder; those that read it do not ask."""
+"""One command at a time writes into a folder; commands that read it take no lock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOOP = {"batch_size": 4, "epochs": 1, "epoch_clips": 4, "workers": 0, "threads":
 
 
 class Folder:
-    """A corpus, its labels, and a finished run to begin from."""
+    """A corpus, its labels, and a finished run to start from."""
 
     def __init__(self, store: Any, root: Path) -> None:
         self.store, self.root = store, root

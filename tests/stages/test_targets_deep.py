@@ -39,7 +39,7 @@ from torch import nn
 def teacher():
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
 """
-"""Of random weights: which ones, a file says."""
+"""Random weights, by the number in a file."""
 FACTORY = "deep_teachers:teacher"
 
 
@@ -87,11 +87,11 @@ def extract(made: Path, name: str, encoding: str, **more: Any) -> None:
     extract_targets(ExtractConfig.model_validate({**config, **size, **more}), QUIET)
 
 
-def deep(made: Path, *, weights: str = "weights1.pt", **more: Any) -> dict[str, Any]:
-    given = {name: str(made / weights) for name in ("one", "small")}
-    more = {"allow_teachers": [FACTORY], **more}
+def deep(made: Path, *, weights: str = "weights1.pt", **options: Any) -> dict[str, Any]:
+    weights_files = {name: str(made / weights) for name in ("one", "small")}
+    options = {"allow_teachers": [FACTORY], **options}
     return targets_verify(
-        VerifyConfig(store=str(made / "s.zarr"), deep=99, weights=given, **more), QUIET
+        VerifyConfig(store=str(made / "s.zarr"), deep=99, weights=weights_files, **options), QUIET
     )
 
 
@@ -139,15 +139,15 @@ def test_the_command_names_another_teacher_and_a_changed_video(made: Path) -> No
         f"small={made}/weights2.pt",
     ]
     words += ["--allow-teacher", FACTORY]
-    done = warm.run(*words)
-    assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)["findings"]
-    assert len(found) == 3
-    assert found[0]["teacher"] == "small"
-    assert "not the teacher that was extracted: its sha256 is" in found[0]["what"]
-    assert "v1.mp4: changed, its digest is" in found[1]["what"]
-    assert "v2.mp4: no such file" in found[2]["what"]
-    assert all(f["what"] in done.stderr for f in found)
+    process = warm.run(*words)
+    assert process.returncode == 1, process.stderr
+    findings = json.loads(process.stdout)["findings"]
+    assert len(findings) == 3
+    assert findings[0]["teacher"] == "small"
+    assert "not the teacher that was extracted: its sha256 is" in findings[0]["what"]
+    assert "v1.mp4: changed, its digest is" in findings[1]["what"]
+    assert "v2.mp4: no such file" in findings[2]["what"]
+    assert all(f["what"] in process.stderr for f in findings)
 
 
 def test_rows_of_another_frame_are_found_though_every_digest_is_right(made: Path) -> None:
@@ -168,21 +168,21 @@ def test_rows_of_another_frame_are_found_though_every_digest_is_right(made: Path
         record.update(size=len(data), blake2b=digest_bytes(data))
     node.write_bytes(seal(document))
     assert targets_verify(VerifyConfig(store=str(store)), QUIET)["ok"]
-    (found,) = deep(made)["findings"]
-    assert (found["teacher"], found["shard"]) == ("one", shard)
-    assert "v0.mp4: the teacher computes different logits of 2 frames" in found["what"]
+    (finding,) = deep(made)["findings"]
+    assert (finding["teacher"], finding["shard"]) == ("one", shard)
+    assert "v0.mp4: the teacher computes different logits of 2 frames" in finding["what"]
 
 
 def test_what_is_missing_is_asked_for(made: Path) -> None:
-    found = targets_verify(VerifyConfig(store=str(made / "s.zarr"), deep=1), QUIET)["findings"]
-    assert [f["teacher"] for f in found] == ["one", "small"]
-    assert f"--allow-teacher '{FACTORY}'" in found[0]["what"]
-    found = targets_verify(
+    findings = targets_verify(VerifyConfig(store=str(made / "s.zarr"), deep=1), QUIET)["findings"]
+    assert [f["teacher"] for f in findings] == ["one", "small"]
+    assert f"--allow-teacher '{FACTORY}'" in findings[0]["what"]
+    findings = targets_verify(
         VerifyConfig(store=str(made / "s.zarr"), deep=1, allow_teachers=[FACTORY]), QUIET
     )["findings"]
-    assert [f["teacher"] for f in found] == ["one", "small"]
-    assert "weights1.pt" in found[0]["what"]
-    assert "--teacher-weights" in found[0]["what"]
+    assert [f["teacher"] for f in findings] == ["one", "small"]
+    assert "weights1.pt" in findings[0]["what"]
+    assert "--teacher-weights" in findings[0]["what"]
     with pytest.raises(UsageError, match="it has: one, small"):
         targets_verify(
             VerifyConfig(store=str(made / "s.zarr"), deep=1, weights={"other": "x"}), QUIET

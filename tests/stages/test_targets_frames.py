@@ -89,12 +89,12 @@ def test_frames_that_the_files_do_not_have_are_found_and_made_again(
     shutil.copytree(tmp_path / "fresh.zarr", tmp_path / "old.zarr")
     spoil(tmp_path / "old.zarr")
     assert targets_verify(VerifyConfig(store=str(tmp_path / "old.zarr")), QUIET)["ok"]
-    found = targets_verify(
+    result = targets_verify(
         VerifyConfig(store=str(tmp_path / "old.zarr"), frames=True, repair=True), QUIET
     )
-    named = {Path(finding["what"].split(":")[0]).name for finding in found["findings"]}
+    named = {Path(finding["what"].split(":")[0]).name for finding in result["findings"]}
     assert named == {"copied.mp4", "small.mp4"}
-    assert found["dropped"] > 0
+    assert result["dropped"] > 0
     extract(videos, tmp_path / "old.zarr")
     assert targets_verify(VerifyConfig(store=str(tmp_path / "old.zarr"), frames=True), QUIET)["ok"]
     old, fresh = TargetStore.open(tmp_path / "old.zarr"), TargetStore.open(tmp_path / "fresh.zarr")
@@ -113,9 +113,9 @@ def test_videos_that_are_gone_or_changed_are_named(videos: Path, tmp_path: Path)
     (videos / "small.mp4").unlink()
     with (videos / "good.mp4").open("ab") as file:
         file.write(b"\0" * 10)
-    found = targets_verify(VerifyConfig(store=str(tmp_path / "t.zarr"), frames=True), QUIET)
-    assert not found["ok"]
-    assert {Path(f["what"].split(":")[0]).name for f in found["findings"]} == {
+    result = targets_verify(VerifyConfig(store=str(tmp_path / "t.zarr"), frames=True), QUIET)
+    assert not result["ok"]
+    assert {Path(f["what"].split(":")[0]).name for f in result["findings"]} == {
         "small.mp4",
         "good.mp4",
     }

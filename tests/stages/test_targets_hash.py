@@ -137,8 +137,8 @@ def test_a_video_that_is_gone_is_named_and_tried_again(
     for store in (again, without_hashes(own_store, tmp_path / "none.zarr", version=1)):
         specs = [{"name": "tiny_teachers:teacher", "outputs": ["features"],
                   "options": {"name": "late", "input_size": "32", "k": "4", "gain": "1"}}]  # fmt: skip
-        given = {"sources": [str(own_store.videos)], "out": store, "teachers": specs}
-        extract_targets(ExtractConfig.model_validate(given), QUIET)
+        values = {"sources": [str(own_store.videos)], "out": store, "teachers": specs}
+        extract_targets(ExtractConfig.model_validate(values), QUIET)
         assert TargetStore.open(store).index.unhashed == {}
         assert hash_files(store) == hash_files(own_store.path)
 
@@ -173,15 +173,15 @@ def test_a_flipped_bit_is_found_and_repaired_alone(tiny_store: TinyStore, tmp_pa
     findings = list(verify(root, load_index(root)))
     assert len(findings) == 1
     assert "frames/hash_r" in str(findings[0])
-    said = list[str]()
+    lines = list[str]()
 
     class Heard(Console):
         def info(self, text: str) -> None:
-            said.append(text)
+            lines.append(text)
 
     result = targets_verify(VerifyConfig(store=str(root), repair=True), Heard(quiet=True))
     assert result["dropped"] == 1
-    (line,) = (text for text in said if "dropped" in text)
+    (line,) = (text for text in lines if "dropped" in text)
     assert f"distinit targets hash {root}" in line
     assert "extract-targets" not in line
     targets_hash(HashConfig(store=str(root)), QUIET)

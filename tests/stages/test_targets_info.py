@@ -33,10 +33,10 @@ def test_files_that_an_extraction_moves_meanwhile_are_no_error(
         """The file `before` goes before anybody looks at it, `after` when somebody has."""
         if path.name == "before":
             path.unlink(missing_ok=True)
-        found = summarize_store(path, **how)
+        summary = summarize_store(path, **how)
         if path.name == "after":
             path.unlink()
-        return found
+        return summary
 
     monkeypatch.setattr(Path, "stat", stat)
     assert targets_info(InfoConfig(store=str(root)), Console(quiet=True))["bytes"] - size in (0, 5)

@@ -64,16 +64,20 @@ def test_parts_of_two_machines_make_the_store_of_one(
     assert (result["videos"], result["ok"], result["failed"]) == (8, 7, 1)
     merged = TargetStore.open(tmp_path / "all.zarr")
     assert list(verify(merged.path, load_index(merged.path))) == []
-    of = {whole.video(v).path: v for v in range(8)}
+    video_of = {whole.video(v).path: v for v in range(8)}
     for v in range(8):
-        w = of[merged.video(v).path]
+        w = video_of[merged.video(v).path]
         assert merged.video(v).status == whole.video(w).status
         for a, b in zip(merged.frames(v)[:2], whole.frames(w)[:2], strict=True):
             np.testing.assert_array_equal(a, b)
-        mine, theirs = merged.frames(v)[2], whole.frames(w)[2]
+        merged_rows, whole_rows = merged.frames(v)[2], whole.frames(w)[2]
         # Batches fall otherwise, so the last bit of a teacher may too: a step of the encoding.
-        np.testing.assert_allclose(merged.logits("t", mine), whole.logits("t", theirs), atol=0.02)
-        np.testing.assert_allclose(merged.entropy("t", mine), whole.entropy("t", theirs), atol=1e-4)
+        np.testing.assert_allclose(
+            merged.logits("t", merged_rows), whole.logits("t", whole_rows), atol=0.02
+        )
+        np.testing.assert_allclose(
+            merged.entropy("t", merged_rows), whole.entropy("t", whole_rows), atol=1e-4
+        )
     with pytest.raises(
         StoreMismatchError, match=r'1.zarr: part is "1/3" in the store, "2/3" in this command'
     ):

@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_a_checkpoint_that_the_run_goes_on_from(
     words = ["train-student", "--out", f"{disk}/run", "--resume", "auto", "--quiet"]
     for group in ("store", "student", "clips", "loop"):
         words += ["--set", f"{group}={json.dumps(options[group])}"]
-    done = subprocess.run(
+    process = subprocess.run(
         [
             "unshare",
             "-m",
@@ -78,8 +78,8 @@ def test_a_full_disk_leaves_a_checkpoint_that_the_run_goes_on_from(
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    ((first, lines), (second, _)), step = json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    ((first, lines), (second, _)), step = json.loads(process.stdout.splitlines()[-1])
     assert first == 1
     assert len(lines) == 1
     assert lines[0].startswith(f"error: disk full while writing {disk}/run/checkpoints/last.pt")

@@ -35,7 +35,7 @@ WIDTH, TEACHER = 6, "cells.features"
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """The tiny store with features of every cached frame, float32 [rows, WIDTH] before rounding."""
+    """Add features of every cached frame to the tiny store, [rows, WIDTH] float32."""
 
     path: Path
     features: np.ndarray
@@ -170,36 +170,40 @@ def test_a_run_of_many_losses_is_resumed_bit_by_bit(
     trained = build_student(student.options, student.classes).eval()
     load_weights(tmp_path / "cut", "last", trained)
     rows = TargetStore.open(feature_store.path).committed_rows(TEACHER)
-    kept = feature_store.features[rows].astype(np.float16).astype(np.float64)
+    stored = feature_store.features[rows].astype(np.float16).astype(np.float64)
     clip = torch.randn(3, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        found, raw = student(clip)[TEACHER].numpy(), trained(clip)[TEACHER].double().numpy()
-    scale = np.sqrt(((kept - kept.mean(0)) ** 2).mean())
-    np.testing.assert_allclose(found, raw * scale + kept.mean(0), rtol=1e-4, atol=1e-4)
+        outputs, raw = student(clip)[TEACHER].numpy(), trained(clip)[TEACHER].double().numpy()
+    scale = np.sqrt(((stored - stored.mean(0)) ** 2).mean())
+    np.testing.assert_allclose(outputs, raw * scale + stored.mean(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_a_head_is_part_of_the_identity_of_a_run(
     feature_store: FeatureStore, head: Path, tmp_path: Path
 ) -> None:
-    mine = tmp_path / "mine.safetensors"
-    shutil.copy(head, mine)
-    targets = {"teachers": [TEACHER], "heads": {TEACHER: str(mine)}, "max_entropy_quantile": 0.5}
+    head_file = tmp_path / "mine.safetensors"
+    shutil.copy(head, head_file)
+    targets = {
+        "teachers": [TEACHER],
+        "heads": {TEACHER: str(head_file)},
+        "max_entropy_quantile": 0.5,
+    }
     one = config(feature_store, tmp_path / "run", targets, loop={"epochs": 1})
     result = train_student(one, QUIET)
     assert result["kept_share"] == pytest.approx(0.5, abs=0.1)
     student = load_student(tmp_path / "run")
     assert student.meta.classes == {TEACHER: ["a", "b", "c", "d"]}
-    more = one.model_dump(mode="json") | {"resume": True}
-    more["loop"]["epochs"] = 2
+    options = one.model_dump(mode="json") | {"resume": True}
+    options["loop"]["epochs"] = 2
     moved = tmp_path / "moved.safetensors"
-    mine.rename(moved)
-    more["targets"]["heads"] = {TEACHER: str(moved)}
-    assert train_student(TrainConfig.model_validate(more), QUIET)["already_finished"] is False
-    found = ClassHead.read(moved)
-    ClassHead(found.weight * 2, found.bias, found.classes).write(moved)
+    head_file.rename(moved)
+    options["targets"]["heads"] = {TEACHER: str(moved)}
+    assert train_student(TrainConfig.model_validate(options), QUIET)["already_finished"] is False
+    class_head = ClassHead.read(moved)
+    ClassHead(class_head.weight * 2, class_head.bias, class_head.classes).write(moved)
     with pytest.raises(CheckpointError, match="heads"):
-        train_student(TrainConfig.model_validate(more), QUIET)
+        train_student(TrainConfig.model_validate(options), QUIET)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class Clips:
 
 
 class Frozen(Distillation):
-    """With the batch statistics left as they are."""
+    """Batch statistics are not changed."""
 
     def __call__(self, model, batch, counts):
         for module in model.modules():
@@ -156,7 +156,7 @@ def job(config, console, ranks):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The job's module, importable here and in the processes."""
+    """Write the job's module, importable here and in the processes."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "ranks_job.py").write_text(JOB)
     (folder / "ending_job.py").write_text(ENDING)
@@ -182,7 +182,7 @@ MODERN = {
 
 
 def saved(run: Path) -> dict[str, Any]:
-    """The last checkpoint of a run."""
+    """Load the last checkpoint of a run."""
     return dict(torch.load(run / "checkpoints" / "last.pt", weights_only=True))
 
 
@@ -333,11 +333,11 @@ def test_sigterm_reaches_all_processes_and_fewer_go_on(tiny_store: Any, tmp_path
     assert any(
         all(word in line for word in ("2 processes", "1 piece", "2 clips")) for line in lines
     )
-    done = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["state"]["step"]
-    used["loop"]["epochs"] = done // 3 + 1
+    last_step = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["state"]["step"]
+    used["loop"]["epochs"] = last_step // 3 + 1
     result = train_student(TrainConfig.model_validate(used), Console(quiet=True))
-    assert result["resumed_from_step"] == done
-    assert result["steps"] == (done // 3 + 1) * 3
+    assert result["resumed_from_step"] == last_step
+    assert result["steps"] == (last_step // 3 + 1) * 3
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

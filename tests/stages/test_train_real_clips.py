@@ -138,9 +138,9 @@ def test_the_filter_in_nats_keeps_what_is_below_it_by_numpy(
     clear = (
         np.abs(expected - limit) > 0.01
     )  # the store's entropies are of float32 logits, these of float16
-    kept = np.array([draw.counts for draw in draws])
-    assert (kept == (expected <= limit))[clear].all()
+    counts = np.array([draw.counts for draw in draws])
+    assert (counts == (expected <= limit))[clear].all()
     measured = np.concatenate(list(measure_entropies(sampler, len(draws))))
     np.testing.assert_allclose(measured, expected, atol=0.01)
     if limit == 4.8:
-        assert 0.2 < kept.mean() < 0.8
+        assert 0.2 < counts.mean() < 0.8

@@ -46,8 +46,8 @@ def test_training_from_a_url_equals_training_from_the_folder(
         return train_student(config, Console(quiet=True))
 
     url = "memory://train/targets.zarr"
-    there, here = run(url, "there"), run(str(tiny_store.path), "here")
-    assert there["loss"] == here["loss"]
+    remote_run, local_run = run(url, "there"), run(str(tiny_store.path), "here")
+    assert remote_run["loss"] == local_run["loss"]
     assert list((tmp_path / "cache/stores").glob("*/shards/*/*"))
     used = yaml.safe_load((tmp_path / "there/config.yaml").read_text())["train-student"]
     assert used["store"] == url

@@ -101,8 +101,8 @@ def test_a_finished_run_exports_the_best_weights_when_asked_later(tiny_store, tm
         again = train_student(config(tiny_store, run, resume=True, export=export), QUIET)
         assert again["already_finished"]
         assert again["exported"] == export
-        found = weights(run)
-        assert all(torch.equal(found[name], wanted[name]) for name in found)
+        resumed = weights(run)
+        assert all(torch.equal(resumed[name], wanted[name]) for name in resumed)
 
 
 def test_the_average_of_the_weights_is_validated_and_exported_on_request(tiny_store, tmp_path):
@@ -123,29 +123,30 @@ def test_the_average_of_the_weights_is_validated_and_exported_on_request(tiny_st
     # The same training, validated with the average: other held-out losses, the same weights.
     other = config(tiny_store, tmp_path / "b", loop={**loop, "weights": "ema"}, **changes)
     assert train_student(other, QUIET)["held_out"]["loss"] != plain["held_out"]["loss"]
-    found = torch.load(tmp_path / "b" / "checkpoints" / "last.pt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "b" / "checkpoints" / "last.pt", weights_only=True)
     for part in ("model", "ema"):
-        assert all(torch.equal(value, saved[part][name]) for name, value in found[part].items())
+        assert all(
+            torch.equal(value, saved[part][name]) for name, value in checkpoint[part].items()
+        )
 
 
 def test_held_out_clips_are_those_that_the_filter_keeps(tiny_store, tmp_path, capfd):
-    """Whichever videos are held out, an epoch never ends with none that count, and each is the clip
-    it was found to be."""
+    """An epoch with no held-out clip that counts still ends, for any choice of held-out videos."""
     store = TargetStore.open(str(tiny_store.path))
     targets = {"teachers": ["unsure"], "max_entropy_quantile": 0.3, "quantile_draws": 300}
     held = []
     for seed in range(6):
-        made = config(
+        settings = config(
             tiny_store, tmp_path / "run", targets=targets, held_out=0.2, loop={"seed": seed}
         )
-        parts = _assemble(made, store, ("unsure",), None, QUIET)
+        parts = _assemble(settings, store, ("unsure",), None, QUIET)
         held.append(0 if parts.held_out is None else len(parts.held_out.sampler.videos))
         for k in range(held[-1]):
             assert parts.held_out.sampler.draw(0, k).counts
     assert 0 in held, "of some seeds no held-out clip counts"
     assert max(held) > 0
     seed = held.index(0)
-    made = config(
+    settings = config(
         tiny_store,
         tmp_path / "run",
         targets=targets,
@@ -153,15 +154,15 @@ def test_held_out_clips_are_those_that_the_filter_keeps(tiny_store, tmp_path, ca
         loop={"seed": seed, "epochs": 1},
     )
     with Console() as console:
-        assert train_student(made, console)["held_out"] == {}
+        assert train_student(settings, console)["held_out"] == {}
     assert "training loss" in capfd.readouterr().err
 
 
 def test_the_order_in_which_teachers_are_named_changes_nothing(tiny_store, tmp_path, whole):
     for run, names in (("one", ["sure", "unsure"]), ("other", ["unsure", "sure"])):
         train_student(config(tiny_store, tmp_path / run, targets={"teachers": names}), QUIET)
-        found = weights(tmp_path / run)
-        assert all(torch.equal(whole[name], found[name]) for name in whole)
+        reordered = weights(tmp_path / run)
+        assert all(torch.equal(whole[name], reordered[name]) for name in whole)
 
 
 def test_a_narrow_student_overfits_the_teachers_on_a_few_clips(tiny_store, tmp_path):
@@ -372,8 +373,8 @@ def test_videos_left_out_are_never_drawn(tiny_store, tmp_path):
 
 
 def test_refusals_are_one_line_that_names_the_option(tiny_store, tmp_path):
-    done = config(tiny_store, tmp_path / "run", loop={"epochs": 1})
-    train_student(done, QUIET)
+    settings = config(tiny_store, tmp_path / "run", loop={"epochs": 1})
+    train_student(settings, QUIET)
     used = (tmp_path / "run" / "config.yaml").read_text()
 
     def refused(error: type[Exception], run: str = "run", **changes: Any) -> str:
@@ -417,19 +418,23 @@ def test_videos_that_are_gone_are_told_of_before_and_after(tiny_store, own_store
         result = train_student(
             config(tiny_store, tmp_path / "run", video_roots=video_roots), console
         )
-    told = capfd.readouterr().err
-    assert "5 of the first 12 videos of corpus 'videos' " in told
-    assert f"{len(result['unreadable'])} unreadable videos, replaced by other draws: " in told
+    stderr = capfd.readouterr().err
+    assert "5 of the first 12 videos of corpus 'videos' " in stderr
+    assert f"{len(result['unreadable'])} unreadable videos, replaced by other draws: " in stderr
     assert 0 < len(result["unreadable"]) <= 5
 
 
 def test_held_out_results_and_each_head_s_share_are_on_the_screen(tiny_store, tmp_path):
     err = io.StringIO()
     targets = {"max_entropy_quantile": {"unsure": 0.25}, "quantile_draws": 400}
-    made = config(tiny_store, tmp_path / "run", targets=targets, held_out=0.3, loop={"epochs": 2})
-    made = made.model_copy(update={"clips": made.clips.model_copy(update={"clip_frames": 60})})
+    settings = config(
+        tiny_store, tmp_path / "run", targets=targets, held_out=0.3, loop={"epochs": 2}
+    )
+    settings = settings.model_copy(
+        update={"clips": settings.clips.model_copy(update={"clip_frames": 60})}
+    )
     with Console(stderr=err) as console:
-        result = train_student(made, console)
+        result = train_student(settings, console)
     lines = err.getvalue().splitlines()
     (shares,) = [line for line in lines if "entropy filter" in line]
     assert result["kept_share_by_teacher"]["unsure"] < result["kept_share"] == 1

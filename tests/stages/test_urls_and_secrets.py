@@ -105,7 +105,7 @@ REFUSED = [
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Any]:
-    """A folder behind HTTP that wants a password; `heard` are the requests."""
+    """Serve a folder behind HTTP that requires a password; `heard` has the requests."""
     heard: list[tuple[str, str | None]] = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -256,11 +256,11 @@ def test_a_report_contacts_no_address_of_a_run(
         "--open-urls" in page and "127.0.0.1" in page and SECRET not in page for page in pages
     )
     if url.startswith("http"):
-        made = report(
+        result = report(
             ReportConfig(folders=[str(runs)], out=str(tmp_path / "page"), open_urls=True), QUIET
         )
         assert server.heard
-        assert any("entropy" in name for name in made["figures"])
+        assert any("entropy" in name for name in result["figures"])
     else:
         report(ReportConfig(folders=[str(runs)], out=str(tmp_path / "page"), open_urls=True), QUIET)
         assert not server.heard
@@ -299,7 +299,7 @@ def test_no_password_stays_on_disk_or_screen(server: Any, tmp_path: Path, tiny_s
     options += ["--set", "clips=" + json.dumps(TRAIN["clips"])]
     run, page = str(tmp_path / "runs/r"), str(tmp_path / "page")
     train = ["train-student", "--store", url, "--out", run, *options]
-    said = [
+    processes = [
         cli("targets", "info", url),
         cli("targets", "info", url, "--json"),
         cli("targets", "browse", url, "--out", str(tmp_path / "look")),
@@ -309,8 +309,8 @@ def test_no_password_stays_on_disk_or_screen(server: Any, tmp_path: Path, tiny_s
         cli("train-student", "--config", f"{run}/config.yaml", "--store", url, "--resume"),
         cli("report", str(tmp_path / "runs"), "--out", page),
     ]
-    assert [done.returncode for done in said] == [0] * len(said), [
-        done.stderr[-300:] for done in said
+    assert [process.returncode for process in processes] == [0] * len(processes), [
+        process.stderr[-300:] for process in processes
     ]
     wrong = [
         cli("targets", "info", bare, "--debug"),
@@ -325,9 +325,9 @@ def test_no_password_stays_on_disk_or_screen(server: Any, tmp_path: Path, tiny_s
         cli("targets", "export", str(tiny_store.path), "--out", url, "--debug"),
         cli("extract-targets", str(tiny_store.videos), "--out", url, "--teacher", "x", "--debug"),
     ]
-    assert all(done.returncode in (1, 2) for done in wrong)
-    for done in (*said, *wrong):
-        assert SECRET not in done.stdout + done.stderr, done.args[:2]
+    assert all(process.returncode in (1, 2) for process in wrong)
+    for process in (*processes, *wrong):
+        assert SECRET not in process.stdout + process.stderr, process.args[:2]
     assert not places_with(SECRET, tmp_path / "runs") + places_with(SECRET, tmp_path)
     assert yaml.safe_load(Path(run, "config.yaml").read_text())["train-student"]["store"] == bare
     assert "401" in wrong[0].stderr

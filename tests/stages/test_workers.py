@@ -48,20 +48,20 @@ asyncio.run(main())
 def listening(root: int) -> set[tuple[str, int]]:
     """(address, port) of all listening sockets of a process and its descendants."""
     family = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
-    of = [
+    net_connections = [
         getattr(process, "net_connections", None) or process.connections for process in family
     ]  # of psutil 5
-    sockets = [each for connections in of for each in connections("inet")]
+    sockets = [each for connections in net_connections for each in connections("inet")]
     return {
         (each.laddr.ip, each.laddr.port) for each in sockets if each.status == psutil.CONN_LISTEN
     }
 
 
 def let_in(addresses: list[str]) -> list[str]:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", INTRUDER, *addresses], capture_output=True, text=True, check=True
     )
-    return done.stdout.splitlines()
+    return process.stdout.splitlines()
 
 
 def test_nobody_else_gets_into_a_local_cluster() -> None:
@@ -71,11 +71,11 @@ def test_nobody_else_gets_into_a_local_cluster() -> None:
         sockets = listening(psutil.Process().pid) - before
         assert len(sockets) >= 5  # of the scheduler, workers and nannies
         assert {address for address, _ in sockets} == {"127.0.0.1"}
-        known = client.scheduler_info()["workers"]
+        cluster_workers = client.scheduler_info()["workers"]
         addresses = [
             client.scheduler.address,
-            *known,
-            *(worker["nanny"] for worker in known.values()),
+            *cluster_workers,
+            *(worker["nanny"] for worker in cluster_workers.values()),
         ]
         assert all(address.startswith("tls://") for address in addresses)
         assert set(let_in([address.removeprefix("tls://") for address in addresses])) == {"refused"}
