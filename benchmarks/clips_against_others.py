@@ -59,12 +59,12 @@ def ours_again(path: str, start: int, length: int) -> np.ndarray:
 
 def ours_by_packets(path: str, start: int, length: int) -> np.ndarray:
     """Read a video for the first time, by its packets instead of its mp4 header."""
-    is_mp4 = clips._is_mp4
-    clips._is_mp4 = lambda path: False
+    is_mp4 = clips.is_mp4
+    clips.is_mp4 = lambda path: False
     try:
         return ours(path, start, length)
     finally:
-        clips._is_mp4 = is_mp4
+        clips.is_mp4 = is_mp4
 
 
 def copy(path: str, start: int, length: int) -> np.ndarray:

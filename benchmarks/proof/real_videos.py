@@ -238,7 +238,7 @@ class Proof:
         chosen = self.schedules(folder, share)
         run_folders: dict[str, dict[tuple[int, int], Path]] = {}
         for k in SPLITS:
-            axis = {name: self.start(name, *chosen[k, name]) | more for name in self.args.starts}
+            axis = {init: self.start(init, *chosen[k, init]) | more for init in self.args.starts}
             records = self.ablate(
                 f"{name}-{folder.name}-{k}", axis, labels, folder, seeds=self.args.seeds, split=k
             )
@@ -261,7 +261,7 @@ class Proof:
                 if DISTINIT in pooled_rows and row != DISTINIT
             },
             "schedules": {
-                f"fold {k}": {start: chosen[k, start] for start in self.args.starts} for k in SPLITS
+                f"fold {k}": {init: chosen[k, init] for init in self.args.starts} for k in SPLITS
             },
         }
         self.write()
