@@ -3,7 +3,7 @@
 # make test-fast    the tests without a mark (slow, cluster, network, gpu), in one to two minutes
 # make test-oldest  an environment with the oldest versions that are supported, and what depends on versions
 # make lint         style, format, the direction of imports, types
-# make docs         the documentation as a site, in build/docs; docs/cli.md is written anew from --help
+# make docs         the documentation as a site, in build/docs; docs/cli.md is generated from --help
 # Another Python:   make PYTHON=python3.12 demo
 
 VENV ?= .venv
@@ -25,7 +25,7 @@ PYTHON ?= $(shell \
 	done; \
 	for folder in $$PATH; do usable "$$folder/python3" && exit; done)
 
-# Tests start hundreds of processes, which would compile the package anew each time.
+# Tests start hundreds of processes, each of which would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-oldest lint docs versions clean

@@ -1,6 +1,6 @@
 """Read frames of prepared copies by the frame numbers of their sources.
 
-A copy is decoded without opening its container: its map says which bytes to read and how the
+A copy is decoded without opening its container: its map lists which bytes to read and how the
 decoder is set up, so that a clip costs one read and the frames from the key frame before it.
 Timestamps of the copy are ignored: frame k of the copy is the source frame that the map names.
 """
@@ -58,7 +58,7 @@ def read_copy(
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise VideoError(
-            f"no copy ({reason(error)}): status.csv of `distinit prepare` says why"
+            f"no copy ({reason(error)}): see status.csv for the reason"
         ) from error
     try:
         frame_map = map_of(descriptor, path)

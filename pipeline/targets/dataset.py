@@ -135,7 +135,7 @@ class StudentClips(Dataset[Any]):
             if len(unreadable) >= MAX_UNREADABLE_IN_A_ROW:
                 raise TrainingError(
                     f"{len(unreadable)} videos in a row could not be read, the last: "
-                    f"{unreadable[-1][0]}: {unreadable[-1][1]}; --videos CORPUS=DIR says where a corpus is located now"
+                    f"{unreadable[-1][0]}: {unreadable[-1][1]}; give its current folder with --videos CORPUS=DIR"
                 )
             plan = self._plan(key, plan.draw.attempt + 1)
             rejected += plan.draw.rejected
@@ -155,7 +155,7 @@ class StudentClips(Dataset[Any]):
             if gone and len(gone) == len(paths):
                 raise UsageError(
                     f"none of the first {len(gone)} videos of corpus {name!r} exists, as {gone[0]}; "
-                    f"--videos {name}=DIR says where it is located now"
+                    f"give its current folder with --videos {name}=DIR"
                 )
             if gone:
                 some = f"{len(gone)} of the first {len(paths)} videos of corpus {name!r}"

@@ -138,7 +138,7 @@ def pick(
         cached: Frames that the store holds, ascending [N].
         start: First frame of the clip.
         clip_frames: Frames of the clip.
-        rng: Of random picks.
+        rng: Generator for random picks.
         frames: Frames of the video; they matter to `center` in videos shorter than the clip.
 
     Raises:

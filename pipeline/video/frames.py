@@ -1,4 +1,4 @@
-"""Frames of one video by index, checked against what a store says about them."""
+"""Read frames of one video by index and compare them with the records of a store."""
 
 from __future__ import annotations
 

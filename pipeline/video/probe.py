@@ -48,7 +48,7 @@ class Probe:
 
 
 def probe(path: str, progress: Callable[[], None] | None = None) -> Probe:
-    """Look at one file. Never raises for a bad file: `error` says what is wrong with it."""
+    """Look at one file. Never raises for a bad file: `error` is the reason."""
     size, identity = 0, ""
     try:
         size = file_size(path)

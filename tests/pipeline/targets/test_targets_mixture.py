@@ -30,11 +30,11 @@ def test_each_block_holds_the_shares_and_each_group_its_videos_equally_often(
     assert set(large) == {max(1, round(shares[0] / sum(shares) * BLOCK))}
     counts = Counter(videos)
     for group in (LARGE, SMALL):
-        found = [counts[int(video)] for video in group]
-        assert max(found) - min(found) <= 1
+        clips_per_video = [counts[int(video)] for video in group]
+        assert max(clips_per_video) - min(clips_per_video) <= 1
 
 
-def test_epochs_of_any_length_are_stretches_of_one_sequence() -> None:
+def test_epochs_of_any_length_are_ranges_of_one_sequence() -> None:
     short = Mixture([LARGE, SMALL], (2, 1), seed=3, epoch_clips=30)
     long = Mixture([LARGE, SMALL], (2, 1), seed=3, epoch_clips=300)
     assert [video for epoch in range(10) for video in drawn(short, 30, epoch)] == drawn(long, 300)

@@ -106,10 +106,10 @@ def test_rows_agree_with_torch_and_do_not_depend_on_the_batch(
     images = pictures(8, teacher)
     expected = teacher.compute(images)
     assert use_engine(teacher, "onnx") == onnx_version()
-    found = teacher.compute(images)
-    assert set(found) == set(teacher.outputs)
-    assert len(found) == (2 if views == ("center",) else 6)
-    for output, rows in found.items():
+    actual = teacher.compute(images)
+    assert set(actual) == set(teacher.outputs)
+    assert len(actual) == (2 if views == ("center",) else 6)
+    for output, rows in actual.items():
         torch.testing.assert_close(rows, expected[output], atol=1e-5, rtol=1e-4)
         assert torch.equal(rows[:3], teacher.compute(images[:3])[output])
         assert torch.equal(rows[5:], teacher.compute(images[5:])[output])
@@ -159,9 +159,9 @@ def test_auto_takes_what_is_worth_it(cache: Path, monkeypatch: pytest.MonkeyPatc
     branching = load_teacher(spec("branching"))
     assert use_engine(branching, "auto") == "torch"
     (reason,) = [
-        found
+        actual
         for file in cache.glob("*.json")
-        if (found := json.loads(file.read_text())["reason"]) is not None
+        if (actual := json.loads(file.read_text())["reason"]) is not None
     ]
     assert "exported" in reason
     with pytest.raises(TeacherError, match="--engine onnx"):

@@ -45,7 +45,7 @@ def test_batches_that_run_at_once_have_the_rows_of_each_alone(device: str) -> No
             batch = runner.take()
             batch.images[0][:], batch.count = pictures, 3
             futures.append(runner.submit(batch, ["t"]))
-        found = [future.result()["t"] for future in futures]
+        actual = [future.result()["t"] for future in futures]
 
-    for rows, alone in zip(found, expected, strict=True):
+    for rows, alone in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(rows, alone)

@@ -75,9 +75,9 @@ def test_efficientnet_lite_pools_what_its_classifier_takes() -> None:
         maps = teacher.module.extract_features(
             (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128
         )
-        found = teacher.compute(images)
-        close(found["features"], maps.mean(dim=(2, 3)))
-        close(found["logits"], teacher.module._fc(found["features"]))
+        actual = teacher.compute(images)
+        close(actual["features"], maps.mean(dim=(2, 3)))
+        close(actual["logits"], teacher.module._fc(actual["features"]))
         assert teacher.view == View(resize=side + 32, crop=side, interpolation="bicubic")
         assert (teacher.width("features"), teacher.width("logits")) == (1280, 1000)
 
@@ -132,8 +132,8 @@ def test_the_classifier_of_a_vision_transformer_is_its_head() -> None:
     module = torchvision.models.VisionTransformer(32, 16, 1, 2, 16, 16, num_classes=3).eval()
     assert last_linear(module) == "heads.head"
     with torch.inference_mode():
-        found = tapped(module, "heads.head")(torch.randn(2, 3, 32, 32), BOTH)
-        close(module.heads(found["features"]), found["logits"])
+        actual = tapped(module, "heads.head")(torch.randn(2, 3, 32, 32), BOTH)
+        close(module.heads(actual["features"]), actual["logits"])
 
 
 def test_a_model_without_a_linear_layer_has_no_features() -> None:
@@ -154,9 +154,9 @@ def test_timm_pools_with_its_own_head(model: str) -> None:
         logits = module(pixels)
         module.reset_classifier(0)
         features = module(pixels)
-    found = teacher.compute(images)
-    close(found["features"], features)
-    close(found["logits"], logits)
+    actual = teacher.compute(images)
+    close(actual["features"], features)
+    close(actual["logits"], logits)
     assert teacher.recipe.pooling == "forward_head, avg"
 
 
@@ -266,8 +266,8 @@ def test_cells_are_averages_of_the_feature_map(
     if family == "efficientnet_lite0":
         maps_of = teacher.module.extract_features
     images = noise(2, teacher.input_shape[0])
-    found = teacher.compute(images)
-    assert set(found) == {"features.grid4", "features.grid4.flip"}
+    actual = teacher.compute(images)
+    assert set(actual) == {"features.grid4", "features.grid4.flip"}
     assert teacher.plain_mean == plain
     assert teacher.identity()["plain_mean"] == plain
     recipe = teacher.recipe.preprocessing
@@ -281,12 +281,12 @@ def test_cells_are_averages_of_the_feature_map(
         # Each cell of the map becomes 4 × 4 of equal values, of which h × w are in each cell.
         fine = maps.repeat(4, axis=2).repeat(4, axis=3)
         cells = fine.reshape(2, -1, 4, height, 4, width).mean((3, 5)).transpose(0, 2, 3, 1)
-        close(found[key], torch.from_numpy(cells.reshape(2, -1).copy()))
+        close(actual[key], torch.from_numpy(cells.reshape(2, -1).copy()))
         if plain:
             pooled = load_teacher(spec.model_copy(update={"views": ("center",)})).compute(
                 np.ascontiguousarray(seen)
             )
-            close(found[key].reshape(2, 16, -1).mean(1), pooled["features"])
+            close(actual[key].reshape(2, 16, -1).mean(1), pooled["features"])
 
 
 def test_a_model_without_a_feature_map_has_no_cells() -> None:
@@ -472,8 +472,8 @@ def test_what_a_factory_returns_is_the_output_asked_for(
     pixels = normalized(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     close(teacher.compute(images)["features"], pixels.mean(dim=(2, 3)))
     assert teacher.store_names == {"features": "mine.features"}
-    found = load("feature_factories:both", BOTH, options=options).compute(images)
-    assert torch.equal(found["logits"], found["features"].flip(1))
+    actual = load("feature_factories:both", BOTH, options=options).compute(images)
+    assert torch.equal(actual["logits"], actual["features"].flip(1))
     with pytest.raises(TeacherError, match=r"features must be \[1, D\]"):
         load("feature_factories:one", BOTH, options=options)
 
@@ -483,12 +483,12 @@ def test_fingerprints_tell_features_from_others() -> None:
     teacher = load(
         "torchvision:resnet18", BOTH, weights="w.safetensors", options={"input_size": "64"}
     )
-    found = examine(teacher)
-    record = json.loads(json.dumps(found["features"].record()))
+    fingerprints = examine(teacher)
+    record = json.loads(json.dumps(fingerprints["features"].record()))
     kept = Fingerprint.parse(record, "x")
     assert (kept.output, kept.values.shape) == ("features", (NUM_PROBES, 512))
-    assert kept.differs(found["features"]) is None
-    assert kept.differs(found["logits"]) is not None
+    assert kept.differs(fingerprints["features"]) is None
+    assert kept.differs(fingerprints["logits"]) is not None
     with torch.no_grad():
         teacher.module.layer4[1].bn2.weight.mul_(1.05).add_(0.02)
     assert kept.differs(examine(teacher)["features"]) is not None

@@ -230,8 +230,8 @@ def test_weights_that_cannot_be_had(tmp_path: Path) -> None:
     assert "resnet50-0676ba61.pth is not in" in message
     assert "--teacher-weights resnet50=FILE" in message
     saved_resnet(tmp_path / "a.pth", 3)
-    found = hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
-    with pytest.raises(WeightsError, match=f"a.pth: sha256 is {found}, expected {'0' * 64}"):
+    digest = hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
+    with pytest.raises(WeightsError, match=f"a.pth: sha256 is {digest}, expected {'0' * 64}"):
         load_teacher(TeacherSpec(name="torchvision:resnet18", weights="a.pth", sha256="0" * 64))
 
 

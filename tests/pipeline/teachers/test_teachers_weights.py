@@ -165,10 +165,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 def test_sha256_is_checked_before_the_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     path.write_bytes(b"not even a checkpoint")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(WeightsError) as caught:
         load_weights(path, sha256="AB" * 32)
-    assert str(caught.value) == f"weights file {path}: sha256 is {found}, expected {'ab' * 32}"
+    assert str(caught.value) == f"weights file {path}: sha256 is {digest}, expected {'ab' * 32}"
     with pytest.raises(WeightsError, match="not a "):
         load_weights(path, sha256=f" {found.upper()} ")
 
