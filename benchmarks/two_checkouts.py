@@ -25,18 +25,32 @@ from measuring import machine, table
 
 TEACHER = "--teacher efficientnet_lite0 --every 8 --batch-size 8"
 STUDENT = "--student r2plus1d_18 --width 0.125 --frames 8 --size 56 --epochs 1 --batch-size 8 --warmup-epochs 0"
+PROBE = """
+import sys
+from distinit.pipeline.corpus.sources import list_videos
+from distinit.pipeline.video.probe import probe
+
+listed = list_videos(sys.argv[1:])
+for number in range(len(listed)):
+    probe(listed.absolute(number))
+"""
+# Programs that are no commands of distinit; the others are.
+PROGRAMS = {"probe": ["-c", PROBE]}
 COMMANDS = {
     "extract-targets": f"extract-targets {{videos}} {TEACHER} --out {{out}}/s.zarr",
     "prepare": "prepare {videos} --out {out}/copies",
     "train-student": f"train-student --set store={{store}} {STUDENT} --workers 1 --out {{out}}/run",
     "checkpoints": f"train-student --set store={{store}} {STUDENT} --workers 1 --out {{out}}/run"
     " --set loop.checkpoint_every=1",
+    "probe": "{videos}",
     "verify": "targets verify {store}",
     "info": "targets info {store}",
 }
 
 
-def run(checkout: Path, words: list[str], scratch: Path) -> tuple[float, float]:
+def run(
+    checkout: Path, words: list[str], scratch: Path, program: list[str] | None = None
+) -> tuple[float, float]:
     """Return wall and processor seconds of one command of a checkout, with child processes."""
     home = scratch / checkout.resolve().name
     home.mkdir(exist_ok=True)
@@ -44,7 +58,7 @@ def run(checkout: Path, words: list[str], scratch: Path) -> tuple[float, float]:
         (home / "distinit").symlink_to(checkout.resolve())
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.run(
-        [sys.executable, "-m", "distinit", *words],
+        [sys.executable, *(program or ["-m", "distinit"]), *words],
         cwd=scratch, env={**os.environ, "PYTHONPATH": str(home)}, capture_output=True, text=True,
     )  # fmt: skip
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -83,7 +97,8 @@ def main() -> None:
                 ):
                     with tempfile.TemporaryDirectory(dir=scratch) as out:
                         words = shlex.split(COMMANDS[command].format(**values, out=out))
-                        times[checkout].append(run(checkout, words, scratch))
+                        program = PROGRAMS.get(command)
+                        times[checkout].append(run(checkout, words, scratch, program))
             first, second = (list(zip(*times[c], strict=True)) for c in (args.first, args.second))
             ratios = [
                 statistics.median(b / a for a, b in zip(first[k], second[k], strict=True))

@@ -57,9 +57,7 @@ def read_copy(
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        raise VideoError(
-            f"no copy ({reason(error)}): see status.csv for the reason"
-        ) from error
+        raise VideoError(f"no copy ({reason(error)}): see status.csv for the reason") from error
     try:
         frame_map = map_of(descriptor, path)
         frame_map.source.check(frame_map.index, frame_map.pts, expect, digest)

@@ -171,8 +171,7 @@ def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> Non
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    inside(root, spec.path)
-    group = zarr.open_group(root, mode="a")
+    folder = inside(root, spec.path)
     # Tables are compressed; the crc32c detects a flipped bit whenever a chunk is read.
     options: dict[str, Any] = {"compressors": [ZstdCodec(), Crc32cCodec()]}
     if spec.sharded:
@@ -182,8 +181,8 @@ def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> Non
             "compressors": [Crc32cCodec()],
             "filters": None,
         }
-    group.create_array(
-        spec.path,
+    zarr.create_array(
+        folder,
         shape=(rows, *spec.row),
         dtype=str if spec.dtype == "str" else spec.dtype,
         chunks=(min(spec.chunk, shard_rows) if spec.sharded else spec.chunk, *spec.row),
@@ -191,7 +190,7 @@ def create_array(root: Path, spec: ArraySpec, rows: int, shard_rows: int) -> Non
         dimension_names=spec.dims,
         **options,
     )
-    seal_array(root / spec.path)
+    seal_array(folder)
 
 
 def codec_attributes(codec: Codec) -> dict[str, Any]:

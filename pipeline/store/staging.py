@@ -8,19 +8,19 @@ Shapes: R rows of a shard, K classes of a teacher.
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from ..common.files import fsync_path
 from . import layout as fmt
 from .digests import digest_bytes
 from .encoding import Sums, error_record
+from .shards import encode_shard
 
 
 @dataclass(frozen=True)
@@ -100,23 +100,23 @@ def new_staging(root: Path, shard: int) -> Path:
 
 
 def stage_array(
-    folder: Path, spec: fmt.ArraySpec, shard: int, values: NDArray[np.generic], shard_rows: int
+    folder: Path, spec: fmt.ArraySpec, shard: int, values: NDArray[Any], shard_rows: int
 ) -> list[StagedFile]:
-    """Write `values` [rows ≤ R, …] as shard 0 of a one-shard array in `folder`, synced to disk.
+    """Write the file of a shard with the rows `values` [n ≤ R, …] to `folder`, synced to disk.
 
-    A shard file does not depend on its position in the array, so a rename makes it shard `shard`.
-    Rows beyond `values` have the fill value and take no space; a shard of only fill has no file.
+    A shard of only fill has no file.
     """
-    if not (folder / "zarr.json").exists():
-        zarr.open_group(folder, mode="a")
-    fmt.create_array(folder, spec, shard_rows, shard_rows)
-    full = np.full((shard_rows, *spec.row), spec.fill, dtype=spec.dtype)
-    full[: len(values)] = values
-    zarr.open_array(folder / spec.path, mode="r+")[:] = full
-    path = fmt.shard_file(folder, spec, 0)
-    if not path.exists():
+    rows = np.asarray(values).astype(spec.dtype, copy=False)
+    data = encode_shard(
+        rows, float(spec.fill), shard_rows=shard_rows, chunk_rows=min(spec.chunk, shard_rows)
+    )
+    if data is None:
         return []
-    fsync_path(path)
-    data = path.read_bytes()
-    final = fmt.shard_file(Path(), spec, shard).as_posix()
-    return [StagedFile(str(path), final, len(data), digest_bytes(data))]
+    final = fmt.shard_file(Path(), spec, shard)
+    path = folder / final
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return [StagedFile(str(path), final.as_posix(), len(data), digest_bytes(data))]

@@ -170,7 +170,7 @@ def test_sha256_is_checked_before_the_file_is_read(tmp_path: Path) -> None:
         load_weights(path, sha256="AB" * 32)
     assert str(caught.value) == f"weights file {path}: sha256 is {digest}, expected {'ab' * 32}"
     with pytest.raises(WeightsError, match="not a "):
-        load_weights(path, sha256=f" {found.upper()} ")
+        load_weights(path, sha256=f" {digest.upper()} ")
 
 
 def test_a_state_that_does_not_fit_is_described() -> None:
