@@ -354,8 +354,12 @@ class _CachedRows(ShardedRows):
             return
         if digest_file(fd, size) == digest:
             self._files.cache.name_whole(digest)
-        # Some file systems report holes inexactly; then a chunk not fetched yet fails its crc32c.
-        elif chunk_crcs_hold(os.pread(fd, size, 0), self.shard_rows // self.chunk_rows):
+            return
+        # Some file systems report holes inexactly, and another process may just be writing; then a
+        # chunk fails its crc32c. Both checks are of the same bytes.
+        data = os.pread(fd, size, 0)
+        num_chunks = self.shard_rows // self.chunk_rows
+        if digest_bytes(data) != digest and chunk_crcs_hold(data, num_chunks):
             os.ftruncate(fd, 0)
             os.ftruncate(fd, size)
             raise self._differs(shard)

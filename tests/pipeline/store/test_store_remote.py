@@ -244,6 +244,18 @@ def test_loader_workers_read_through_one_cache(make_store: Callable[..., Any]) -
         assert [float(x) for x in loader] == expected
 
 
+def test_a_file_that_another_process_is_writing_is_not_damaged(
+    make_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, root = make_store()
+    expected = [Rows(TargetStore.open(root))[v] for v in range(5)]
+    # The digest of bytes that were read before the other process had written all of them.
+    monkeypatch.setattr(remote, "digest_file", lambda fd, size: "0" * 32)
+    with serve(root.parent) as server:
+        rows = Rows(TargetStore.open(f"{server.url}/s.zarr"))
+        assert [rows[v] for v in range(5)] == expected
+
+
 def test_a_url_without_a_store_is_named(make_store: Callable[..., Any], tmp_path: Path) -> None:
     _, root = make_store()
     with serve(root.parent) as server:
