@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ def cluster(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     import dask
     from distributed import Client
 
+    # A client of an earlier call that failed to connect closes itself when it is collected. During
+    # the start of another client that would be a deadlock, so it is collected now.
+    gc.collect()
     # If workers die three times on one shard, the shard is at fault.
     dask.config.set(
         {"distributed.scheduler.allowed-failures": 3, "distributed.admin.low-level-log-length": 100}
