@@ -57,7 +57,7 @@ def probe(path: str, progress: Callable[[], None] | None = None) -> Probe:
             try:
                 with _PacketReader(path, progress=progress) as reader:
                     return _measure(reader, size, identity)
-            except (NotAsPlanned, VideoError):
+            except (NotAsPlanned, VideoError, OSError):
                 pass
         with VideoReader(path, progress=progress) as reader:
             return _measure(reader, size, identity)
@@ -68,7 +68,7 @@ def probe(path: str, progress: Callable[[], None] | None = None) -> Probe:
 class _PacketReader(QuickReader):
     """The packets of an mp4 with H.264, for less than half of what opening it in full takes.
 
-    Raises NotAsPlanned where the packets alone do not tell the frames.
+    Raises NotAsPlanned where the packets alone do not determine the frames.
     """
 
     def _plan(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -38,6 +39,20 @@ def reason(path: Path) -> str:
         reader.timeline()
     assert str(error.value) == probed.error
     return probed.error
+
+
+def test_a_read_error_of_the_header_is_left_to_the_full_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = os.fspath(grey(tmp_path / "v.mp4"))
+    expected = probe(path)
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", pread)
+    assert probe(path) == expected
+    assert expected.error is None
 
 
 def test_playlists_are_not_followed(tmp_path: Path) -> None:
