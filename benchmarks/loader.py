@@ -111,7 +111,6 @@ def targets(source: str, videos: int, rounds: int, count: int) -> None:
 
             def cached(clips: StudentClips = clips) -> float:
                 clips.sampler._known.clear()
-                clips._sources.clear()
                 began = time.process_time()
                 for first in range(0, count, 10):
                     clips.__getitems__([(0, k) for k in range(first, min(first + 10, count))])
@@ -212,7 +211,7 @@ class OneOfFew(StudentClips):
         return VideoFile(self.files[video % len(self.files)])
 
     def _clip(self, plan: _Plan) -> torch.Tensor:
-        return read_clip(plan.source.file, plan.draw.indices, VIEW, crop=plan.crop)
+        return read_clip(plan.file, plan.draw.indices, VIEW, crop=plan.crop)
 
 
 def size(source: str, numbers: list[int]) -> None:

@@ -86,7 +86,7 @@ class TeacherRunner:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="teacher")
 
     def take(self) -> Batch:
-        """Return an empty batch; if there is none, wait for the oldest one that runs."""
+        """Return an empty batch, after waiting for the oldest running batch if necessary."""
         while self._running and (self._running[0][0].done() or not self._free):
             future, batch = self._running.popleft()
             # This waits. An exception is raised where the outputs are used.

@@ -129,7 +129,7 @@ def _frames(folder: str, copies: str, path: str, index: np.ndarray) -> np.ndarra
 
     Args:
         folder: Folder that `path` is relative to, "" if unknown.
-        copies: Folder of prepared copies, "" if there is none.
+        copies: Folder of prepared copies, or "".
         path: Path of the video.
         index: Frame indices [F].
 

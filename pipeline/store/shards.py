@@ -189,8 +189,8 @@ def encode_shard(
 ) -> bytes | None:
     """Return the file of a shard whose first rows are `values` [n ≤ R, …].
 
-    The other rows have the fill value. A chunk of nothing but fill is left out, as by zarr-python.
-    None if there is no other chunk.
+    The other rows have the fill value. As in zarr-python, chunks that hold only the fill value are
+    left out. Return None if all chunks do.
     """
     index = np.full((shard_rows // chunk_rows, 2), MISSING, "<u8")
     parts: list[bytes] = []
@@ -200,10 +200,12 @@ def encode_shard(
         rows[: len(values) - first] = values[first : first + chunk_rows]
         if _is_fill(rows, fill):
             continue
-        parts.append(_with_crc(rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes()))
-        index[chunk] = offset, len(parts[-1])
-        offset += len(parts[-1])
-    return b"".join([*parts, _with_crc(index.tobytes())]) if parts else None
+        data = rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes()
+        parts += [data, _crc(data)]
+        index[chunk] = offset, len(data) + 4
+        offset += len(data) + 4
+    table = index.tobytes()
+    return b"".join([*parts, table, _crc(table)]) if parts else None
 
 
 def _is_fill(rows: NDArray[Any], fill: float) -> bool:
@@ -213,8 +215,8 @@ def _is_fill(rows: NDArray[Any], fill: float) -> bool:
     return rows.tobytes() == np.full_like(rows, fill).tobytes()
 
 
-def _with_crc(data: bytes) -> bytes:
-    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
+def _crc(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
 def chunk_crcs_hold(data: bytes, chunks: int) -> bool:
@@ -233,7 +235,4 @@ def chunk_crcs_hold(data: bytes, chunks: int) -> bool:
 
 def intact(data: bytes, size: int) -> bool:
     """Return whether `data` is `size` bytes followed by their crc32c."""
-    return (
-        len(data) == size + 4
-        and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]
-    )
+    return len(data) == size + 4 and _crc(data[:-4]) == data[-4:]

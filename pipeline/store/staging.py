@@ -8,7 +8,6 @@ Shapes: R rows of a shard, K classes of a teacher.
 
 from __future__ import annotations
 
-import os
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.files import fsync_path
 from . import layout as fmt
 from .digests import digest_bytes
 from .encoding import Sums, error_record
@@ -115,8 +115,6 @@ def stage_array(
     final = fmt.shard_file(Path(), spec, shard)
     path = folder / final
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    fsync_path(path)
     return [StagedFile(str(path), final.as_posix(), len(data), digest_bytes(data))]

@@ -23,7 +23,7 @@ from ..store.reader import TargetStore, check_video_roots
 from ..video.flow import pictures_needed
 from .class_head import read_heads
 from .picks import PickRule
-from .sampler import REMEMBERED, ClipSample, TargetSampler
+from .sampler import ClipSample, TargetSampler
 
 # Videos tried for one sample. A corpus that has moved ends a run at its first batch.
 MAX_UNREADABLE_IN_A_ROW = 20
@@ -85,7 +85,6 @@ class StudentClips(Dataset[Any]):
             check_fits(corpus.options, view, channels, folder=f"{name}={self.video_roots[name]}")
         self._failed: dict[int, str] = {}
         self._seen = np.zeros(0, bool)
-        self._sources: dict[int, _Source] = {}
 
     def __getitem__(self, key: Key) -> dict[str, Any] | None:
         return self.__getitems__([key])[0]
@@ -99,7 +98,8 @@ class StudentClips(Dataset[Any]):
 
     def _plan(self, key: Key, attempt: int = 0) -> _Plan:
         draw = self.sampler.draw(*key, attempt)
-        source = self._source(draw.video)
+        file = self.file(draw.video)
+        digest = self.sampler.store.digest(draw.video) or None
         zoom = (
             self.sampler.zoom(*key, draw.attempt)
             if self.view.scale[0] < self.view.scale[1]
@@ -110,12 +110,12 @@ class StudentClips(Dataset[Any]):
             "targets": {name: torch.from_numpy(mean) for name, mean in draw.targets.items()},
             "weight": {name: torch.tensor(weight) for name, weight in draw.weight.items()},
             "video": draw.video,
-            "name": source.name,
+            "name": escape_path(file.path),
             "start": draw.start,
         }
         if dropped := self.sampler.dropped(*key):
             example["dropped"] = {name: torch.tensor(drop) for name, drop in dropped.items()}
-        return _Plan(draw, source, crop, _expected(draw), example)
+        return _Plan(draw, file, digest, crop, _expected(draw), example)
 
     def _get(self, key: Key, plan: _Plan) -> dict[str, Any] | None:
         rejected = plan.draw.rejected
@@ -175,17 +175,6 @@ class StudentClips(Dataset[Any]):
                 return VideoFile(copies.path(store.video_path(video, {corpus: ""})), copies.kind)
         return VideoFile(store.video_path(video, self.video_roots))
 
-    def _source(self, video: int) -> _Source:
-        source = self._sources.get(video)
-        if source is None:
-            file = self.file(video)
-            digest = self.sampler.store.digest(video) or None
-            source = _Source(file, digest, escape_path(file.path))
-            if len(self._sources) >= REMEMBERED:
-                self._sources.pop(next(iter(self._sources)))
-            self._sources[video] = source
-        return source
-
     def _read(self, plan: _Plan) -> torch.Tensor | str:
         """Return the clip, uint8 [3, T, H, W] or float32 [2, T, H, W], or why it cannot be read.
 
@@ -213,7 +202,7 @@ class StudentClips(Dataset[Any]):
         return clip
 
     def _clip(self, plan: _Plan) -> torch.Tensor:
-        draw, (file, digest, _) = plan.draw, plan.source
+        draw, file, digest = plan.draw, plan.file, plan.digest
         # Checked once. The map of a copy holds the digest of its source.
         if file.kind == "video" and self._seen[draw.video]:
             digest = None
@@ -228,14 +217,6 @@ class StudentClips(Dataset[Any]):
         )
 
 
-class _Source(NamedTuple):
-    """Where the frames of a video are read, its digest and its name in examples."""
-
-    file: VideoFile
-    digest: str | None
-    name: str
-
-
 class _Plan(NamedTuple):
     """A draw before its clip is read.
 
@@ -244,7 +225,8 @@ class _Plan(NamedTuple):
     """
 
     draw: ClipSample
-    source: _Source
+    file: VideoFile
+    digest: str | None
     crop: Crop | None
     expect: tuple[Any, Any] | None
     example: dict[str, Any]
